@@ -1,0 +1,143 @@
+"""RunPlan: a job with every decision taken. It is the only thing that trainers read, and it never changes under them.
+
+Written by planning, stored as versioned JSON, read by `python -m finetune_trainers --plan FILE`. What only the data
+or the model's files can tell (number of steps, size of the model) stays None and is filled in by preparation.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import Field
+
+from finetune_api.base import API_VERSION, Contract
+from finetune_api.spec import (
+    Data,
+    EarlyStopping,
+    GenerationEval,
+    Method,
+    Model,
+    OptimizerSettings,
+    Output,
+    Precision,
+    Tracking,
+    Tuning,
+)
+
+__all__ = [
+    "BatchPlan",
+    "Decision",
+    "DeepSpeedPlan",
+    "Device",
+    "EvaluationPlan",
+    "LearningRatePlan",
+    "OptimizationPlan",
+    "RunPlan",
+    "WorkersPlan",
+]
+
+
+class Device(StrEnum):
+    """What a training process computes on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class WorkersPlan(Contract):
+    """The processes that train."""
+
+    replicas: int
+    gpus: int
+    """GPUs of one worker; each runs one process. 0: one process on the CPU."""
+    cpus: float | None
+    """Cores of one worker; None shares the machine's evenly."""
+    world_size: int
+    """Training processes in all: replicas × max(gpus, 1)."""
+    device: Device
+
+
+class BatchPlan(Contract):
+    """micro × accumulation × world size = global, always."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    world_size: int
+
+
+class LearningRatePlan(Contract):
+    """The peak rate, and why."""
+
+    peak: float | None
+    """None until the model's size is known: `auto`, and neither the job nor the source's name tells it."""
+    reason: str
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup_fraction: float
+    min_fraction: float
+
+
+class OptimizationPlan(Contract):
+    """The optimizer and its schedule."""
+
+    epochs: int | None
+    max_steps: int | None
+    learning_rate: LearningRatePlan
+    adamw: OptimizerSettings
+    max_grad_norm: float
+    seed: int
+    activation_checkpointing: bool
+    log_every_steps: int
+
+
+class EvaluationPlan(Contract):
+    """When and how to evaluate."""
+
+    every_steps: int | None
+    early_stopping: EarlyStopping | None
+    generation: GenerationEval | None
+
+
+class DeepSpeedPlan(Contract):
+    """Which engine trains, and its whole configuration."""
+
+    engine: Literal["torch", "deepspeed"]
+    """`torch` is for one process with zeroStage 0."""
+    zero_stage: int
+    config: dict[str, Any]
+    """The configuration for `deepspeed.initialize`, complete; empty for the torch engine."""
+
+
+class Decision(Contract):
+    """One thing that planning decided for the user."""
+
+    field: str
+    value: str
+    reason: str
+
+
+class RunPlan(Contract):
+    """Everything a run needs to know."""
+
+    api_version: Literal["finetune-operator.io/v1alpha1"] = API_VERSION
+    kind: Literal["RunPlan"] = "RunPlan"
+    name: str
+    namespace: str
+    storage: str | None
+    """Folder of the run's files, as a URI; None: the run's working folder."""
+    model: Model
+    data: Data
+    method: Method
+    tuning: Tuning
+    workers: WorkersPlan
+    batch: BatchPlan
+    precision: Precision
+    """Never `auto`."""
+    optimization: OptimizationPlan
+    evaluation: EvaluationPlan
+    deepspeed: DeepSpeedPlan
+    outputs: list[Output]
+    tracking: Tracking
+    decisions: list[Decision] = Field(default_factory=list)
+    """What `auto` and left-out fields became, with reasons."""

@@ -1,0 +1,95 @@
+"""What a run says of itself while it goes on, and when it has ended.
+
+The trainers write `Progress` as JSON lines, and one `Outcome` at the end; the CLI and the operator read them.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+
+from pydantic import Field
+
+from finetune_api.base import Contract
+from finetune_api.failures import Failure
+
+__all__ = ["Artifact", "EvalSummary", "Outcome", "Progress", "Result", "Stage"]
+
+
+class Stage(StrEnum):
+    """What a run is doing, in the order in which it does it."""
+
+    CHECKING_MODEL = "CheckingModel"
+    PREPARING_DATA = "PreparingData"
+    STARTING_WORKERS = "StartingWorkers"
+    LOADING_MODEL = "LoadingModel"
+    TRAINING = "Training"
+    EVALUATING = "Evaluating"
+    EXPORTING = "Exporting"
+    DONE = "Done"
+
+
+class Progress(Contract):
+    """One report of a run."""
+
+    stage: Stage
+    step: int = 0
+    """Optimizer steps done."""
+    total_steps: int | None = None
+    epoch: float = 0.0
+    """Passes over the data done."""
+    percent: float = 0.0
+    """Of the present stage: steps while training, rows while preparing data; 0 to 100."""
+    eta_seconds: float | None = None
+    """Seconds until the last optimizer step, evaluations included, at the present pace."""
+    tokens_per_second: float | None = None
+    """Tokens trained per second over all workers, over the last steps."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """At most 16 figures by name: loss, learning_rate, grad_norm, eval_loss, ..."""
+    message: str | None = None
+    """A sentence for people."""
+    updated_at: datetime
+
+
+class EvalSummary(Contract):
+    """Evaluation loss (mean over trained tokens, nats) at the ends of the run."""
+
+    loss_before: float | None = None
+    """Before the first optimizer step."""
+    loss_after: float | None = None
+    """Of the model in the artifact: the best one under early stopping, otherwise the last."""
+
+
+class Artifact(Contract):
+    """A trained model that was written."""
+
+    uri: str
+    kind: str
+    """`adapter` (PEFT folder) or `model` (Hugging Face folder)."""
+    digest: str
+    """blake3 over the artifact's digest list, which names every file."""
+    bytes: int
+
+
+class Result(StrEnum):
+    """How a run ended."""
+
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    CANCELLED = "Cancelled"
+
+
+class Outcome(Contract):
+    """The end of a run: the last thing that the trainers write."""
+
+    result: Result
+    failure: Failure | None = None
+    step: int = 0
+    total_steps: int | None = None
+    stopped_early: bool = False
+    eval: EvalSummary | None = None
+    artifacts: list[Artifact] = Field(default_factory=list)
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """The last value of every figure."""
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Wall time by stage."""

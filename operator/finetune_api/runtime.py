@@ -1,0 +1,49 @@
+"""FineTuneRuntime: what a platform team says once about a pool, so that no job has to."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api.base import API_VERSION, Contract
+from finetune_api.meta import Metadata
+from finetune_api.spec import OutputUri, Precision
+
+__all__ = ["FineTuneRuntime", "FineTuneRuntimeSpec", "RuntimeWorkers"]
+
+
+class RuntimeWorkers(Contract):
+    """The size of one worker on this pool."""
+
+    gpus: Annotated[int, Field(ge=0, le=16)] = 0
+    """GPUs of a worker, unless the job says otherwise."""
+    cpus: Annotated[float, Field(gt=0, le=1024)] | None = None
+    """CPU cores of a worker, unless the job says otherwise."""
+    max_replicas: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """The most workers that a job may ask for."""
+
+
+class FineTuneRuntimeSpec(Contract):
+    """A pool of machines and the defaults of the jobs that run on it."""
+
+    description: Annotated[str, Field(max_length=1024)] | None = None
+    """What this pool is and who may use it."""
+    workers: RuntimeWorkers = Field(default_factory=RuntimeWorkers)
+    """Size and number of workers."""
+    storage: OutputUri | None = None
+    """Where runs keep their files; each job gets a folder of its own below it."""
+    precision: Precision = Precision.AUTO
+    """Precision of jobs that leave it to `auto`."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """ZeRO stage of jobs that do not name one."""
+
+
+class FineTuneRuntime(Contract):
+    """A platform's pool and defaults (cluster-scoped)."""
+
+    api_version: Literal["finetune-operator.io/v1alpha1"] = API_VERSION
+    kind: Literal["FineTuneRuntime"] = "FineTuneRuntime"
+    metadata: Metadata
+    spec: FineTuneRuntimeSpec
+    """The pool and its defaults."""
