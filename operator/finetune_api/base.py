@@ -55,8 +55,18 @@ class Contract(BaseModel):
     def _rules_hold(self) -> Self:
         for rule in self.rules:
             if rule.holds is not None and not rule.holds(self):
-                raise PydanticCustomError("rule", "{text}", {"text": rule.message, "field": rule.field})
+                context = {"text": rule.message, "field": rule.field, "found": self._child(rule.field)}
+                raise PydanticCustomError("rule", "{text}", context)
         return self
+
+    def _child(self, path: str | None) -> Any:
+        """The value at a dotted camelCase `path` below this object, defaults included; None for no path."""
+        here: Any = self
+        for step in path.split(".") if path else ():
+            here = next(getattr(here, name) for name, field in type(here).model_fields.items() if field.alias == step)
+        if isinstance(here, list):
+            return [item.to_document() if isinstance(item, Contract) else item for item in here]
+        return None if here is self else here.to_document() if isinstance(here, Contract) else here
 
     def to_document(self) -> dict[str, Any]:
         """The object as it stands in YAML or JSON: camelCase, absent fields left out."""

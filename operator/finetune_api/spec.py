@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema
 
 from finetune_api.base import Contract, Rule, exactly_one
 from finetune_api.uris import Scheme, parse_uri
@@ -72,6 +72,34 @@ OutputUri = _uri(OUTPUT_SCHEMES)
 DnsLabel = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti|k|M|G|T)?$", max_length=20)]
 Glob = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+def _micro_batch_size(value: object) -> int | str:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65_536):
+        return value
+    raise ValueError("must be a whole number from 1 to 65536, or auto")
+
+
+def _learning_rate(value: object) -> float | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
+        return float(value)
+    raise ValueError("must be a number above 0 and at most 1, or auto")
+
+
+# A union would give two errors for one fault; OpenAPI as Kubernetes has it knows no "number or text", so the
+# API server takes any value for the rate and the operator judges it.
+MicroBatchSize = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_micro_batch_size),
+    WithJsonSchema({"x-kubernetes-int-or-string": True}),
+]
+LearningRate = Annotated[
+    float | Literal["auto"],
+    PlainValidator(_learning_rate),
+    WithJsonSchema({"x-kubernetes-preserve-unknown-fields": True}),
+]
 
 
 class RuntimeRef(Contract):
@@ -344,15 +372,9 @@ class Training(Contract):
     """Optimizer steps. Set this or epochs."""
     global_batch_size: Annotated[int, Field(ge=1, le=1_048_576)] = 32
     """Sequences per optimizer step over all workers. It stays the same whatever the number of workers."""
-    micro_batch_size: Annotated[
-        Annotated[int, Field(ge=1, le=65_536)] | Literal["auto"],
-        WithJsonSchema({"x-kubernetes-int-or-string": True}),
-    ] = "auto"
+    micro_batch_size: MicroBatchSize = "auto"
     """Sequences in one forward pass on one device; `auto` picks one by sequence length."""
-    learning_rate: Annotated[
-        Annotated[float, Field(gt=0, le=1)] | Literal["auto"],
-        WithJsonSchema({"x-kubernetes-preserve-unknown-fields": True}),
-    ] = "auto"
+    learning_rate: LearningRate = "auto"
     """Peak learning rate, such as 0.0002, or `auto`: a tenth of the pre-training rate of models of this size for full
     tuning, ten times that for LoRA."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
