@@ -6,7 +6,7 @@ Called by the CLI and the SDK. Several documents may stand in one file, several 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from finetune_api.job import FineTuneJob
 from finetune_api.problems import InvalidManifest, shorten, validate_document
 from finetune_api.runtime import FineTuneRuntime
 
-__all__ = ["LoadedJob", "Manifests", "load_manifests", "read_documents"]
+__all__ = ["LoadedJob", "Manifests", "collect_manifests", "load_manifests", "read_documents"]
 
 _KINDS: dict[str, type[FineTuneJob] | type[FineTuneRuntime]] = {
     "FineTuneJob": FineTuneJob,
@@ -49,14 +49,24 @@ def load_manifests(*paths: Path) -> Manifests:
 
     Raises InvalidManifest when anything is wrong, with the problems of all files.
     """
+    found = collect_manifests(*paths)
+    if found.problems:
+        raise InvalidManifest(found.problems)
+    return found
+
+
+def collect_manifests(*paths: Path, edit: Callable[[Any], Any] | None = None) -> Manifests:
+    """As `load_manifests`, but what is wrong is in the result beside what is right.
+
+    `edit` is given each raw document before it is validated and returns the document to use instead; it may
+    raise InvalidManifest.
+    """
     found = Manifests()
     for path in paths:
         for file in _files(path, found.problems):
-            _load_file(file, found)
+            _load_file(file, found, edit)
     if not found.problems and not (found.jobs or found.runtimes):
         found.problems.append(Problem(file=str(paths[0]), message="holds no FineTuneJob and no FineTuneRuntime"))
-    if found.problems:
-        raise InvalidManifest(found.problems)
     return found
 
 
@@ -85,7 +95,7 @@ def _files(path: Path, problems: list[Problem]) -> Sequence[Path]:
     return [path]
 
 
-def _load_file(file: Path, found: Manifests) -> None:
+def _load_file(file: Path, found: Manifests, edit: Callable[[Any], Any] | None) -> None:
     name = str(file)
     try:
         documents = read_documents(file.read_text(encoding="utf-8"), name)
@@ -99,7 +109,7 @@ def _load_file(file: Path, found: Manifests) -> None:
         found.problems.append(Problem(file=name, message="is empty; write a FineTuneJob into it"))
     for document in documents:
         try:
-            _load_document(document, file, found)
+            _load_document(edit(document) if edit else document, file, found)
         except InvalidManifest as invalid:
             found.problems.extend(invalid.problems)
 
