@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
-__all__ = ["GROUP", "VERSION", "API_VERSION", "Contract", "Rule"]
+__all__ = ["API_VERSION", "GROUP", "VERSION", "Contract", "Rule", "exactly_one"]
 
 GROUP = "finetune-operator.io"
 VERSION = "v1alpha1"
-API_VERSION = f"{GROUP}/{VERSION}"
+API_VERSION: Literal["finetune-operator.io/v1alpha1"] = "finetune-operator.io/v1alpha1"
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,10 @@ class Status(Contract):
     """The generation of the spec that this status is about."""
     phase: Phase = Phase.PENDING
     """The state in a word."""
+    method: str | None = None
+    """The method's name, such as sft."""
+    tuning: str | None = None
+    """The tuning's name, such as lora."""
     conditions: Annotated[list[Condition], Field(max_length=16)] = Field(default_factory=list)
     """The state in detail."""
     progress: JobProgress | None = None

@@ -98,7 +98,7 @@ def _message(details: ErrorDetails, model: type[BaseModel]) -> str:
         case "extra_forbidden":
             return _unknown_field(str(details["loc"][-1]), _model_at(model, details["loc"][:-1]))
         case "literal_error" | "enum":
-            return "must be " + context["expected"].replace("'", "")
+            return f"must be {context['expected']}".replace("'", "")
         case "greater_than_equal":
             return f"must be at least {context['ge']:g}"
         case "greater_than":

@@ -64,11 +64,13 @@ class Artifact(Contract):
     """A trained model that was written."""
 
     uri: str
+    """Where it is."""
     kind: str
     """`adapter` (PEFT folder) or `model` (Hugging Face folder)."""
     digest: str
     """blake3 over the artifact's digest list, which names every file."""
     bytes: int
+    """Size of all its files."""
 
 
 class Result(StrEnum):

@@ -6,10 +6,13 @@ that planning decides and prints its reason. A field is here only when something
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator, WithJsonSchema
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
 
 from finetune_api.base import Contract, Rule, exactly_one
 from finetune_api.uris import Scheme, parse_uri
@@ -51,24 +54,26 @@ DATA_SCHEMES = (Scheme.HF, Scheme.FILE, Scheme.PVC, Scheme.PACKAGE)
 OUTPUT_SCHEMES = (Scheme.FILE, Scheme.PVC)
 
 
-def _uri(schemes: tuple[Scheme, ...]) -> Any:
-    """The type of a string that must be a URI of one of `schemes`; the CRD checks the scheme by a pattern."""
+@dataclass(frozen=True)
+class _UriOf:
+    """Marks a string that must be a URI of one of `schemes`; the CRD checks the scheme by a pattern."""
 
-    def check(text: str) -> str:
-        parse_uri(text, schemes)
+    schemes: tuple[Scheme, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"type": "string", "pattern": f"^({'|'.join(self.schemes)})://.+$", "maxLength": 1024}
+
+    def _check(self, text: str) -> str:
+        parse_uri(text, self.schemes)
         return text
 
-    pattern = f"^({'|'.join(schemes)})://.+$"
-    return Annotated[
-        str,
-        AfterValidator(check),
-        WithJsonSchema({"type": "string", "pattern": pattern, "maxLength": 1024}),
-    ]
 
-
-ModelUri = _uri(MODEL_SCHEMES)
-DataUri = _uri(DATA_SCHEMES)
-OutputUri = _uri(OUTPUT_SCHEMES)
+ModelUri = Annotated[str, _UriOf(MODEL_SCHEMES)]
+DataUri = Annotated[str, _UriOf(DATA_SCHEMES)]
+OutputUri = Annotated[str, _UriOf(OUTPUT_SCHEMES)]
 DnsLabel = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti|k|M|G|T)?$", max_length=20)]
 Glob = Annotated[str, Field(min_length=1, max_length=200)]

@@ -1,0 +1,238 @@
+"""Planning: a job, and the runtime it names, become a RunPlan. Pure: no clock, no disk, no cluster.
+
+Called by the reconcile pass and by the CLI. Whatever `auto` or a left-out field becomes is recorded in the plan with
+its reason, and what cannot be is refused here, before any resource is asked for.
+"""
+
+from __future__ import annotations
+
+from finetune_api.failures import Problem
+from finetune_api.job import FineTuneJob
+from finetune_api.learning_rate import auto_learning_rate, parameters_in_name, parse_parameters
+from finetune_api.plan import (
+    BatchPlan,
+    Decision,
+    DeepSpeedPlan,
+    Device,
+    EvaluationPlan,
+    LearningRatePlan,
+    OptimizationPlan,
+    RunPlan,
+    WorkersPlan,
+)
+from finetune_api.problems import InvalidManifest
+from finetune_api.runtime import FineTuneRuntime, FineTuneRuntimeSpec
+from finetune_api.spec import FineTuneJobSpec, Precision, Quantization
+
+from finetune_operator.zero import deepspeed_config, reserved_key_problems
+
+__all__ = ["plan_run", "storage_of"]
+
+_TOKENS_PER_MICRO_BATCH = {Device.CPU: 2048, Device.CUDA: 16384}
+"""What `microBatchSize: auto` fills: enough to keep the device busy, small enough to leave memory for the model."""
+
+
+def plan_run(job: FineTuneJob, runtime: FineTuneRuntime | None = None) -> RunPlan:
+    """Decide everything that `job` leaves open. `runtime` is the one that the job names, or None when it names none.
+
+    Raises InvalidManifest with a Problem for each thing that cannot be.
+    """
+    return _Planner(job, runtime).plan()
+
+
+def storage_of(job: FineTuneJob, runtime: FineTuneRuntimeSpec) -> str | None:
+    """The folder of a job's runs below the runtime's storage: <storage>/<namespace>/<name>."""
+    if runtime.storage is None:
+        return None
+    return f"{runtime.storage.rstrip('/')}/{job.metadata.namespace}/{job.metadata.name}"
+
+
+class _Planner:
+    """One planning: collects decisions and problems as it goes down the list."""
+
+    def __init__(self, job: FineTuneJob, runtime: FineTuneRuntime | None) -> None:
+        self.job = job
+        self.spec: FineTuneJobSpec = job.spec
+        self.runtime = runtime.spec if runtime else FineTuneRuntimeSpec()
+        self.decisions: list[Decision] = []
+        self.problems: list[Problem] = []
+
+    def plan(self) -> RunPlan:
+        spec = self.spec
+        workers = self._workers()
+        precision = self._precision(workers)
+        zero_stage = self._zero_stage(workers)
+        batch = self._batch(workers)
+        self.problems += reserved_key_problems(spec.deepspeed.config)
+        if self.problems:
+            raise InvalidManifest(self.problems)
+        return RunPlan(
+            name=self.job.metadata.name,
+            namespace=self.job.metadata.namespace,
+            storage=storage_of(self.job, self.runtime),
+            model=spec.model,
+            data=spec.data,
+            method=spec.method,
+            tuning=spec.tuning,
+            workers=workers,
+            batch=batch,
+            precision=precision,
+            optimization=self._optimization(),
+            evaluation=EvaluationPlan(
+                every_steps=spec.training.eval_every_steps,
+                early_stopping=spec.training.early_stopping,
+                generation=spec.training.generation,
+            ),
+            deepspeed=self._deepspeed(workers, batch, precision, zero_stage),
+            outputs=spec.outputs,
+            tracking=spec.tracking,
+            decisions=self.decisions,
+        )
+
+    def _workers(self) -> WorkersPlan:
+        asked, pool = self.spec.cluster.workers, self.runtime.workers
+        if pool.max_replicas is not None and asked.replicas > pool.max_replicas:
+            self._refuse(
+                "cluster.workers.replicas",
+                asked.replicas,
+                f"is more than runtime {self._runtime_name()} allows; ask for at most {pool.max_replicas}",
+            )
+        gpus = asked.gpus if asked.gpus is not None else pool.gpus
+        if asked.gpus is None:
+            origin = f"runtime {self._runtime_name()}" if self.spec.runtime_ref else "no runtime named"
+            self._decide("cluster.workers.gpus", gpus, origin)
+        return WorkersPlan(
+            replicas=asked.replicas,
+            gpus=gpus,
+            cpus=asked.cpus if asked.cpus is not None else pool.cpus,
+            world_size=asked.replicas * max(gpus, 1),
+            device=Device.CUDA if gpus else Device.CPU,
+        )
+
+    def _precision(self, workers: WorkersPlan) -> Precision:
+        asked = self.spec.training.precision
+        if asked is Precision.AUTO:
+            asked = self.runtime.precision
+            if asked is not Precision.AUTO:
+                self._decide("training.precision", asked, f"runtime {self._runtime_name()}")
+        if asked is Precision.AUTO:
+            asked = Precision.BF16 if workers.gpus else Precision.FP32
+            self._decide("training.precision", asked, f"training runs on {workers.device}")
+        if asked is Precision.FP16 and workers.device is Device.CPU:
+            self._refuse("training.precision", "fp16", "needs a GPU; set bf16, fp32 or auto, or cluster.workers.gpus")
+        return asked
+
+    def _zero_stage(self, workers: WorkersPlan) -> int:
+        asked, lora = self.spec.deepspeed, self.spec.tuning.lora
+        stage, reason = asked.zero_stage, ""
+        if stage is None and self.runtime.zero_stage is not None:
+            stage, reason = self.runtime.zero_stage, f"runtime {self._runtime_name()}"
+        elif stage is None and asked.offload.optimizer == "cpu":
+            stage, reason = 2, "optimizer states go to the host's memory"
+        elif stage is None and workers.world_size == 1:
+            stage, reason = 0, "one training process has nothing to split"
+        elif stage is None and lora is not None:
+            stage, reason = 2, "adapters are small; splitting the frozen base would only cost communication"
+        elif stage is None:
+            stage, reason = 3, "all training state is split over the workers"
+        assert stage is not None
+        if reason:
+            self._decide("deepspeed.zeroStage", stage, reason)
+        self._check_stage(stage)
+        return stage
+
+    def _check_stage(self, stage: int) -> None:
+        """What the rules of the spec cannot see: the stage may have come from the runtime."""
+        spec = self.spec
+        if stage == 3 and spec.tuning.lora and spec.tuning.lora.quantization is not Quantization.NONE:
+            self._refuse("deepspeed.zeroStage", stage, "cannot split a quantized base; set it to 2 or less")
+        if stage == 0 and spec.deepspeed.offload.optimizer == "cpu":
+            self._refuse("deepspeed.offload.optimizer", "cpu", "needs zeroStage 1, 2 or 3; set deepspeed.zeroStage")
+
+    def _batch(self, workers: WorkersPlan) -> BatchPlan:
+        total, world = self.spec.training.global_batch_size, workers.world_size
+        per_process, rest = divmod(total, world)
+        if rest:
+            nearest = max(1, round(total / world)) * world
+            self._refuse(
+                "training.globalBatchSize",
+                total,
+                f"must be a multiple of the {world} training processes; set it to {nearest}",
+            )
+            per_process = max(per_process, 1)
+        micro = self.spec.training.micro_batch_size
+        if micro == "auto":
+            micro = self._auto_micro_batch(per_process, workers.device)
+        elif not rest and per_process % micro:
+            self._refuse(
+                "training.microBatchSize",
+                micro,
+                f"must divide the {per_process} sequences that each of {world} training processes has per step; "
+                f"set it to one of {', '.join(map(str, _divisors(per_process)))}",
+            )
+        return BatchPlan(
+            global_batch_size=total,
+            micro_batch_size=micro,
+            gradient_accumulation_steps=max(1, per_process // micro),
+            world_size=world,
+        )
+
+    def _auto_micro_batch(self, per_process: int, device: Device) -> int:
+        assert self.spec.method.sft is not None
+        length, budget = self.spec.method.sft.max_seq_length, _TOKENS_PER_MICRO_BATCH[device]
+        micro = max((d for d in _divisors(per_process) if d * length <= budget), default=1)
+        self._decide(
+            "training.microBatchSize", micro, f"sequences of {length} tokens, about {budget} tokens a pass on {device}"
+        )
+        return micro
+
+    def _optimization(self) -> OptimizationPlan:
+        training = self.spec.training
+        return OptimizationPlan(
+            epochs=training.epochs,
+            max_steps=training.max_steps,
+            learning_rate=self._learning_rate(),
+            adamw=training.optimizer,
+            max_grad_norm=training.max_grad_norm,
+            seed=training.seed,
+            activation_checkpointing=training.activation_checkpointing,
+            log_every_steps=training.log_every_steps,
+        )
+
+    def _learning_rate(self) -> LearningRatePlan:
+        training, model = self.spec.training, self.spec.model
+        peak, reason = None, "auto: follows from the model's size, which its files will tell"
+        if training.learning_rate != "auto":
+            peak, reason = training.learning_rate, "set by the job"
+        else:
+            size = parse_parameters(model.parameters) if model.parameters else parameters_in_name(model.source)
+            if size is not None:
+                peak, reason = auto_learning_rate(size, self.spec.tuning)
+            self._decide("training.learningRate", "auto" if peak is None else f"{peak:g}", reason)
+        return LearningRatePlan(
+            peak=peak,
+            reason=reason,
+            schedule=training.schedule,
+            warmup_fraction=training.warmup_fraction,
+            min_fraction=training.min_learning_rate_fraction,
+        )
+
+    def _deepspeed(self, workers: WorkersPlan, batch: BatchPlan, precision: Precision, stage: int) -> DeepSpeedPlan:
+        asked = self.spec.deepspeed
+        if workers.world_size == 1 and stage == 0 and not asked.config:
+            return DeepSpeedPlan(engine="torch", zero_stage=0, config={})
+        config = deepspeed_config(asked, stage, batch, precision, self.spec.training.max_grad_norm)
+        return DeepSpeedPlan(engine="deepspeed", zero_stage=stage, config=config)
+
+    def _decide(self, field: str, value: object, reason: str) -> None:
+        self.decisions.append(Decision(field=f"spec.{field}", value=str(value), reason=reason))
+
+    def _refuse(self, field: str, value: object, message: str) -> None:
+        self.problems.append(Problem(path=f"spec.{field}", value=str(value), message=message))
+
+    def _runtime_name(self) -> str:
+        return self.spec.runtime_ref.name if self.spec.runtime_ref else "(none)"
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
