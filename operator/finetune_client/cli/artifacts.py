@@ -1,0 +1,100 @@
+"""`finetune export` and `finetune chat`: what one does with a trained model. The trainers do the work."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from finetune_api.failures import INTERRUPTED
+from finetune_client import runner
+from finetune_client.cli.exits import INVALID, OK
+
+__all__ = ["FoundArtifact", "chat", "export", "find_artifact"]
+
+
+@dataclass(frozen=True)
+class FoundArtifact:
+    """A trained model on this machine's disk."""
+
+    folder: Path
+    is_adapter: bool
+
+    @property
+    def option(self) -> list[str]:
+        """How the trainers' command line names it."""
+        return ["--adapter" if self.is_adapter else "--model", str(self.folder)]
+
+
+def find_artifact(folder: Path) -> FoundArtifact:
+    """The artifact in `folder`, which may be a run's folder or the artifact itself. Raises ValueError."""
+    for candidate in (folder / "artifact", folder):
+        if (candidate / "adapter_config.json").is_file():
+            return FoundArtifact(candidate, is_adapter=True)
+        if (candidate / "config.json").is_file():
+            return FoundArtifact(candidate, is_adapter=False)
+    if not folder.exists():
+        raise ValueError(f"{folder} does not exist; name a run's folder, such as runs/my-job/20250101-120000")
+    if (folder / "plan.json").is_file():
+        raise ValueError(f"{folder} is the folder of a run that has written no artifact; see its trainer.log")
+    raise ValueError(f"{folder} holds neither an artifact (adapter_config.json or config.json) nor a run")
+
+
+def export(source: Path, to: Path, merge: bool, dtype: str | None, as_json: bool) -> int:
+    """Write the artifact somewhere else, merged and converted if asked. Returns the exit code."""
+    try:
+        artifact = find_artifact(source)
+        if merge and not artifact.is_adapter:
+            raise ValueError(
+                f"{artifact.folder} is a whole model, there is nothing to merge; leave --merge out"
+            )
+        if to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise ValueError(f"{to} is not empty; name a new folder for --to")
+    except ValueError as error:
+        return _refuse(str(error), as_json)
+    options = ["--to", str(to), *(["--merge"] if merge else []), *(["--dtype", dtype] if dtype else [])]
+    code = _call(["export", *artifact.option, *options], quiet=as_json)
+    if as_json:
+        print(json.dumps({"artifact": to.absolute().as_uri() if code == OK else None, "exitCode": code}))
+    elif code == OK:
+        print(f"Written to {to}")
+    return code
+
+
+def chat(source: Path, prompt: str, compare_base: bool, max_new_tokens: int) -> int:
+    """Let the model answer a prompt, beside the base model if asked. Returns the exit code."""
+    try:
+        artifact = find_artifact(source)
+    except ValueError as error:
+        return _refuse(str(error), as_json=False)
+    options = ["--prompt", prompt, *(["--compare-base"] if compare_base else [])]
+    return _call(["chat", *artifact.option, *options, "--max-new-tokens", str(max_new_tokens)], quiet=False)
+
+
+def _call(arguments: Sequence[str], quiet: bool) -> int:
+    if missing := runner.missing_packages():
+        return _refuse(
+            f"this needs packages that are not installed ({', '.join(missing)}); "
+            "install the trainers extra: pip install 'finetune-operator[trainers]'",
+            as_json=False,
+        )
+    try:
+        stdout = subprocess.DEVNULL if quiet else None
+        code = subprocess.run(
+            [*runner.TRAINERS, *arguments], stdin=subprocess.DEVNULL, stdout=stdout
+        ).returncode
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return INTERRUPTED if code == -signal.SIGINT else max(code, 1) if code < 0 else code
+
+
+def _refuse(message: str, as_json: bool) -> int:
+    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps({"artifact": None, "exitCode": INVALID}))
+    return INVALID

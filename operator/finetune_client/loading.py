@@ -1,0 +1,127 @@
+"""From files to plans: reads manifests, finds each job's runtime, plans, and gathers everything that is wrong.
+
+Called by the CLI's commands; it prints nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetune_api.failures import Problem
+from finetune_api.job import FineTuneJob
+from finetune_api.manifests import LoadedJob, collect_manifests
+from finetune_api.plan import RunPlan
+from finetune_api.problems import InvalidManifest, shorten
+from finetune_api.runtime import FineTuneRuntime
+from finetune_api.uris import Scheme, parse_uri
+from finetune_client.overrides import Override, apply_overrides
+from finetune_operator.planning import plan_run
+
+__all__ = ["Loaded", "PlannedJob", "load", "load_one", "missing_data", "missing_models"]
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A job that can be run, and how it will be."""
+
+    file: str
+    job: FineTuneJob
+    plan: RunPlan
+
+
+@dataclass
+class Loaded:
+    """All jobs of some files, and all that is wrong with them."""
+
+    planned: list[PlannedJob] = field(default_factory=list)
+    runtimes: Mapping[str, FineTuneRuntime] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def load(files: Sequence[Path], runtimes: Sequence[Path] = (), overrides: Sequence[Override] = ()) -> Loaded:
+    """Read and plan every job in `files`. A job's runtime may stand in any of `files` and `runtimes`."""
+    found = collect_manifests(*files, edit=lambda document: apply_overrides(document, overrides))
+    others = collect_manifests(*runtimes) if runtimes else None
+    known = (others.runtimes if others else {}) | found.runtimes
+    loaded = Loaded(runtimes=known, problems=[*found.problems, *(others.problems if others else [])])
+    for job in found.jobs:
+        try:
+            loaded.planned.append(_planned(job, known, complete=not loaded.problems))
+        except InvalidManifest as invalid:
+            loaded.problems += [problem.model_copy(update={"file": job.file}) for problem in invalid.problems]
+    return loaded
+
+
+def load_one(
+    file: Path, name: str | None = None, runtimes: Sequence[Path] = (), overrides: Sequence[Override] = ()
+) -> PlannedJob:
+    """The only job in `file`, or the one called `name`. Raises InvalidManifest."""
+    loaded = load([file], runtimes, overrides)
+    if loaded.problems:
+        raise InvalidManifest(loaded.problems)
+    chosen = [planned for planned in loaded.planned if name in (None, planned.job.metadata.name)]
+    if len(chosen) == 1:
+        return chosen[0]
+    names = ", ".join(planned.job.metadata.name for planned in loaded.planned)
+    if not loaded.planned:
+        message = "holds no FineTuneJob"
+    elif name is None:
+        message = f"holds {len(chosen)} jobs; choose one with --job: {names}"
+    else:
+        message = f"must hold one job called {name}; it holds {names}"
+    raise InvalidManifest([Problem(file=str(file), message=message)])
+
+
+def missing_data(plan: RunPlan) -> list[Problem]:
+    """Data sources on this machine's disk that are not there. Seen at once, before anything heavy is started."""
+    sources = [
+        (f"spec.data.{part}[{index}].source", source.source)
+        for part, listed in (("train", plan.data.train), ("eval", plan.data.eval))
+        for index, source in enumerate(listed)
+    ]
+    return [_not_there(path, uri) for path, uri in sources if not _is_there(uri)]
+
+
+def missing_models(plan: RunPlan) -> list[Problem]:
+    """The model or the tokenizer, when it should be on this machine's disk and is not."""
+    sources = [("spec.model.source", plan.model.source), ("spec.model.tokenizer", plan.model.tokenizer)]
+    return [_not_there(path, uri) for path, uri in sources if uri is not None and not _is_there(uri)]
+
+
+def _planned(loaded: LoadedJob, runtimes: Mapping[str, FineTuneRuntime], complete: bool) -> PlannedJob:
+    reference = loaded.job.spec.runtime_ref
+    if reference is None:
+        return PlannedJob(loaded.file, loaded.job, plan_run(loaded.job))
+    runtime = runtimes.get(reference.name)
+    if runtime is None:
+        raise InvalidManifest([_unknown_runtime(reference.name, runtimes, complete)])
+    return PlannedJob(loaded.file, loaded.job, plan_run(loaded.job, runtime))
+
+
+def _unknown_runtime(name: str, runtimes: Mapping[str, FineTuneRuntime], complete: bool) -> Problem:
+    close = difflib.get_close_matches(name, runtimes, n=1)
+    known = f"known here: {', '.join(sorted(runtimes))}; " if runtimes else ""
+    hint = f"did you mean {close[0]}? " if close else ""
+    # With a broken file about, the runtime may well be in it.
+    cause = "" if complete else "or mend the files above; "
+    return Problem(
+        path="spec.runtimeRef.name",
+        value=shorten(name),
+        message=f"is not the name of a FineTuneRuntime in these files; {hint}{known}{cause}bring it with --runtime FILE",
+    )
+
+
+def _is_there(uri: str) -> bool:
+    parsed = parse_uri(uri)
+    if parsed.scheme is not Scheme.FILE:
+        return True  # what is elsewhere, preparation finds out
+    return Path(parsed.path).exists() or bool(glob.glob(parsed.path, recursive=True))
+
+
+def _not_there(path: str, uri: str) -> Problem:
+    return Problem(path=path, value=json.dumps(uri), message="matches no file on this machine; correct the path")

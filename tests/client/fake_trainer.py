@@ -1,0 +1,148 @@
+"""A trainer that speaks the real protocol and trains nothing: the double of `python -m finetune_trainers`.
+
+It reads plan.json, writes progress.jsonl and outcome.json, and answers SIGINT. What it does at step 3 is chosen by
+the environment variable FAKE_TRAINER; it reaches maxSteps when nothing is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from finetune_api.failures import EXIT_CODES, INTERRUPTED, Failure, FailureClass, Problem
+from finetune_api.plan import RunPlan
+from finetune_api.progress import Artifact, EvalSummary, Outcome, Progress, Result, Stage
+
+STEP_OF_TROUBLE = 3
+
+
+class FakeTrainer:
+    """One run."""
+
+    def __init__(self, plan: RunPlan, workdir: Path, behaviour: str) -> None:
+        self.plan, self.workdir, self.behaviour = plan, workdir, behaviour
+        self.total = plan.optimization.max_steps or 5
+        self.step = 0
+        self.reports = (workdir / "progress.jsonl").open("a", buffering=1)
+
+    def run(self) -> int:
+        print("the fake trainer starts", flush=True)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if self.behaviour == "deaf" else self.interrupted)
+        for stage in (Stage.CHECKING_MODEL, Stage.PREPARING_DATA, Stage.STARTING_WORKERS, Stage.LOADING_MODEL):
+            self.report(stage, f"{stage} as asked")
+        for self.step in range(1, self.total + 1):
+            self.report(Stage.TRAINING)
+            if self.step == STEP_OF_TROUBLE:
+                self.misbehave()
+        self.report(Stage.EVALUATING)
+        self.write_artifact()
+        return 0
+
+    def report(self, stage: Stage, message: str | None = None) -> None:
+        progress = Progress(
+            stage=stage,
+            step=self.step,
+            total_steps=self.total,
+            epoch=self.step / self.total,
+            percent=100 * self.step / self.total,
+            eta_seconds=float(self.total - self.step),
+            tokens_per_second=1234.5,
+            metrics={"loss": 2.0 - 0.1 * self.step, "eval_loss": 2.5},
+            message=message,
+            updated_at=datetime.now(UTC),
+        )
+        self.reports.write(progress.model_dump_json(by_alias=True) + "\n")
+
+    def misbehave(self) -> None:
+        match self.behaviour:
+            case "crash":
+                raise RuntimeError("the fake trainer broke")
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "data-error":
+                self.fail(FailureClass.DATA_ERROR)
+            case "non-finite":
+                self.fail(FailureClass.NON_FINITE_LOSS)
+            case "killed-with-children":
+                start_grandchildren(self.workdir)
+                time.sleep(1.5)  # as a real one, it trains a while before it dies
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "leaves-children":
+                start_grandchildren(self.workdir)
+            case "noise":
+                self.reports.write("this is not a report\n")
+            case "waits" | "deaf":
+                start_grandchildren(self.workdir)
+                self.report(Stage.TRAINING, "waiting")
+                while True:
+                    time.sleep(0.05)
+
+    def fail(self, kind: FailureClass) -> NoReturn:
+        problem = Problem(file="rows.jsonl:17", path="messages", value="[]", message="must hold a message")
+        failure = Failure(failure_class=kind, message="it cannot go on", problems=[problem], step=self.step)
+        self.end(Outcome(result=Result.FAILED, failure=failure, step=self.step))
+        sys.exit(EXIT_CODES[kind])
+
+    def interrupted(self, _signal: int, _frame: FrameType | None) -> None:
+        self.end(Outcome(result=Result.CANCELLED, step=self.step, total_steps=self.total))
+        sys.exit(INTERRUPTED)
+
+    def write_artifact(self) -> None:
+        folder = self.workdir / "artifact"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        outcome = Outcome(
+            result=Result.SUCCEEDED,
+            step=self.total,
+            total_steps=self.total,
+            eval=EvalSummary(loss_before=2.5, loss_after=2.0),
+            artifacts=[Artifact(uri=folder.as_uri(), kind="adapter", digest="b3", bytes=1_500_000)],
+            metrics={"loss": 1.5},
+            seconds={"Training": 3.25, "Exporting": 0.5},
+        )
+        self.end(outcome)
+
+    def end(self, outcome: Outcome) -> None:
+        (self.workdir / "outcome.json").write_text(outcome.model_dump_json(by_alias=True))
+
+
+def start_grandchildren(workdir: Path) -> None:
+    """As Ray does: a process in a session of its own whose parent is gone, and one that is deaf to SIGTERM."""
+    sleeper = "import time; time.sleep(600)"
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    orphan = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {sleeper!r}], start_new_session=True)"
+    started = subprocess.run([sys.executable, "-c", orphan + "; print(p.pid)"], capture_output=True, check=True)
+    stubborn = subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True)
+    (workdir / "children.json").write_text(json.dumps([int(started.stdout), stubborn.pid]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("command", choices=["run", "check", "export", "chat"])
+    parser.add_argument("--plan", type=Path)
+    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--no-ray", action="store_true")
+    arguments, others = parser.parse_known_args()
+    behaviour = os.environ.get("FAKE_TRAINER", "")
+    if arguments.command in ("export", "chat"):
+        print("the fake trainer was asked:", arguments.command, *others)
+        return 0
+    trainer = FakeTrainer(RunPlan.model_validate_json(arguments.plan.read_bytes()), arguments.workdir, behaviour)
+    if arguments.command == "check":
+        if behaviour == "data-error":
+            trainer.fail(FailureClass.DATA_ERROR)
+        return 0
+    return trainer.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
