@@ -1,0 +1,261 @@
+"""What is checked of a model before any worker starts. Called by `models.prepare_model`; nothing here loads weights.
+
+Each fault becomes a Problem: the field of the job, what was found there, and what would be right.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from finetune_api.failures import Problem
+from finetune_api.plan import Device, RunPlan
+from finetune_api.spec import Freeze, Lora, Precision, Quantization
+from finetune_trainers.errors import UserError
+from finetune_trainers.tuning import linear_names, lora_targets, matching
+from finetune_trainers.weights import INDEX, BrokenWeights, WeightFiles
+
+__all__ = ["check_folder", "check_job"]
+
+SOURCE = "spec.model.source"
+
+
+def check_folder(folder: Path, plan: RunPlan) -> tuple[Any, WeightFiles]:
+    """The configuration and the weight files of a model folder. Raises UserError at the first fault."""
+    config = _read_config(folder, plan)
+    return config, _read_weights(folder, plan)
+
+
+def _refused(plan: RunPlan, message: str, path: str = SOURCE, value: str | None = None) -> UserError:
+    problem = Problem(path=path, value=value or plan.model.source, message=message)
+    return UserError(str(problem), [problem])
+
+
+def _read_config(folder: Path, plan: RunPlan) -> Any:
+    if not folder.is_dir():
+        raise _refused(plan, f"{folder.name} is neither a folder in Hugging Face layout nor a GGUF file")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise _refused(
+            plan, f"{folder} has no config.json; name the folder of a model in Hugging Face layout"
+        )
+    try:
+        raw = json.loads(file.read_text())
+        if not isinstance(raw, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise _refused(plan, f"{file} is not JSON: {error}") from error
+    kind = str(raw.get("model_type"))
+    if not plan.model.trust_remote_code and kind not in CONFIG_MAPPING_NAMES:
+        if raw.get("auto_map"):
+            message = f"the model type {kind} is Python code of its repository; read it, then set trustRemoteCode: true"
+            raise _refused(plan, message, "spec.model.trustRemoteCode", "false")
+        raise _refused(plan, f"{file}: transformers knows no model_type {kind}")
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=plan.model.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # a configuration class may raise whatever it likes about its fields
+        raise _refused(plan, f"{file} cannot be used: {_first_line(error)}") from error
+    _check_causal(config, raw, plan)
+    return config
+
+
+def _check_causal(config: Any, raw: dict[str, Any], plan: RunPlan) -> None:
+    architectures = [str(name) for name in raw.get("architectures") or []]
+    if plan.model.trust_remote_code and "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
+        return
+    causal = _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type))
+    if not causal or config.is_encoder_decoder or (architectures and not causal & set(architectures)):
+        found = architectures[0] if architectures else config.model_type
+        raise _refused(
+            plan,
+            f"{found} is not a causal language model; its config.json must name one, such as LlamaForCausalLM",
+        )
+
+
+def _names(entry: Any) -> set[str]:
+    return set() if entry is None else {entry} if isinstance(entry, str) else set(entry)
+
+
+def _read_weights(folder: Path, plan: RunPlan) -> WeightFiles:
+    try:
+        weights = WeightFiles.of(folder)
+    except BrokenWeights as error:
+        raise _refused(plan, str(error)) from error
+    if weights is not None:
+        return weights
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    if shards:
+        raise _refused(plan, f"{folder} has {len(shards)} shards and no {INDEX}; copy the whole model")
+    if next(iter([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]), None) is not None:
+        raise _refused(
+            plan,
+            f"{folder} holds its weights as pickles, which can run code when read; convert them where you trust them:"
+            " AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)",
+        )
+    raise _refused(plan, f"{folder} has no model.safetensors and no {INDEX}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def check_job(
+    plan: RunPlan, model: PreTrainedModel, weights: WeightFiles, tokenizer: PreTrainedTokenizerBase
+) -> list[Problem]:
+    """All that this job asks of this model and cannot have. `model` is on the meta device."""
+    return [
+        *_check_architecture(plan, model),
+        *_check_tensors(plan, model, weights),
+        *_check_vocabulary(plan, model, tokenizer),
+        *_check_length(plan, model),
+        *_check_device(plan),
+        *_check_tuning(plan, model),
+    ]
+
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def _check_architecture(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:
+    """Packed documents must not see one another, which only attention that goes by the boundaries can promise."""
+    name = type(model).__name__
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if model._is_stateful or not kinds <= _KNOWN_LAYERS:
+        message = f"{name} has recurrent or chunked layers, which cannot keep packed documents apart"
+    elif not model._supports_attention_backend:
+        message = f"{name} brings its own attention, which cannot keep packed documents apart"
+    else:
+        return []
+    return [
+        Problem(
+            path=SOURCE,
+            value=plan.model.source,
+            message=f"{message}; use a model with plain causal attention",
+        )
+    ]
+
+
+def _check_tensors(plan: RunPlan, model: PreTrainedModel, weights: WeightFiles) -> list[Problem]:
+    """Every parameter must come from the files: transformers would fill a missing one with random numbers."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    if get_checkpoint_conversion_mapping(model.config.model_type) is not None:
+        return []  # parameters are made of several tensors under other names
+    prefix = f"{model.base_model_prefix}."
+    problems = []
+    names_of: dict[int, list[str]] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+        shapes[id(parameter)] = tuple(parameter.shape)
+    for key, names in names_of.items():
+        stored = [n for name in names for n in (name, name.removeprefix(prefix)) if n in weights.shapes]
+        if not stored:
+            problems.append(f"the tensor {names[0]} is in none of its {len(weights.shards)} weight files")
+        elif weights.shapes[stored[0]] != shapes[key]:
+            sizes = f"{list(weights.shapes[stored[0]])}, and config.json says {list(shapes[key])}"
+            problems.append(f"the tensor {stored[0]} in {weights.shard_of[stored[0]]} has the shape {sizes}")
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return [Problem(path=SOURCE, value=plan.model.source, message=text + more) for text in problems[:1]]
+
+
+def _check_vocabulary(
+    plan: RunPlan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[Problem]:
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest < rows:
+        return []
+    return [
+        Problem(
+            path=SOURCE if plan.model.tokenizer is None else "spec.model.tokenizer",
+            value=plan.model.tokenizer or plan.model.source,
+            message=f"the tokenizer has tokens up to id {highest} and the model has embeddings for {rows};"
+            " name the tokenizer that belongs to the model",
+        )
+    ]
+
+
+def _check_length(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    sft = plan.method.sft
+    if sft is None or positions is None or sft.max_seq_length <= positions:
+        return []
+    message = f"the model has {positions} positions; set at most that"
+    return [Problem(path="spec.method.sft.maxSeqLength", value=str(sft.max_seq_length), message=message)]
+
+
+def _check_device(plan: RunPlan) -> list[Problem]:
+    on_cpu = plan.workers.device is Device.CPU
+    problems = []
+    if on_cpu and plan.precision is Precision.FP16:
+        message = "fp16 needs a GPU; set bf16 or fp32"
+        problems.append(Problem(path="spec.training.precision", value="fp16", message=message))
+    lora = plan.tuning.lora
+    if lora is not None and lora.quantization is not Quantization.NONE:
+        problems += _check_quantization(lora.quantization, on_cpu)
+    return problems
+
+
+def _check_quantization(quantization: Quantization, on_cpu: bool) -> list[Problem]:
+    field = "spec.tuning.lora.quantization"
+    if on_cpu:
+        return [Problem(path=field, value=quantization, message="needs a GPU; set none")]
+    if importlib.util.find_spec("bitsandbytes") is None:
+        message = "needs the package bitsandbytes: pip install 'finetune-operator[quantization]', or set none"
+        return [Problem(path=field, value=quantization, message=message)]
+    return []
+
+
+def _check_tuning(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:
+    if plan.tuning.lora is not None:
+        return _check_lora(plan.tuning.lora, model)
+    if plan.tuning.freeze is not None:
+        return _check_freeze(plan.tuning.freeze, model)
+    return []
+
+
+def _check_lora(lora: Lora, model: PreTrainedModel) -> list[Problem]:
+    kinds = sorted({name.rpartition(".")[2] for name in linear_names(model)})
+    return [
+        Problem(
+            path=f"spec.tuning.lora.targetModules[{index}]",
+            value=pattern,
+            message=f"matches no linear layer of the model; it has {', '.join(kinds)}",
+        )
+        for index, (pattern, names) in enumerate(lora_targets(model, lora.target_modules).items())
+        if not names
+    ]
+
+
+def _check_freeze(freeze: Freeze, model: PreTrainedModel) -> list[Problem]:
+    """Each pattern must match something, and each step of `unfreeze` something that does not learn yet."""
+    problems: list[Problem] = []
+    example = next(name for name, _ in model.named_parameters())
+
+    def check(patterns: list[str], field: str) -> set[str]:
+        for index, pattern in enumerate(patterns):
+            if not matching(model, [pattern]):
+                message = f"matches no parameter of the model; names look like {example}"
+                problems.append(Problem(path=f"{field}[{index}]", value=pattern, message=message))
+        return set(matching(model, patterns))
+
+    learning = check(freeze.train, "spec.tuning.freeze.train")
+    for index, step in sorted(enumerate(freeze.unfreeze), key=lambda item: item[1].at):
+        field = f"spec.tuning.freeze.unfreeze[{index}].layers"
+        names = check(step.layers, field)
+        if names and names <= learning:
+            message = (
+                f"all that these match learns already before {step.at}; remove the step or name other layers"
+            )
+            problems.append(Problem(path=field, value=", ".join(step.layers), message=message))
+        learning |= names
+    return problems

@@ -1,0 +1,95 @@
+"""From a model's URI to files on this machine's disk. Called by `models.prepare_model` on the driver.
+
+hf://org/name           a snapshot in the Hub's own cache (HF_HOME), downloaded when it is not there
+file:///path            a folder or a GGUF file
+pvc://claim/path        the claim mounted under FINETUNE_PVC_ROOT (default /mnt/pvc)
+package://package/path  a file or folder inside an installed package, which is not imported
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from finetune_api.failures import Problem
+from finetune_api.uris import Scheme, Uri, parse_uri
+from finetune_trainers.errors import UserError
+
+__all__ = ["locate_model", "package_folder", "pvc_path"]
+
+_SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+"""What a causal model consists of. Weights of other frameworks and pickles stay where they are."""
+
+
+def locate_model(source: str, field: str, revision: str | None = None, remote_code: bool = False) -> Path:
+    """The folder or file that `source` names. Raises UserError about `field` when there is none."""
+    uri = parse_uri(source)
+    if uri.scheme is Scheme.HF:
+        return _hub_snapshot(uri, source, field, revision, remote_code)
+    if uri.scheme is Scheme.PACKAGE:
+        path = package_folder(uri.authority, source, field) / uri.path
+        where = f"the installed package {uri.authority} has no such file or folder"
+    elif uri.scheme is Scheme.PVC:
+        path = pvc_path(uri)
+        where = (
+            f"nothing is at {path}; mount the claim there, or set FINETUNE_PVC_ROOT to where it is mounted"
+        )
+    elif uri.scheme is Scheme.FILE:
+        path = Path(uri.path)
+        where = "no such file or folder"
+    else:
+        raise _refused(field, source, f"a model cannot be read from {uri.scheme}://")
+    if not path.exists():
+        raise _refused(field, source, where)
+    return path
+
+
+def pvc_path(uri: Uri) -> Path:
+    """Where a pvc:// URI is mounted."""
+    return Path(os.environ.get("FINETUNE_PVC_ROOT", "/mnt/pvc")) / uri.authority / uri.path
+
+
+def package_folder(package: str, source: str, field: str) -> Path:
+    """Folder of an installed package, found without running any of its code."""
+    top, *inner = package.split(".")
+    try:
+        spec = importlib.util.find_spec(top)  # of a top-level name: nothing is imported
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise _refused(field, source, f"the Python package {top} is not installed here; pip install it")
+    return Path(next(iter(spec.submodule_search_locations)), *inner)
+
+
+def _hub_snapshot(uri: Uri, source: str, field: str, revision: str | None, remote_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = "/".join(part for part in (uri.authority, uri.path) if part)
+    patterns = [*_SNAPSHOT_FILES, *(["*.py"] if remote_code else [])]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        message = "the repository is gated; ask for access on its page and set HF_TOKEN to your token"
+    except RevisionNotFoundError:
+        message = f"the repository has no revision {revision}; give a branch, a tag or a whole commit id"
+    except RepositoryNotFoundError:
+        message = "the Hub has no such repository, or it is private: check the name, or set HF_TOKEN"
+    except LocalEntryNotFoundError:
+        at = "" if revision is None else f" at revision {revision}"
+        message = f"the Hub cannot be reached and its cache does not hold this repository{at}"
+    except (HfHubHTTPError, OSError) as error:
+        message = f"the Hub did not give the files: {str(error).splitlines()[0]}"
+    raise _refused(field, source, message)
+
+
+def _refused(field: str, source: str, message: str) -> UserError:
+    problem = Problem(path=field, value=source, message=message)
+    return UserError(str(problem), [problem])

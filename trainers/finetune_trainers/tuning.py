@@ -1,0 +1,133 @@
+"""Which parameters learn: all, LoRA adapters, or those whose names match; and which start to learn later.
+
+Called on every worker between `models.load_model` and `engine.build_engine`. Every rank gets the same new weights,
+whatever its own random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from finetune_api.plan import RunPlan
+from finetune_api.spec import Freeze, Lora, Precision, Quantization
+from finetune_trainers.cpu_bf16 import Float32ProductLinear, use_float32_products
+
+__all__ = [
+    "ALL_LINEAR",
+    "TunedModel",
+    "UnfreezeSchedule",
+    "apply_tuning",
+    "linear_names",
+    "lora_targets",
+    "matching",
+]
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class UnfreezeSchedule:
+    """Progressive unfreezing: (fraction of the steps, names of the parameters that start to learn there), in order."""
+
+    groups: list[tuple[float, list[str]]]
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A model ready for an engine."""
+
+    model: nn.Module
+    trainable: list[str]
+    """Parameters that learn at some time; an optimizer is made for these. A tied parameter has one name."""
+    unfreeze: UnfreezeSchedule | None = None
+    """Those among them that do not learn from the first step."""
+
+
+def apply_tuning(model: nn.Module, plan: RunPlan) -> TunedModel:
+    """Prepare `model` for the plan's tuning, in place where it can be. The patterns have been checked by then."""
+    if plan.tuning.lora is not None:
+        return _add_adapters(model, plan.tuning.lora, plan)
+    if plan.tuning.freeze is not None:
+        return _freeze(model, plan.tuning.freeze)
+    model.requires_grad_(True)
+    return TunedModel(model, [name for name, _ in model.named_parameters()])
+
+
+def matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of parameters that match any pattern, in the model's order.
+
+    A tied parameter is found by each of its names, and given by its first.
+    """
+    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {
+        first_name[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+    return [name for name in first_name.values() if name in found]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Full names of the linear layers, the output head left out."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    ]
+
+
+def lora_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[str]]:
+    """Pattern -> full names of the linear layers that it means.
+
+    A pattern is a layer's full name, or its last parts (`q_proj`, `self_attn.q_proj`), with or without wildcards.
+    """
+    if list(patterns) == [ALL_LINEAR]:
+        return {ALL_LINEAR: linear_names(model)}
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return {
+        pattern: [name for name in layers if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
+        for pattern in patterns
+    }
+
+
+def _add_adapters(model: nn.Module, lora: Lora, plan: RunPlan) -> TunedModel:
+    import peft
+
+    if lora.quantization is not Quantization.NONE:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    targets = sorted({name for names in lora_targets(model, lora.target_modules).values() for name in names})
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+    )
+    # The torch engine updates the adapters themselves, so they are fp32; DeepSpeed makes its own fp32 copies and,
+    # under ZeRO-3, cannot gather parameters of another type than the rest.
+    own_masters = plan.deepspeed.engine == "torch"
+    state = torch.get_rng_state()
+    torch.manual_seed(plan.optimization.seed)
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=own_masters)  # type: ignore[arg-type]
+    torch.set_rng_state(state)
+    if plan.precision is Precision.BF16 and any(isinstance(m, Float32ProductLinear) for m in model.modules()):
+        use_float32_products(adapted)
+    return TunedModel(adapted, [name for name, p in adapted.named_parameters() if p.requires_grad])
+
+
+def _freeze(model: nn.Module, freeze: Freeze) -> TunedModel:
+    start = matching(model, freeze.train)
+    groups: list[tuple[float, list[str]]] = []
+    taken = set(start)
+    for step in sorted(freeze.unfreeze, key=lambda step: step.at):
+        names = [name for name in matching(model, step.layers) if name not in taken]
+        taken.update(names)
+        groups.append((step.at, names))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in taken)
+    trainable = [name for name, _ in model.named_parameters() if name in taken]
+    return TunedModel(model, trainable, UnfreezeSchedule(groups) if groups else None)
