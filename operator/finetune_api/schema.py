@@ -160,12 +160,16 @@ def _field(field: FieldInfo) -> Schema:
 
 
 def _default(field: FieldInfo) -> Any:
-    """What the API server fills in. A nested object gets {} and fills its own fields; None stays absent."""
+    """What the API server fills in; None stays absent.
+
+    A nested object is written in full: the server judges a default by the object's rules before it fills in the
+    defaults of the object's own fields.
+    """
     if field.is_required():
         return None
     value = field.get_default(call_default_factory=True, validated_data={})
-    if isinstance(value, BaseModel):
-        return {}
+    if isinstance(value, Contract):
+        return value.to_document()
     return value.value if isinstance(value, Enum) else value
 
 

@@ -52,6 +52,7 @@ __all__ = [
 MODEL_SCHEMES = (Scheme.HF, Scheme.FILE, Scheme.PVC, Scheme.PACKAGE)
 DATA_SCHEMES = (Scheme.HF, Scheme.FILE, Scheme.PVC, Scheme.PACKAGE)
 OUTPUT_SCHEMES = (Scheme.FILE, Scheme.PVC)
+_URI_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,11 @@ class _UriOf:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"type": "string", "pattern": f"^({'|'.join(self.schemes)})://.+$", "maxLength": 1024}
+        return {"type": "string", "pattern": f"^({'|'.join(self.schemes)})://.+$", "maxLength": _URI_LENGTH}
 
     def _check(self, text: str) -> str:
+        if len(text) > _URI_LENGTH:
+            raise ValueError(f"must have at most {_URI_LENGTH} characters")
         parse_uri(text, self.schemes)
         return text
 
@@ -412,9 +415,10 @@ class Training(Contract):
         exactly_one("epochs", "max_steps"),
         Rule(
             cel="type(self.microBatchSize) == int"
-            " ? self.microBatchSize >= 1 && self.globalBatchSize % self.microBatchSize == 0"
+            " ? self.microBatchSize >= 1 && self.microBatchSize <= 65536"
+            " && self.globalBatchSize % self.microBatchSize == 0"
             " : self.microBatchSize == 'auto'",
-            message="globalBatchSize must be a multiple of microBatchSize, and microBatchSize a whole number from 1 or auto",
+            message="globalBatchSize must be a multiple of microBatchSize, which is a whole number from 1 to 65536, or auto",
             holds=lambda t: t.micro_batch_size == "auto" or t.global_batch_size % t.micro_batch_size == 0,
             field="globalBatchSize",
         ),
