@@ -1,0 +1,201 @@
+"""For every limit that the schema states, an object that breaks just that one.
+
+The schema is walked beside documents that, together, set every field; a field that none of them sets fails
+`test_every_field_is_set_in_an_example`, so that the limits of new fields are tried too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.schema import custom_resource_definitions
+from tests.factories import job_document, runtime_document, with_changes
+
+__all__ = ["EXAMPLES", "Breach", "breaches", "fields_of", "fields_set", "spec_schema"]
+
+_SOURCE = {
+    "source": "hf://org/rows",
+    "split": "train",
+    "revision": "main",
+    "format": "alpaca",
+    "weight": 0.5,
+    "maxRows": 100,
+    "columns": {
+        name: name
+        for name in (
+            "messages",
+            "conversations",
+            "prompt",
+            "completion",
+            "instruction",
+            "input",
+            "output",
+            "system",
+            "text",
+        )
+    },
+}
+
+EXAMPLES = {
+    "job with lora": job_document(
+        {
+            "runtimeRef": {"name": "pool"},
+            "model": {
+                "source": "hf://org/model-8B",
+                "revision": "main",
+                "tokenizer": "hf://org/tokenizer",
+                "chatTemplate": "chatml",
+                "parameters": "8B",
+                "trustRemoteCode": False,
+            },
+            "data": {"train": [_SOURCE], "eval": [_SOURCE]},
+            "method.sft": {"maxSeqLength": 512, "packing": True, "lossOn": "all", "longRows": "drop"},
+            "tuning.lora": {
+                "rank": 8,
+                "alpha": 16,
+                "dropout": 0.1,
+                "targetModules": ["q_proj"],
+                "quantization": "nf4",
+            },
+            "training": {
+                "epochs": 2,
+                "globalBatchSize": 64,
+                "microBatchSize": 4,
+                "learningRate": 2e-4,
+                "schedule": "linear",
+                "warmupFraction": 0.1,
+                "minLearningRateFraction": 0.1,
+                "optimizer": {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weightDecay": 0.1},
+                "maxGradNorm": 1.0,
+                "precision": "bf16",
+                "seed": 1,
+                "activationCheckpointing": True,
+                "logEverySteps": 10,
+                "evalEverySteps": 100,
+                "earlyStopping": {"patience": 2, "minDelta": 0.01},
+                "generation": {"maxRows": 8, "maxNewTokens": 64},
+            },
+            "deepspeed": {
+                "zeroStage": 2,
+                "offload": {"optimizer": "cpu", "parameters": "none"},
+                "config": {"a": {"b": 1}},
+            },
+            "cluster.workers": {"replicas": 2, "gpus": 1, "cpus": 4},
+            "outputs": [{"to": "file:///models/out", "merge": True}],
+            "tracking": {
+                "tensorboard": {},
+                "wandb": {"project": "p", "entity": "e", "mode": "offline"},
+                "mlflow": {"experiment": "e", "trackingUri": "http://mlflow:5000"},
+            },
+        }
+    ),
+    "job with freeze": job_document(
+        {
+            "tuning": {
+                "freeze": {"train": ["lm_head.*"], "unfreeze": [{"at": 0.5, "layers": ["model.layers.2?.*"]}]}
+            },
+            "training": {"maxSteps": 100},
+        }
+    ),
+    "job with full": job_document({"tuning": {"full": {}}}),
+    "runtime": runtime_document(
+        {
+            "description": "eight GPUs a node",
+            "workers": {"gpus": 8, "cpus": 96, "maxReplicas": 4},
+            "storage": "pvc://claim/runs",
+            "precision": "bf16",
+            "zeroStage": 2,
+        }
+    ),
+}
+"""Valid documents that together set every field of both kinds."""
+
+
+@dataclass(frozen=True)
+class Breach:
+    """`document` has a value at `path` (server's spelling) that breaks the schema's `limit`."""
+
+    path: str
+    limit: str
+    document: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.limit}"
+
+
+def spec_schema(kind: str) -> dict[str, Any]:
+    """The generated schema of `spec` of FineTuneJob or FineTuneRuntime."""
+    crds = custom_resource_definitions().values()
+    version = next(crd["spec"]["versions"][0] for crd in crds if crd["spec"]["names"]["kind"] == kind)
+    schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    return schema
+
+
+def breaches() -> Iterator[Breach]:
+    """One for each limit of each field, in the first example that sets the field."""
+    seen = set()
+    for document in EXAMPLES.values():
+        for path, schema, value in fields_set(spec_schema(document["kind"]), document["spec"], "spec"):
+            for limit, broken in _broken_values(schema, value):
+                if (document["kind"], path, limit) not in seen:
+                    seen.add((document["kind"], path, limit))
+                    yield Breach(_in_brackets(path), limit, with_changes(document, {path: broken}))
+
+
+def fields_of(schema: dict[str, Any], path: str) -> Iterator[str]:
+    """The dotted path of every field below `schema`; a list has the one item 0."""
+    yield path
+    for name, child in schema.get("properties", {}).items():
+        yield from fields_of(child, f"{path}.{name}")
+    if "items" in schema:
+        yield from fields_of(schema["items"], f"{path}.0")
+
+
+def fields_set(schema: dict[str, Any], value: Any, path: str) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Every field that `value` sets, with its schema and its value there."""
+    yield path, schema, value
+    for name, child in schema.get("properties", {}).items():
+        if name in value:
+            yield from fields_set(child, value[name], f"{path}.{name}")
+    if "items" in schema and value:
+        yield from fields_set(schema["items"], value[0], f"{path}.0")
+
+
+def _broken_values(schema: dict[str, Any], value: Any) -> Iterator[tuple[str, Any]]:
+    """Each limit of `schema` with a value that breaks it and, if possible, no other."""
+    if "type" in schema:
+        yield (
+            "type",
+            {"object": "text", "array": {}, "boolean": "yes", "string": 7}.get(schema["type"], "text"),
+        )
+    if schema.get("properties"):
+        yield "known fields", value | {"noSuchField": 1}
+    for required in schema.get("required", ()):
+        yield f"required {required}", {key: child for key, child in value.items() if key != required}
+    if "enum" in schema:
+        yield "enum", "no-such-choice"
+    if "pattern" in schema:
+        yield "pattern", "?!"
+    if "minimum" in schema:
+        yield "minimum", schema["minimum"] if schema.get("exclusiveMinimum") else schema["minimum"] - 1
+    if "maximum" in schema:
+        yield "maximum", schema["maximum"] if schema.get("exclusiveMaximum") else schema["maximum"] + 1
+    if "minLength" in schema:
+        yield "minLength", ""
+    if "maxLength" in schema:
+        yield "maxLength", value + "a" * (schema["maxLength"] + 1 - len(value))
+    if "minItems" in schema:
+        yield "minItems", []
+    if "maxItems" in schema:
+        yield "maxItems", [copy.deepcopy(value[0]) for _ in range(schema["maxItems"] + 1)]
+
+
+def _in_brackets(path: str) -> str:
+    """`spec.data.train.0.weight` as the server writes it: `spec.data.train[0].weight`."""
+    text = ""
+    for step in path.split("."):
+        text += f"[{step}]" if step.isdigit() else f".{step}"
+    return text.removeprefix(".")

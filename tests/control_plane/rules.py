@@ -1,0 +1,204 @@
+"""Every cross-field rule of the contract with an object that breaks it: the table behind "one verdict".
+
+A rule that is added to a model without a row here fails `test_every_rule_has_a_row`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from finetune_api.base import Contract, Rule
+from finetune_api.job import FineTuneJob
+from finetune_api.runtime import FineTuneRuntime
+from tests.factories import ABSENT
+
+__all__ = ["RULE_ROWS", "UPDATE_ROWS", "RuleRow", "UpdateRow", "rules_of_the_contract"]
+
+
+@dataclass(frozen=True)
+class RuleRow:
+    """Changes to the default job that break one rule.
+
+    `owner` is the model that states it, `path` the field that both judges name.
+    """
+
+    owner: str
+    message: str
+    path: str
+    changes: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.owner}: {', '.join(self.changes)}"
+
+
+@dataclass(frozen=True)
+class UpdateRow:
+    """A merge patch of the spec of a stored job (the default one with `before`) that breaks one rule."""
+
+    owner: str
+    message: str
+    path: str
+    change: Mapping[str, Any]
+    before: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.path} by {dict(self.change)}"
+
+
+def rules_of_the_contract() -> Iterator[tuple[str, Rule]]:
+    """Each rule of each model that a FineTuneJob or FineTuneRuntime is made of, with the model's name."""
+    waiting, seen = [FineTuneJob, FineTuneRuntime], set[type[Contract]]()
+    while waiting:
+        model = waiting.pop()
+        if model in seen:
+            continue
+        seen.add(model)
+        yield from ((model.__name__, rule) for rule in model.rules)
+        waiting += [child for info in model.model_fields.values() for child in _models_in(info.annotation)]
+
+
+def _models_in(annotation: Any) -> Iterator[type[Contract]]:
+    if isinstance(annotation, type) and not get_args(annotation):
+        if issubclass(annotation, Contract):
+            yield annotation
+        return
+    for part in get_args(annotation):
+        yield from _models_in(part)
+
+
+_EXACTLY_ONE_TUNING = "set exactly one of: full, lora, freeze"
+_EPOCHS_OR_STEPS = "set exactly one of: epochs, maxSteps"
+_MICRO_BATCH = (
+    "globalBatchSize must be a multiple of microBatchSize, which is a whole number from 1 to 65536, or auto"
+)
+_BATCH = "training.globalBatchSize must be a multiple of microBatchSize × workers.replicas × workers.gpus"
+_NO_EVAL = "evaluation is asked for and data.eval is empty; add a source to data.eval"
+_FILE = "file:///data/rows.jsonl"
+
+RULE_ROWS = [
+    RuleRow(
+        "Model",
+        "revision is only for an hf:// source; remove it",
+        "spec.model.revision",
+        {"model": {"source": "file:///models/m", "revision": "main"}},
+    ),
+    RuleRow(
+        "DataSource",
+        "split is only for an hf:// source; name the file instead",
+        "spec.data.train[0].split",
+        {"data.train": [{"source": _FILE, "split": "train"}]},
+    ),
+    RuleRow(
+        "DataSource",
+        "revision is only for an hf:// source; remove it",
+        "spec.data.eval[1].revision",
+        {"data.eval": [{"source": _FILE}, {"source": _FILE, "revision": "main"}]},
+    ),
+    RuleRow("Method", "set exactly one of: sft", "spec.method", {"method": {}}),
+    RuleRow("Tuning", _EXACTLY_ONE_TUNING, "spec.tuning", {"tuning": {}}),
+    RuleRow("Tuning", _EXACTLY_ONE_TUNING, "spec.tuning", {"tuning": {"full": {}, "lora": {}}}),
+    RuleRow(
+        "Lora",
+        "all-linear stands alone; remove the other names or all-linear",
+        "spec.tuning.lora.targetModules",
+        {"tuning.lora.targetModules": ["all-linear", "q_proj"]},
+    ),
+    RuleRow(
+        "Freeze",
+        "two steps of unfreeze have the same `at`; join them",
+        "spec.tuning.freeze.unfreeze",
+        {
+            "tuning": {
+                "freeze": {
+                    "train": ["a"],
+                    "unfreeze": [{"at": 0.5, "layers": ["b"]}, {"at": 0.5, "layers": ["c"]}],
+                }
+            }
+        },
+    ),
+    RuleRow("Training", _EPOCHS_OR_STEPS, "spec.training", {"training.epochs": ABSENT}),
+    RuleRow("Training", _EPOCHS_OR_STEPS, "spec.training", {"training.maxSteps": 10}),
+    RuleRow("Training", _MICRO_BATCH, "spec.training.globalBatchSize", {"training.microBatchSize": 5}),
+    RuleRow(
+        "DeepSpeed",
+        "offload.optimizer needs zeroStage 1, 2 or 3",
+        "spec.deepspeed.offload",
+        {"deepspeed": {"zeroStage": 0, "offload": {"optimizer": "cpu"}}},
+    ),
+    RuleRow(
+        "DeepSpeed",
+        "offload.parameters needs zeroStage 3",
+        "spec.deepspeed.offload",
+        {"deepspeed": {"zeroStage": 2, "offload": {"parameters": "cpu"}}},
+    ),
+    RuleRow(
+        "DeepSpeed",
+        "offload.parameters needs zeroStage 3",
+        "spec.deepspeed.offload",
+        {"deepspeed": {"offload": {"parameters": "cpu"}}},
+    ),
+    RuleRow(
+        "FineTuneJobSpec",
+        _BATCH,
+        "spec.training.globalBatchSize",
+        {"training.microBatchSize": 4, "cluster.workers": {"replicas": 2, "gpus": 8}},
+    ),
+    RuleRow(
+        "FineTuneJobSpec",
+        _BATCH,
+        "spec.training.globalBatchSize",
+        {"training.microBatchSize": 4, "cluster.workers": {"replicas": 3, "gpus": 0}},
+    ),
+    RuleRow(
+        "FineTuneJobSpec",
+        "a quantized base cannot be split by zeroStage 3; set deepspeed.zeroStage to 2 or less",
+        "spec.deepspeed.zeroStage",
+        {"tuning.lora.quantization": "nf4", "deepspeed.zeroStage": 3},
+    ),
+    RuleRow(
+        "FineTuneJobSpec",
+        "merge is only for tuning.lora; remove it from outputs",
+        "spec.outputs",
+        {"tuning": {"full": {}}, "outputs": [{"to": "file:///out"}, {"to": "pvc://c/out", "merge": True}]},
+    ),
+    *(
+        RuleRow("FineTuneJobSpec", _NO_EVAL, "spec.data.eval", {"data.eval": [], f"training.{asks}": value})
+        for asks, value in (("evalEverySteps", 10), ("earlyStopping", {}), ("generation", {}))
+    ),
+]
+
+_ADD_OR_REMOVE = "spec.runtimeRef cannot be added or removed; create another job"
+
+UPDATE_ROWS = [
+    *(
+        UpdateRow(
+            "FineTuneJobSpec",
+            f"spec.{block} cannot be changed; create another job",
+            f"spec.{block}",
+            {block: change},
+        )
+        for block, change in {
+            "model": {"source": "hf://org/other"},
+            "data": {"eval": [{"source": _FILE}]},
+            "method": {"sft": {"packing": False}},
+            "tuning": {"lora": {"rank": 8}},
+        }.items()
+    ),
+    UpdateRow("FineTuneJobSpec", _ADD_OR_REMOVE, "spec.runtimeRef", {"runtimeRef": {"name": "pool"}}),
+    UpdateRow(
+        "FineTuneJobSpec",
+        _ADD_OR_REMOVE,
+        "spec.runtimeRef",
+        {"runtimeRef": None},
+        {"runtimeRef.name": "pool"},
+    ),
+    UpdateRow(
+        "RuntimeRef",
+        "runtimeRef.name cannot be changed; create another job",
+        "spec.runtimeRef",
+        {"runtimeRef": {"name": "other"}},
+        {"runtimeRef.name": "pool"},
+    ),
+]

@@ -1,0 +1,60 @@
+"""Every sample is what the API server takes, and it fills in the defaults that the models have."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_api.job import FineTuneJob
+from finetune_api.manifests import read_documents
+from finetune_api.runtime import FineTuneRuntime
+from tests.control_plane.conftest import JOBS, ROOT, RUNTIMES
+from tests.factories import job_document, runtime_document
+
+pytestmark = pytest.mark.control_plane
+
+SAMPLES = ROOT / "manifests" / "samples"
+OF_KIND = {"FineTuneJob": (JOBS, FineTuneJob), "FineTuneRuntime": (RUNTIMES, FineTuneRuntime)}
+
+
+def _documents():
+    for file in sorted(SAMPLES.rglob("*.yaml")):
+        for number, document in enumerate(read_documents(file.read_text(encoding="utf-8"), file.name)):
+            yield pytest.param(document, id=f"{file.relative_to(SAMPLES)}:{number}")
+
+
+def test_there_are_samples():
+    assert list(_documents()), f"no YAML below {SAMPLES}"
+
+
+@pytest.mark.parametrize("document", list(_documents()))
+def test_a_sample_is_accepted_with_the_defaults_that_the_models_have(api, document):
+    _expect_the_same_defaults(api, document)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        job_document(),
+        job_document({"tuning": {"freeze": {"train": ["lm_head.*"]}}, "tracking.wandb": {"project": "p"}}),
+        job_document({"tuning": {"full": {}}, "training.earlyStopping": {}, "training.generation": {}}),
+        job_document({"training.optimizer": {"beta1": 0.8}, "deepspeed.offload": {}, "cluster": {}}),
+        runtime_document(),
+        runtime_document({"workers.gpus": 8}),
+    ],
+    ids=[
+        "small job",
+        "freeze and wandb",
+        "full and early stopping",
+        "half-filled blocks",
+        "runtime",
+        "gpu runtime",
+    ],
+)
+def test_the_server_fills_in_the_defaults_that_the_models_have(api, document):
+    _expect_the_same_defaults(api, document)
+
+
+def _expect_the_same_defaults(api, document):
+    path, model = OF_KIND[document["kind"]]
+    filled_in = api.create(f"{path}?dryRun=All&fieldValidation=Strict", document)["spec"]
+    assert filled_in == model.model_validate(document).to_document()["spec"]
