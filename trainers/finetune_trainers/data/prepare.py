@@ -1,0 +1,252 @@
+"""All data of a run, tokenized and packed into the cache before any worker starts. Called by the launcher and
+`check`.
+
+Every row of every source is read before anything is refused, so that one message lists what has to be mended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api.plan import RunPlan
+from finetune_api.spec import DataSource, Sft
+from finetune_trainers.data.cache import SourceManifest, SourceWriter, cache_key, read_manifest
+from finetune_trainers.data.encoding import load_encoding
+from finetune_trainers.data.faults import Faults, RowError
+from finetune_trainers.data.formats import Item, RowFormat, choose_format
+from finetune_trainers.data.limits import Limits
+from finetune_trainers.data.order import sequences_per_epoch_of
+from finetune_trainers.data.packing import one_row_each, pack
+from finetune_trainers.data.prompts import EvalPrompt, eval_prompts
+from finetune_trainers.data.readers import Chunk, read_chunks
+from finetune_trainers.data.sources import DataFiles, find_files
+from finetune_trainers.data.tokenize import RowTokenizer
+from finetune_trainers.errors import DataError
+from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedSource
+
+__all__ = ["EvalPrompt", "eval_prompts", "prepare_data"]
+
+OnProgress = Callable[[float, str], None]
+"""Told how far preparation is, in percent, and what it is doing, in a sentence."""
+
+
+def prepare_data(plan: RunPlan, model: PreparedModel, cache: Path, on_progress: OnProgress) -> PreparedData:
+    """Tokenize and pack every source of `plan` into `cache`, or find it there.
+
+    Raises DataError with all that is wrong with files and rows (the first 20 listed), UserError when the
+    model cannot be trained on such data at all.
+    """
+    return _Preparation(plan, model, cache, on_progress).run()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One source of the job and where it stands in it."""
+
+    path: str
+    """spec.data.train[0]"""
+    source: DataSource
+    files: DataFiles
+
+
+class _Preparation:
+    def __init__(self, plan: RunPlan, model: PreparedModel, cache: Path, on_progress: OnProgress) -> None:
+        assert plan.method.sft is not None, "the plan has one method, and this is the only one yet"
+        self.plan = plan
+        self.sft: Sft = plan.method.sft
+        self.seed = plan.optimization.seed
+        self.encoding = load_encoding(plan, model)
+        self.fingerprint = self.encoding.fingerprint
+        self.cache = cache
+        self.on_progress = on_progress
+        self.faults = Faults()
+        self.bytes_done = 0
+        self.bytes_total = 1
+
+    def run(self) -> PreparedData:
+        data = self.plan.data
+        train = [self._find(f"spec.data.train[{index}]", source) for index, source in enumerate(data.train)]
+        eval_ = [self._find(f"spec.data.eval[{index}]", source) for index, source in enumerate(data.eval)]
+        found = [place for place in (*train, *eval_) if place]
+        self.bytes_total = max(sum(place.files.num_bytes for place in found), 1)
+        prepared = {place.path: self._prepare(place) for place in found}
+        for place in train:
+            source = prepared[place.path] if place else None
+            if place and source and sequences_per_epoch_of(source) == 0:
+                message = f"takes none of the source's {source.num_sequences} sequences; raise it"
+                self.faults.add(message, path=f"{place.path}.weight", value=str(source.weight))
+        self.faults.raise_if_any()
+
+        def of(places: list[_Place | None]) -> list[PreparedSource]:
+            return [source for place in places if place and (source := prepared[place.path])]
+
+        return PreparedData(train=of(train), eval=of(eval_))
+
+    def _find(self, path: str, source: DataSource) -> _Place | None:
+        try:
+            return _Place(path, source, find_files(source, path))
+        except DataError as error:
+            for problem in error.problems:
+                self.faults.add(problem.message, file=problem.file, path=problem.path, value=problem.value)
+            return None
+
+    def _prepare(self, place: _Place) -> PreparedSource | None:
+        """One source, from the cache or made now; None when it has faults."""
+        folder = self.cache / "data" / self._key(place)
+        manifest = read_manifest(folder)
+        from_cache = manifest is not None
+        if manifest is None:
+            manifest = self._make(place, folder)
+        self.bytes_done += place.files.num_bytes
+        if manifest is None:
+            return None
+        how = "from the cache" if from_cache else "tokenized"
+        notes = "".join(f"; {note}" for note in manifest.notes)
+        self._report(0.0, f"{place.source.source}: {manifest.num_rows} rows {how}{notes}")
+        figures = manifest.model_dump(exclude={"version", "notes", "files"})
+        return PreparedSource(
+            folder=str(folder),
+            source=place.source.source,
+            weight=place.source.weight,
+            from_cache=from_cache,
+            **figures,
+        )
+
+    def _key(self, place: _Place) -> str:
+        source = place.source
+        facts: dict[str, Any] = {
+            "encoding": self.fingerprint,
+            "method": self.sft.to_document(),
+            "seed": self.seed,
+            "kind": place.files.kind,
+            "split": place.files.hub.split if place.files.hub else None,
+            "format": source.format,
+            "columns": source.columns.to_document() if source.columns else None,
+            "max_rows": source.max_rows,
+        }
+        return cache_key(place.files.files, facts)
+
+    def _make(self, place: _Place, folder: Path) -> SourceManifest | None:
+        """Read, tokenize and pack one source into `folder`; None, with faults added, when that cannot be."""
+        faults_before = self.faults.num_found
+        rows = _SourceRows(place, self.cache, self.faults)
+        try:
+            form = rows.format()
+        except RowError as fault:
+            self.faults.add(
+                fault.message, file=rows.first_place, path=_join(place.path, fault.path), value=fault.value
+            )
+            return None
+        if form is None:
+            if self.faults.num_found == faults_before:
+                self.faults.add("has no rows", path=f"{place.path}.source", value=place.source.source)
+            return None
+        tokenizer = RowTokenizer(
+            self.encoding.tokenizer,
+            self.encoding.renderer(form.format),
+            eos_id=self.encoding.eos_id,
+            stop_ids=frozenset(self.encoding.stop_tokens.values()),
+            loss_on=self.sft.loss_on,
+        )
+        limits = Limits(self.sft, form.format, self.faults)
+        with SourceWriter(folder) as writer:
+            for (chunk, indices), encoded in tokenizer.encode_all(rows.items()):
+                writer.append(*limits.apply(chunk, indices, encoded))
+                self._report(chunk.share * place.files.num_bytes, f"tokenizing {place.source.source}")
+            if self.faults.num_found > faults_before:
+                return None
+            lengths = writer.lengths
+            if len(lengths) == 0:
+                self.faults.add(
+                    f"has no row that fits into maxSeqLength {self.sft.max_seq_length}; raise it",
+                    path=f"{place.path}.source",
+                    value=place.source.source,
+                )
+                return None
+            bins = (
+                pack(lengths, self.sft.max_seq_length, self.seed)
+                if self.sft.packing
+                else one_row_each(len(lengths))
+            )
+            return writer.publish(
+                bins,
+                capacity=self.sft.max_seq_length,
+                num_rows=limits.num_kept,
+                num_rows_dropped=limits.num_dropped,
+                notes=_notes(tokenizer, limits),
+            )
+
+    def _report(self, bytes_of_source: float, message: str) -> None:
+        self.on_progress(min(100.0 * (self.bytes_done + bytes_of_source) / self.bytes_total, 100.0), message)
+
+
+class _SourceRows:
+    """The rows of one source as conversations or documents; the others become faults."""
+
+    def __init__(self, place: _Place, cache: Path, faults: Faults) -> None:
+        self._source = place.source
+        self._faults = faults
+        self._chunks = self._limited(read_chunks(place.files, place.path, cache / "datasets", faults))
+        self._first: Chunk | None = None
+        self._format: RowFormat | None = None
+        self.first_place: str | None = None
+        """Where the row stands that the format was read from."""
+
+    def format(self) -> RowFormat | None:
+        """The source's format by its first row, None when there are no rows. Raises RowError."""
+        self._first = next(self._chunks, None)
+        if self._first is None:
+            return None
+        # A first row that is no object is a fault of its own, and tells nothing about the others.
+        index = next((i for i, row in enumerate(self._first.rows) if isinstance(row, dict)), 0)
+        self.first_place = self._first.place(index)
+        self._format = choose_format(self._source, self._first.rows[index])
+        return self._format
+
+    def items(self) -> Iterator[tuple[tuple[Chunk, list[int]], list[Item]]]:
+        """((chunk, indices in it), rows in order)."""
+        assert self._format is not None, "format() comes first"
+        chunk: Chunk | None = self._first
+        while chunk is not None:
+            indices: list[int] = []
+            items: list[Item] = []
+            for index, row in enumerate(chunk.rows):
+                try:
+                    items.append(self._format.read(row))
+                    indices.append(index)
+                except RowError as fault:
+                    self._faults.add_row(chunk.place(index), fault)
+            yield (chunk, indices), items
+            chunk = next(self._chunks, None)
+
+    def _limited(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        left = self._source.max_rows
+        for chunk in chunks:
+            if left is None:
+                yield chunk
+                continue
+            yield Chunk(chunk.file, chunk.numbers[:left], chunk.rows[:left], chunk.share)
+            left -= len(chunk.rows)
+            if left <= 0:
+                return
+
+
+def _notes(tokenizer: RowTokenizer, limits: Limits) -> list[str]:
+    notes = []
+    if tokenizer.num_stops_added:
+        notes.append(
+            f"the template ends {tokenizer.num_stops_added} answers without a stop token: an end-of-sequence "
+            "token was appended"
+        )
+    if limits.num_truncated:
+        notes.append(f"{limits.num_truncated} rows truncated")
+    if limits.num_dropped:
+        notes.append(f"{limits.num_dropped} rows dropped as too long")
+    return notes
+
+
+def _join(path: str, below: str | None) -> str:
+    return f"{path}.{below}" if below else path
