@@ -176,8 +176,10 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<: *name` is no key; the keys that it brings yield to those that stand here
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str) and key_node.tag != "tag:yaml.org,2002:merge":
+            if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is not text; put it in quotes", key_node.start_mark
                 )

