@@ -36,18 +36,22 @@ RESERVED_KEYS: dict[str, str] = {
     "steps_per_print": "training.logEverySteps",
 }
 
+_BLOCKS = {key[:place] for key in RESERVED_KEYS for place, letter in enumerate(key) if letter == "."}
+"""Mappings that hold a reserved key: anything else in their place would take the key away."""
+
 
 def reserved_key_problems(config: Mapping[str, Any]) -> list[Problem]:
-    """One Problem for each reserved key in the user's `config`."""
-    return [
-        Problem(
-            path=f"spec.deepspeed.config.{key}",
-            value=shorten(value),
-            message=f"is set by this job; remove it and set spec.{RESERVED_KEYS[key]}",
-        )
-        for key, value in _walk(config, "")
-        if key in RESERVED_KEYS
-    ]
+    """One Problem for each key in the user's `config` that is reserved or would displace one that is."""
+    problems = []
+    for key, value in _walk(config, ""):
+        if key in RESERVED_KEYS:
+            message = f"is set by this job; remove it and set spec.{RESERVED_KEYS[key]}"
+        elif key in _BLOCKS and not isinstance(value, Mapping):
+            message = "must be a mapping of keys to values; this job sets others beside yours"
+        else:
+            continue
+        problems.append(Problem(path=f"spec.deepspeed.config.{key}", value=shorten(value), message=message))
+    return problems
 
 
 def deepspeed_config(
