@@ -79,8 +79,10 @@ def read_documents(text: str, file: str) -> list[Any]:
         where = f"{file}:{mark.line + 1}" if mark else file
         message = f"is not valid YAML: {error.problem or error.context}"
         raise InvalidManifest([Problem(file=where, message=message)]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number with thousands of digits
         raise InvalidManifest([Problem(file=file, message=f"is not valid YAML: {error}")]) from None
+    except RecursionError:
+        raise InvalidManifest([Problem(file=file, message="is nested too deeply")]) from None
 
 
 def _files(path: Path, problems: list[Problem]) -> Sequence[Path]:

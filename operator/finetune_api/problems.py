@@ -59,7 +59,12 @@ def validate_document(model: type[_Model], document: object, file: str | None = 
     Raises InvalidManifest with one Problem for each fault.
     """
     try:
-        return model.model_validate_json(json.dumps(document, default=str), strict=True)
+        text = json.dumps(document, default=str)
+    except (ValueError, RecursionError):  # a YAML alias can make a mapping its own member
+        raise InvalidManifest([Problem(file=file, message="is nested too deeply, or contains itself")]) from None
+    try:
+        # The snake_case names are Python's own: a cluster knows only the camelCase ones.
+        return model.model_validate_json(text, strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
         raise InvalidManifest(problems_of(error, model, file)) from None
 
@@ -129,7 +134,7 @@ def _unknown_field(name: str, owner: type[BaseModel] | None) -> str:
     known = [field.alias or key for key, field in owner.model_fields.items()]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    return f"is not a known field; {hint}known here: {', '.join(known)}"
+    return f"is not a known field; {hint}known here: {', '.join(known) or 'none'}"
 
 
 def _model_at(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel] | None:

@@ -49,7 +49,7 @@ class ProcessTree:
         for process in sorted(self.survivors(), key=lambda process: process.pid != self._root):
             _ignoring_the_gone(process.kill)
 
-    def clean_up(self, leave_seconds: float = 5.0, terminate_seconds: float = 5.0) -> int:
+    def clean_up(self, leave_seconds: float = 3.0, terminate_seconds: float = 3.0) -> int:
         """Give what the trainer left behind time to go, then SIGTERM, then SIGKILL. Returns how many had to be told.
 
         Call it when the trainer itself has ended.

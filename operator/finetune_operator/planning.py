@@ -20,7 +20,7 @@ from finetune_api.plan import (
     RunPlan,
     WorkersPlan,
 )
-from finetune_api.problems import InvalidManifest
+from finetune_api.problems import InvalidManifest, shorten
 from finetune_api.runtime import FineTuneRuntime, FineTuneRuntimeSpec
 from finetune_api.spec import FineTuneJobSpec, Precision, Quantization
 
@@ -228,7 +228,7 @@ class _Planner:
         self.decisions.append(Decision(field=f"spec.{field}", value=str(value), reason=reason))
 
     def _refuse(self, field: str, value: object, message: str) -> None:
-        self.problems.append(Problem(path=f"spec.{field}", value=str(value), message=message))
+        self.problems.append(Problem(path=f"spec.{field}", value=shorten(value), message=message))
 
     def _runtime_name(self) -> str:
         return self.spec.runtime_ref.name if self.spec.runtime_ref else "(none)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 import yaml
 from finetune_client import runner
 from finetune_client.cli.app import app
+from tests.factories import job_document, with_changes
 from typer.testing import CliRunner
 
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
@@ -29,24 +29,16 @@ runner.TRAINERS = [sys.executable, {trainer!r}]
 runner.NEEDED_PACKAGES = ()
 main()
 """
-JOB: dict[str, Any] = {
-    "apiVersion": "finetune-operator.io/v1alpha1",
-    "kind": "FineTuneJob",
-    "metadata": {"name": "tiny"},
-    "spec": {
-        "model": {"source": "hf://org/tiny-8B"},
-        "data": {
-            "train": [{"source": "hf://org/rows"}],
-            "eval": [{"source": "hf://org/rows", "split": "test"}],
-        },
-        "method": {"sft": {"maxSeqLength": 128}},
-        "tuning": {"lora": {"rank": 8}},
+JOB = job_document(
+    {
+        "model.source": "hf://org/tiny-8B",
+        "data.train": [{"source": "hf://org/rows"}],
+        "data.eval": [{"source": "hf://org/rows", "split": "test"}],
         "training": {"maxSteps": 5, "globalBatchSize": 8},
     },
-}
-
-REMOVED = object()
-"""As an edit: the field is left out."""
+    name="tiny",
+)
+"""A job whose sources need not be on this machine; the fake trainer reads none."""
 
 
 @dataclass(frozen=True)
@@ -66,28 +58,13 @@ Finetune = Callable[..., Finished]
 WriteJob = Callable[..., Path]
 
 
-def edited(edits: dict[str, Any], document: dict[str, Any] = JOB) -> dict[str, Any]:
-    """The complete job with some fields replaced, by dotted path from the root: spec.training.epochs."""
-    changed = copy.deepcopy(document)
-    for path, value in edits.items():
-        *parents, last = (int(step) if step.isdigit() else step for step in path.split("."))
-        node: Any = changed
-        for step in parents:
-            node = node[step] if isinstance(node, list) else node.setdefault(step, {})
-        if value is REMOVED:
-            del node[last]
-        else:
-            node[last] = value
-    return changed
-
-
 @pytest.fixture
 def write_job(tmp_path: Path) -> WriteJob:
-    """Writes the complete job, with edits, to a file."""
+    """Writes the job, with changes by dotted path from its root, to a file."""
 
-    def write(edits: dict[str, Any] | None = None, name: str = "job.yaml") -> Path:
+    def write(changes: dict[str, Any] | None = None, name: str = "job.yaml") -> Path:
         file = tmp_path / name
-        file.write_text(yaml.safe_dump(edited(edits or {}), sort_keys=False))
+        file.write_text(yaml.safe_dump(with_changes(JOB, changes or {}), sort_keys=False))
         return file
 
     return write
@@ -152,8 +129,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
     yield begin
     for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
+        if one.process.poll() is None:  # the test failed on the way
+            for process in [*psutil.Process(one.process.pid).children(recursive=True), one.process]:
+                process.kill()
             one.process.communicate()
 
 

@@ -119,8 +119,12 @@ def start_grandchildren(workdir: Path) -> None:
     """As Ray does: a process in a session of its own whose parent is gone, and one that is deaf to SIGTERM."""
     sleeper = "import time; time.sleep(600)"
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    orphan = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {sleeper!r}], start_new_session=True)"
-    started = subprocess.run([sys.executable, "-c", orphan + "; print(p.pid)"], capture_output=True, check=True)
+    orphan = f"""
+import subprocess, sys
+quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # not to hold the pipe that is read below
+print(subprocess.Popen([sys.executable, "-c", {sleeper!r}], start_new_session=True, **quiet).pid)
+"""
+    started = subprocess.run([sys.executable, "-c", orphan], capture_output=True, check=True)
     stubborn = subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True)
     (workdir / "children.json").write_text(json.dumps([int(started.stdout), stubborn.pid]))
 

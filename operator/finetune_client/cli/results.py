@@ -11,12 +11,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetune_api.failures import Failure, FailureClass
+from finetune_api.failures import EXIT_CODES, INTERRUPTED, Failure, FailureClass
 from finetune_api.progress import Artifact, EvalSummary, Outcome, Progress, Result
 from finetune_client.cli.display import duration
+from finetune_client.cli.exits import OK
 from finetune_operator.status import project
 
-__all__ = ["Ending", "as_document", "as_text"]
+__all__ = ["Ending", "as_document", "as_text", "exit_code_of"]
 
 _LOG_LINES = 20
 _LOG_TAIL_BYTES = 16_384
@@ -39,6 +40,15 @@ class Ending:
     name: str | None = None
     workdir: Path | None = None
     log: Path | None = None
+
+
+def exit_code_of(outcome: Outcome) -> int:
+    """The exit code of a run that ended so."""
+    if outcome.result is Result.SUCCEEDED:
+        return OK
+    if outcome.result is Result.CANCELLED:
+        return INTERRUPTED
+    return EXIT_CODES[outcome.failure.failure_class if outcome.failure else FailureClass.UNKNOWN]
 
 
 def as_document(ending: Ending, now: datetime) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from finetune_api.failures import Failure, FailureClass, Problem
 from finetune_api.problems import InvalidManifest
 from finetune_api.progress import Outcome, Result
 from finetune_client.cli.display import Display, open_display
-from finetune_client.cli.exits import exit_code_of
-from finetune_client.cli.results import Ending, as_document, as_text
+from finetune_client.cli.results import Ending, as_document, as_text, exit_code_of
 from finetune_client.loading import PlannedJob, load_one, missing_data, missing_models
 from finetune_client.overrides import parse_override
 from finetune_client.runner import LocalRun, RunFolderTaken, missing_packages
