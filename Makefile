@@ -19,8 +19,9 @@ INSTALLED := $(VENV)/.installed
 # Some machines trust a certificate authority of their own, which uv only sees in the system's store.
 export UV_SYSTEM_CERTS ?= $(if $(wildcard /etc/ssl/certs/ca-certificates.crt),1,0)
 export UV_PYTHON_DOWNLOADS := never
-export UV_PYTHON := $(shell command -v $(PYTHON))
 export UV_PROJECT_ENVIRONMENT := $(VENV)
+# The interpreter itself, not a launcher of that name: uv remakes an environment whose interpreter seems to change.
+BASE_PYTHON = $(PYTHON) -c 'import os, sys; print(os.path.realpath(sys._base_executable))'
 # A shell with another environment active must not redirect ours.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
@@ -61,9 +62,7 @@ generate: $(INSTALLED) ## Write manifests/crd from the models of finetune_api
 .PHONY: verify
 verify: $(INSTALLED) ## Check that manifests/crd and uv.lock are what generation would write
 	@$(UV) lock --check --quiet || { echo 'uv.lock does not follow from pyproject.toml: run "$(UV) lock" and commit it.' >&2; exit 1; }
-	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
-	$(RUN)/python -m finetune_api.schema "$$fresh"; \
-	diff -ru manifests/crd "$$fresh" || { echo 'manifests/crd differs from the models: run "make generate" and commit it.' >&2; exit 1; }
+	$(RUN)/python -m finetune_api.schema manifests/crd --check
 
 .PHONY: bench
 bench: $(INSTALLED) ## Measure (tests/bench/README.md says what); BENCH=name for one
@@ -78,23 +77,23 @@ clean: ## Remove what these verbs made in this folder
 # The environment is stamped: it is remade when the lock, the project file or uv changes, and is otherwise free.
 $(INSTALLED): uv.lock pyproject.toml $(UV)
 	@echo 'Installing the locked packages into $(VENV) (about 6 GB; PyTorch is most of it) ...'
-	$(UV) sync --locked --all-extras
+	$(UV) sync --locked --all-extras --python "$$($(BASE_PYTHON))"
 	@touch $@
 
 $(UV):
 	@$(PREFLIGHT)
 	@echo 'Fetching uv $(UV_VERSION) into .tools/ ...'
-	@"$$UV_PYTHON" -m venv .tools
+	@$(PYTHON) -m venv .tools
 	@.tools/bin/python -m pip install --quiet --disable-pip-version-check 'uv==$(UV_VERSION)'
 	@touch $@
 
 # Checked before anything is fetched, all of it at once: one message instead of one failure after another.
 define PREFLIGHT
 missing=(); \
-if ! [ -n "$$UV_PYTHON" ]; then missing+=("Python 3.11 or newer, as '$(PYTHON)' (install python3, or name one: make PYTHON=/path/to/python3.12)"); \
-elif ! "$$UV_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
-  missing+=("Python 3.11 or newer: '$(PYTHON)' is $$("$$UV_PYTHON" -V 2>&1) (install a newer one and name it: make PYTHON=/path/to/python3.12)"); \
-elif ! "$$UV_PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then missing+=("Python's venv module (Debian: apt-get install python3-venv)"); fi; \
+if ! command -v $(PYTHON) >/dev/null; then missing+=("Python 3.11 or newer, as '$(PYTHON)' (install python3, or name one: make PYTHON=/path/to/python3.12)"); \
+elif ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+  missing+=("Python 3.11 or newer: '$(PYTHON)' is $$($(PYTHON) -V 2>&1) (install a newer one and name it: make PYTHON=/path/to/python3.12)"); \
+elif ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then missing+=("Python's venv module (Debian: apt-get install python3-venv)"); fi; \
 command -v g++ >/dev/null || missing+=("a C++ compiler (Debian: apt-get install g++)"); \
 [ "$$(uname -sm)" = 'Linux x86_64' ] || missing+=("Linux on x86_64: the lock has no packages for $$(uname -sm)"); \
 free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'); \

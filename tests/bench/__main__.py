@@ -1,0 +1,30 @@
+"""Runs the benchmarks, one process each: `python -m tests.bench [NAME...]`, NAME without its bench_."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHES = sorted(file.stem.removeprefix("bench_") for file in Path(__file__).parent.glob("bench_*.py"))
+
+
+def main() -> int:
+    """0 when every benchmark ran and met its goal."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog="What each measures: tests/bench/README.md")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of: {', '.join(BENCHES)}; all when left out")
+    names = parser.parse_args().names or BENCHES
+    if unknown := sorted(set(names) - set(BENCHES)):
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHES)}")
+    missed = []
+    for name in names:
+        print(f"\n===== bench {name} =====", flush=True)
+        if subprocess.run([sys.executable, "-m", f"tests.bench.bench_{name}"], check=False).returncode:
+            missed.append(name)
+    print(f"\n{len(names) - len(missed)} of {len(names)} benchmarks met their goal" + f"; not: {missed}" * bool(missed))
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Runs the tests lane by lane, the quick ones first, and says at the end what each lane came to.
+
+    python -m tests.lanes [PYTEST ARGUMENTS]        all lanes
+    python -m tests.lanes --lane ray -k resume      one lane (see LANES); the rest goes to pytest
+
+Called by `make test`. Each lane is a pytest process of its own: Ray, DeepSpeed and torch settle things once per
+process. A lane goes on after an earlier one has failed, so that one run tells everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+
+__all__ = ["LANES", "Lane", "main"]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Tests that need the same of a machine. `marker` None: the tests that carry no lane's marker."""
+
+    name: str
+    what: str
+    marker: str | None
+    processes: int = 1
+    may_be_empty: bool = False
+
+
+LANES = (
+    Lane("pure", "no cluster, no Ray", None, processes=2),
+    Lane("control-plane", "a real API server", "control_plane"),
+    Lane("ray", "Ray Train and DeepSpeed on this machine", "ray"),
+    Lane("e2e", "from a manifest to a tuned model", "e2e"),
+    Lane("gpu", "CUDA", "gpu", may_be_empty=True),
+)
+
+
+@dataclass(frozen=True)
+class _Ran:
+    lane: Lane
+    code: int
+    seconds: float
+    may_be_empty: bool
+
+    @property
+    def failed(self) -> bool:
+        if self.code == pytest.ExitCode.NO_TESTS_COLLECTED:
+            return not self.may_be_empty
+        return self.code != pytest.ExitCode.OK
+
+    @property
+    def verdict(self) -> str:
+        if self.code == pytest.ExitCode.NO_TESTS_COLLECTED:
+            return "NO TESTS" if self.failed else "no tests"
+        return "FAILED" if self.failed else "passed"
+
+
+def expression(lane: Lane) -> str:
+    """The lane as pytest's -m takes it."""
+    if lane.marker:
+        return lane.marker
+    return " and ".join(f"not {other.marker}" for other in LANES if other.marker)
+
+
+def run(lane: Lane, arguments: Sequence[str]) -> _Ran:
+    """One lane, its output passed through."""
+    print(f"\n===== lane {lane.name}: {lane.what} =====", flush=True)
+    command = [sys.executable, "-m", "pytest", "-m", expression(lane)]
+    if lane.processes > 1:
+        command += ["-n", str(lane.processes), "--dist", "loadfile"]
+    started = time.monotonic()
+    # The quick lane runs beside itself: one thread each keeps two processes on two cores.
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if lane.processes > 1 else {})
+    code = subprocess.run([*command, *arguments], check=False, env=environment).returncode
+    # With arguments, such as -k, a lane may well have nothing that fits.
+    return _Ran(lane, code, time.monotonic() - started, may_be_empty=lane.may_be_empty or bool(arguments))
+
+
+def main() -> int:
+    """0 when every lane passed."""
+    parser = argparse.ArgumentParser(description="Run the tests lane by lane; what is not known here goes to pytest.")
+    parser.add_argument("--lane", action="append", choices=[lane.name for lane in LANES], help="only this one")
+    options, arguments = parser.parse_known_args()
+    ran = [run(lane, arguments) for lane in LANES if not options.lane or lane.name in options.lane]
+    print("\n===== lanes =====")
+    for one in ran:
+        print(f"{one.lane.name:<14} {one.verdict:<9} {one.seconds:5.0f} s", flush=True)
+    return int(any(one.failed for one in ran))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
