@@ -28,7 +28,7 @@ _PRETRAINING_PEAK = (
     (175e9, 0.6e-4),
 )
 _UNITS = {"M": 1_000_000, "B": 1_000_000_000, "T": 1_000_000_000_000}
-_IN_NAME = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([MB])(?![A-Za-z0-9])")
+_IN_NAME = re.compile(r"(?<![A-Za-z0-9.])(\d{1,6}(?:\.\d{1,6})?)([MB])(?![A-Za-z0-9])")
 
 
 def auto_learning_rate(num_parameters: int, tuning: Tuning) -> tuple[float, str]:

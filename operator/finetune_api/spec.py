@@ -132,7 +132,7 @@ class Model(Contract):
     chat_template: Literal["tokenizer", "chatml", "plain"] = "tokenizer"
     """`tokenizer` uses the template that the tokenizer brings. `chatml` and `plain` are stored templates for a
     tokenizer without one; the template is saved with the artifact."""
-    parameters: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?[MBT]$")] | None = None
+    parameters: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?[MBT]$", max_length=12)] | None = None
     """Size hint such as 135M or 8B. Planning reads it for `learningRate: auto`; without it the size is taken from
     the source's name, or from the model itself before training starts."""
     trust_remote_code: bool = False

@@ -91,6 +91,7 @@ def test_a_size_is_read_with_its_unit(text, number):
         ("hf://org/draft-1B-for-70B", None),  # two sizes tell nothing
         ("hf://org/model-4MB", None),
         ("hf://org/v1.8Beta", None),
+        ("hf://org/" + "9" * 400 + "B", None),  # no model has so many that they are no number any more
     ],
 )
 def test_a_size_is_read_from_a_name_only_when_it_is_plain(source, number):

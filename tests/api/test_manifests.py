@@ -41,9 +41,7 @@ def written(folder: Path, text: str, name: str = "job.yaml") -> Path:
 
 def test_a_manifest_is_read_with_its_file(tmp_path):
     found = load_manifests(written(tmp_path, SMALL_JOB))
-    assert [(loaded.file, loaded.job.metadata.name) for loaded in found.jobs] == [
-        (str(tmp_path / "job.yaml"), "small")
-    ]
+    assert [(loaded.file, loaded.job.metadata.name) for loaded in found.jobs] == [(str(tmp_path / "job.yaml"), "small")]
     assert found.jobs[0].job.spec.training.learning_rate == 2e-4
 
 
@@ -156,9 +154,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n---\n"])
 def test_an_empty_file_is_refused(tmp_path, text):
-    assert (
-        refused(load_manifests, written(tmp_path, text))[0].message == "is empty; write a FineTuneJob into it"
-    )
+    assert refused(load_manifests, written(tmp_path, text))[0].message == "is empty; write a FineTuneJob into it"
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path):
@@ -227,9 +223,7 @@ def test_an_edit_sees_each_document_before_it_is_judged(tmp_path):
         document["spec"]["training"]["epochs"] = 7
         return document
 
-    found = collect_manifests(
-        written(tmp_path, SMALL_JOB.replace("epochs: 1", "epochs: 0")), edit=more_epochs
-    )
+    found = collect_manifests(written(tmp_path, SMALL_JOB.replace("epochs: 1", "epochs: 0")), edit=more_epochs)
     assert [loaded.job.spec.training.epochs for loaded in found.jobs] == [7]
 
 
@@ -256,9 +250,7 @@ def test_a_path_may_go_up_from_the_manifests_folder(tmp_path):
     (tmp_path / "train.jsonl").touch()
     text = SMALL_JOB.replace("file:///data/train.jsonl", "file://../train.jsonl")
     (loaded,) = load_manifests(written(tmp_path / "jobs", text)).jobs
-    assert Path(loaded.job.spec.data.train[0].source.removeprefix("file://")).samefile(
-        tmp_path / "train.jsonl"
-    )
+    assert Path(loaded.job.spec.data.train[0].source.removeprefix("file://")).samefile(tmp_path / "train.jsonl")
 
 
 def test_every_uri_of_a_job_may_be_relative(tmp_path):

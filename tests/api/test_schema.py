@@ -68,10 +68,7 @@ def test_every_schema_node_is_structural(crd):
         typed = "type" in node
         free = node.get("x-kubernetes-int-or-string") or node.get("x-kubernetes-preserve-unknown-fields")
         assert typed or free, f"{path} has no type"
-        assert (
-            not {"$ref", "$defs", "anyOf", "oneOf", "allOf", "not", "title", "const", "nullable"}
-            & node.keys()
-        ), path
+        assert not {"$ref", "$defs", "anyOf", "oneOf", "allOf", "not", "title", "const", "nullable"} & node.keys(), path
         assert not {"properties", "additionalProperties"} <= node.keys(), path
         assert node.get("type") != "array" or "items" in node, path
 
@@ -115,9 +112,7 @@ def test_the_server_and_the_models_hold_the_same_rules_in_the_same_words():
 def test_the_models_refuse_a_broken_rule_in_the_words_of_the_schema(row: RuleRow):
     with pytest.raises(InvalidManifest) as refused:
         validate_document(FineTuneJob, job_document(row.changes))
-    assert [(problem.path, problem.message) for problem in refused.value.problems] == [
-        (row.path, row.message)
-    ]
+    assert [(problem.path, problem.message) for problem in refused.value.problems] == [(row.path, row.message)]
 
 
 @each_crd
@@ -148,9 +143,7 @@ def test_the_status_is_a_subresource():
 
 
 def test_a_default_is_what_the_model_has_and_a_nested_one_is_written_in_full():
-    training = _schema(CRDS["finetunejobs.finetune-operator.io.yaml"])["properties"]["spec"]["properties"][
-        "training"
-    ]
+    training = _schema(CRDS["finetunejobs.finetune-operator.io.yaml"])["properties"]["spec"]["properties"]["training"]
     assert training["properties"]["globalBatchSize"]["default"] == 32
     assert training["properties"]["precision"]["default"] == "auto"
     assert training["properties"]["optimizer"]["default"] == {
@@ -196,9 +189,7 @@ def test_checking_says_which_file_is_behind(tmp_path, capsys):
     assert main([str(tmp_path)]) == 0
     assert main([str(tmp_path), "--check"]) == 0
     behind = tmp_path / "finetunejobs.finetune-operator.io.yaml"
-    behind.write_text(
-        behind.read_text(encoding="utf-8").replace("maximum: 3", "maximum: 4"), encoding="utf-8"
-    )
+    behind.write_text(behind.read_text(encoding="utf-8").replace("maximum: 3", "maximum: 4"), encoding="utf-8")
     assert main([str(tmp_path), "--check"]) == 1
     assert capsys.readouterr().err == f"{behind}: differs from the models; run `make generate`\n"
 

@@ -38,8 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 def stored_crds(server: Client) -> dict[str, dict[str, Any]]:
     """Our CRDs as the server holds them once it serves them, by plural name."""
     manifests = [
-        yaml.safe_load(file.read_text(encoding="utf-8"))
-        for file in sorted((ROOT / "manifests/crd").iterdir())
+        yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "manifests/crd").iterdir())
     ]
     for manifest in manifests:
         server.create(CRDS, manifest)
@@ -47,9 +46,7 @@ def stored_crds(server: Client) -> dict[str, dict[str, Any]]:
     for name in names.values():
         wait_until(lambda name=name: _condition(server.get(f"{CRDS}/{name}"), "Established") == "True", name)
     for plural in names:  # established is said a moment before the paths answer
-        wait_until(
-            lambda plural=plural: _serves(server, plural), f"/apis/finetune-operator.io/v1alpha1/{plural}"
-        )
+        wait_until(lambda plural=plural: _serves(server, plural), f"/apis/finetune-operator.io/v1alpha1/{plural}")
     return {plural: server.get(f"{CRDS}/{name}") for plural, name in names.items()}
 
 

@@ -94,9 +94,7 @@ EXAMPLES = {
     ),
     "job with freeze": job_document(
         {
-            "tuning": {
-                "freeze": {"train": ["lm_head.*"], "unfreeze": [{"at": 0.5, "layers": ["model.layers.2?.*"]}]}
-            },
+            "tuning": {"freeze": {"train": ["lm_head.*"], "unfreeze": [{"at": 0.5, "layers": ["model.layers.2?.*"]}]}},
             "training": {"maxSteps": 100},
         }
     ),

@@ -49,7 +49,8 @@ class UpdateRow:
 
 def rules_of_the_contract() -> Iterator[tuple[str, Rule]]:
     """Each rule of each model that a FineTuneJob or FineTuneRuntime is made of, with the model's name."""
-    waiting, seen = [FineTuneJob, FineTuneRuntime], set[type[Contract]]()
+    waiting: list[type[Contract]] = [FineTuneJob, FineTuneRuntime]
+    seen: set[type[Contract]] = set()
     while waiting:
         model = waiting.pop()
         if model in seen:
@@ -70,9 +71,7 @@ def _models_in(annotation: Any) -> Iterator[type[Contract]]:
 
 _EXACTLY_ONE_TUNING = "set exactly one of: full, lora, freeze"
 _EPOCHS_OR_STEPS = "set exactly one of: epochs, maxSteps"
-_MICRO_BATCH = (
-    "globalBatchSize must be a multiple of microBatchSize, which is a whole number from 1 to 65536, or auto"
-)
+_MICRO_BATCH = "globalBatchSize must be a multiple of microBatchSize, which is a whole number from 1 to 65536, or auto"
 _BATCH = "training.globalBatchSize must be a multiple of microBatchSize × workers.replicas × workers.gpus"
 _NO_EVAL = "evaluation is asked for and data.eval is empty; add a source to data.eval"
 _FILE = "file:///data/rows.jsonl"

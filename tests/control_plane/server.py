@@ -13,7 +13,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,29 +93,36 @@ def control_plane(etcd: Path, kube_apiserver: Path, folder: Path) -> Iterator[Cl
         _process(server_command, folder / "api.log") as second,
     ):
         certificate = folder / "certificates" / "apiserver.crt"
-        running = {first: folder / "etcd.log", second: folder / "api.log"}
-        wait_until(certificate.exists, "the API server's certificate", running)
-        client = Client(
-            f"https://127.0.0.1:{port}", token, ssl.create_default_context(cafile=str(certificate))
-        )
-        wait_until(lambda: _ready(client), "the API server to be ready", running)
+        # The key is written after the certificate, which is then complete.
+        wait_until(certificate.with_suffix(".key").exists, "the API server's certificate", first, second)
+        client = Client(f"https://127.0.0.1:{port}", token, ssl.create_default_context(cafile=str(certificate)))
+        wait_until(lambda: _ready(client), "the API server to be ready", first, second)
         yield client
 
 
-def wait_until(
-    holds: Callable[[], object], what: str, running: Mapping[subprocess.Popen[bytes], Path] | None = None
-) -> None:
+def wait_until(holds: Callable[[], object], what: str, *started: _Started) -> None:
     """Waits for `holds`.
 
-    AssertionError, with the logs, when it takes too long or one of the `running` processes ends.
+    AssertionError, with the logs, when it takes too long or one of the `started` processes ends.
     """
     deadline = time.monotonic() + _READY_SECONDS
     while not holds():
-        for process, log in (running or {}).items():
-            assert process.poll() is None, f"{process.args[0]} ended:\n{_tail(log)}"  # type: ignore[index]
-        logs = "\n".join(_tail(log) for log in (running or {}).values())
-        assert time.monotonic() < deadline, f"waited {_READY_SECONDS} s for {what}\n{logs}"
+        ended = [one for one in started if one.process.poll() is not None]
+        if ended or time.monotonic() > deadline:
+            logs = "\n".join(f"{one.log.name}:\n{one.last_lines()}" for one in ended or started)
+            raise AssertionError(f"{'a process ended while' if ended else 'too long'} waiting for {what}\n{logs}")
         time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A process of ours and what it says."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def last_lines(self) -> str:
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
 
 
 def _etcd_command(etcd: Path, folder: Path, clients: str, peers: str) -> list[str]:
@@ -154,11 +161,11 @@ def _apiserver_command(program: Path, folder: Path, storage: str, port: int) -> 
 
 
 @contextmanager
-def _process(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _process(command: list[str], log: Path) -> Iterator[_Started]:
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
-            yield process
+            yield _Started(process, log)
         finally:
             process.terminate()
             try:
@@ -189,7 +196,3 @@ def _status(text: str) -> dict[str, Any]:
     except ValueError:
         status = None
     return status if isinstance(status, dict) else {"message": text.strip()}
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])

@@ -30,15 +30,11 @@ def test_the_server_takes_the_crd_and_finds_its_schema_structural(stored_crds, p
 def test_every_field_of_our_group_can_be_explained(api):
     wait_until(lambda: _schemas(api).keys() >= _KINDS, "the OpenAPI document of our group")
     ours = {name: schema for name, schema in _schemas(api).items() if name.startswith("io.finetune-operator")}
-    silent = [
-        path for name, schema in ours.items() for path, field in _fields(schema, name) if _is_silent(field)
-    ]
+    silent = [path for name, schema in ours.items() for path, field in _fields(schema, name) if _is_silent(field)]
     assert not silent
 
 
-def test_the_server_shows_how_far_a_job_is(
-    api: Client, stored_job: Callable[[dict[str, Any]], dict[str, Any]]
-):
+def test_the_server_shows_how_far_a_job_is(api: Client, stored_job: Callable[[dict[str, Any]], dict[str, Any]]):
     stored = stored_job(job_document({"cluster.workers": {"replicas": 2, "gpus": 4}}, "columns"))
     status = {
         "method": "sft",

@@ -63,9 +63,7 @@ def test_a_broken_rule_is_refused_by_both_at_the_same_field_with_the_same_messag
     refused = servers_verdict(api, document)
     assert refused is not None
     assert [(field, row.message in text) for field, text in refused.causes] == [(row.path, True)]
-    assert [(problem.path, problem.message) for problem in models_verdict(document)] == [
-        (row.path, row.message)
-    ]
+    assert [(problem.path, problem.message) for problem in models_verdict(document)] == [(row.path, row.message)]
 
 
 def test_every_field_is_set_in_an_example():
@@ -87,16 +85,12 @@ def test_a_broken_limit_is_refused_by_both(api, breach: Breach):
     refused = servers_verdict(api, breach.document)
     assert refused is not None
     assert breach.path in refused.message, refused.message
-    assert breach.path in {
-        (problem.path or "")[: len(breach.path)] for problem in models_verdict(breach.document)
-    }
+    assert breach.path in {(problem.path or "")[: len(breach.path)] for problem in models_verdict(breach.document)}
 
 
 OTHER_FAULTS: dict[str, Mapping[str, Any]] = {
     "microBatchSize 0": {"training.microBatchSize": 0},
-    "microBatchSize above 65536": {
-        "training": {"epochs": 1, "globalBatchSize": 131_072, "microBatchSize": 131_072}
-    },
+    "microBatchSize above 65536": {"training": {"epochs": 1, "globalBatchSize": 131_072, "microBatchSize": 131_072}},
     "microBatchSize as another word": {"training.microBatchSize": "many"},
     "a number in quotes": {"tuning.lora.rank": "16"},
     "half a worker": {"cluster.workers.replicas": 1.5},
@@ -132,15 +126,9 @@ class Difference:
     reason: str
 
 
-_NO_UNION = (
-    "OpenAPI as Kubernetes has it knows no 'number or text': the operator judges the rate with the models"
-)
-_SHAPES = (
-    "the CRD checks a URI's scheme; its shape is parsed by the models, whose message says what would be right"
-)
-_NULL = (
-    "the server takes null for 'use the default'; in a file, a key without a value is a line left unfinished"
-)
+_NO_UNION = "OpenAPI as Kubernetes has it knows no 'number or text': the operator judges the rate with the models"
+_SHAPES = "the CRD checks a URI's scheme; its shape is parsed by the models, whose message says what would be right"
+_NULL = "the server takes null for 'use the default'; in a file, a key without a value is a line left unfinished"
 _ONE_NUMBER = "to the server 16.0 is 16, and it is stored as 16; in a file it is more likely a mistake"
 _METADATA = "the models read name, namespace and labels; the rest of metadata is Kubernetes' to judge"
 

@@ -54,9 +54,7 @@ FAILURE = Outcome(
 STATUSES = {
     "before the first report": project(None, None, NOON, generation=1),
     "while training": project(None, REPORT, NOON, generation=1),
-    "after success": project(
-        SUCCESS, REPORT, NOON + timedelta(hours=1), project(None, REPORT, NOON), generation=1
-    ),
+    "after success": project(SUCCESS, REPORT, NOON + timedelta(hours=1), project(None, REPORT, NOON), generation=1),
     "after a failure with many problems": project(FAILURE, None, NOON, generation=1),
 }
 

@@ -115,9 +115,7 @@ def test_the_field_to_set_instead_exists(field):
     here = FineTuneJobSpec
     for step in field.split("."):
         annotation = {info.alias: info.annotation for info in here.model_fields.values()}[step]
-        here = next(
-            (part for part in (annotation, *get_args(annotation)) if hasattr(part, "model_fields")), None
-        )
+        here = next((part for part in (annotation, *get_args(annotation)) if hasattr(part, "model_fields")), None)
 
 
 BLOCKS = [
@@ -138,12 +136,8 @@ def test_a_block_with_reserved_keys_cannot_be_replaced_by_something_else(block, 
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
-KEYS = st.sampled_from(
-    sorted({step for key in RESERVED_KEYS for step in key.split(".")} | {"x", "overlap_comm"})
-)
-CONFIGS = st.dictionaries(
-    KEYS, st.recursive(VALUES, lambda v: st.dictionaries(KEYS, v, max_size=3)), max_size=4
-)
+KEYS = st.sampled_from(sorted({step for key in RESERVED_KEYS for step in key.split(".")} | {"x", "overlap_comm"}))
+CONFIGS = st.dictionaries(KEYS, st.recursive(VALUES, lambda v: st.dictionaries(KEYS, v, max_size=3)), max_size=4)
 
 
 @given(CONFIGS)
@@ -155,9 +149,7 @@ def test_an_accepted_configuration_leaves_every_compiled_value_alone(config):
 
     def kept(before, after):
         if isinstance(before, dict):
-            return isinstance(after, dict) and all(
-                kept(value, after.get(key)) for key, value in before.items()
-            )
+            return isinstance(after, dict) and all(kept(value, after.get(key)) for key, value in before.items())
         return before == after
 
     assert kept(plain, merged)

@@ -1,0 +1,388 @@
+"""Planning: what `auto` and left-out fields become, with reasons; what cannot be, refused with what would be right."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import assume, event, given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from finetune_api.failures import Problem
+from finetune_api.job import FineTuneJob
+from finetune_api.plan import Device, RunPlan
+from finetune_api.problems import InvalidManifest
+from finetune_api.runtime import FineTuneRuntime
+from finetune_operator.planning import plan_run
+from tests.factories import job, job_document, runtime
+
+Changes = dict[str, Any]
+
+
+def plan(changes: Changes | None = None, on: Changes | None = None) -> RunPlan:
+    """The plan of the default job with `changes`, on a runtime with the changes `on` when they are given."""
+    if on is None:
+        return plan_run(job(changes))
+    return plan_run(job({"runtimeRef": {"name": "pool"}, **(changes or {})}), runtime(on))
+
+
+def problems(changes: Changes | None = None, on: Changes | None = None) -> list[Problem]:
+    """What planning refuses."""
+    with pytest.raises(InvalidManifest) as refused:
+        plan(changes, on)
+    return refused.value.problems
+
+
+def decided(planned: RunPlan) -> dict[str, tuple[str, str]]:
+    """What planning decided: field (without spec.) to value and reason."""
+    return {decision.field.removeprefix("spec."): (decision.value, decision.reason) for decision in planned.decisions}
+
+
+class TestWorkers:
+    def test_one_cpu_process_is_the_default(self) -> None:
+        planned = plan()
+        assert (planned.workers.world_size, planned.workers.device) == (1, Device.CPU)
+        assert decided(planned)["cluster.workers.gpus"] == ("0", "no runtime named")
+
+    @pytest.mark.parametrize(("replicas", "gpus", "world"), [(1, 0, 1), (4, 0, 4), (1, 8, 8), (4, 8, 32)])
+    def test_each_gpu_runs_one_process_and_a_worker_without_gpus_runs_one(
+        self, replicas: int, gpus: int, world: int
+    ) -> None:
+        planned = plan({"cluster.workers": {"replicas": replicas, "gpus": gpus}})
+        assert planned.workers.world_size == planned.batch.world_size == world
+        assert planned.workers.device == (Device.CUDA if gpus else Device.CPU)
+
+    def test_a_number_that_the_job_names_is_no_decision(self) -> None:
+        assert "cluster.workers.gpus" not in decided(plan({"cluster.workers.gpus": 0}))
+
+
+class TestBatch:
+    @pytest.mark.parametrize(
+        ("total", "micro", "world", "accumulation"), [(32, 4, 1, 8), (32, 4, 8, 1), (128, 2, 16, 4), (7, 7, 1, 1)]
+    )
+    def test_accumulation_makes_up_for_what_one_pass_does_not_hold(
+        self, total: int, micro: int, world: int, accumulation: int
+    ) -> None:
+        batch = plan(
+            {
+                "training.globalBatchSize": total,
+                "training.microBatchSize": micro,
+                "cluster.workers": {"replicas": world, "gpus": 0},
+            }
+        ).batch
+        assert batch.gradient_accumulation_steps == accumulation
+        assert batch.micro_batch_size == micro
+
+    @pytest.mark.parametrize(
+        ("length", "gpus", "micro"),
+        [
+            (2048, 0, 1),  # 2,048 tokens a pass on a CPU
+            (512, 0, 4),
+            (256, 0, 8),
+            (300, 0, 4),  # 6 would fit, and 4 is the largest that divides 32
+            (16, 0, 32),  # 128 would fit, and there are 32
+            (4096, 0, 1),  # never less than one
+            (2048, 1, 8),  # 16,384 on a GPU
+            (4096, 1, 4),
+            (1_048_576, 1, 1),
+        ],
+    )
+    def test_auto_fills_a_pass_with_as_many_sequences_as_divide_the_batch(
+        self, length: int, gpus: int, micro: int
+    ) -> None:
+        planned = plan({"method.sft.maxSeqLength": length, "cluster.workers.gpus": gpus})
+        assert planned.batch.micro_batch_size == micro
+        value, reason = decided(planned)["training.microBatchSize"]
+        assert value == str(micro)
+        assert f"sequences of {length} tokens" in reason
+
+    def test_a_batch_that_the_processes_cannot_share_is_refused_with_the_nearest_that_they_can(self) -> None:
+        (problem,) = problems({"training.globalBatchSize": 32, "cluster.workers": {"replicas": 3, "gpus": 0}})
+        assert str(problem) == (
+            "spec.training.globalBatchSize: must be a multiple of the 3 training processes; set it to 33 (found 32)"
+        )
+
+    def test_the_nearest_batch_is_never_zero(self) -> None:
+        (problem,) = problems({"training.globalBatchSize": 1, "cluster.workers": {"replicas": 8, "gpus": 0}})
+        assert problem.message.endswith("set it to 8")
+
+    def test_a_micro_batch_that_does_not_divide_is_refused_with_those_that_do(self) -> None:
+        # The job leaves gpus to the runtime, so no rule of the spec could see it.
+        (problem,) = problems({"training.globalBatchSize": 32, "training.microBatchSize": 16}, on={"workers.gpus": 8})
+        assert problem.path == "spec.training.microBatchSize"
+        assert problem.message == (
+            "must divide the 4 sequences that each of 8 training processes has per step; set it to one of 1, 2, 4"
+        )
+
+
+class TestZeroStage:
+    FULL: ClassVar[Changes] = {"tuning": {"full": {}}}
+    TWO: ClassVar[Changes] = {"cluster.workers": {"replicas": 2, "gpus": 0}}
+
+    @pytest.mark.parametrize(
+        ("changes", "stage", "reason"),
+        [
+            ({}, 0, "one training process"),
+            (FULL, 0, "one training process"),
+            (TWO, 2, "adapters are small"),
+            (FULL | TWO, 3, "split over the workers"),
+            ({"tuning": {"freeze": {"train": ["lm_head.*"]}}} | TWO, 3, "split over the workers"),
+            ({"deepspeed.offload.optimizer": "cpu"}, 2, "host's memory"),
+            (FULL | TWO | {"deepspeed.offload.optimizer": "cpu"}, 2, "host's memory"),
+        ],
+        ids=["lora alone", "full alone", "lora", "full", "freeze", "offload alone", "offload"],
+    )
+    def test_a_stage_that_is_left_out_follows_from_what_is_trained_and_where(
+        self, changes: Changes, stage: int, reason: str
+    ) -> None:
+        planned = plan(changes)
+        assert planned.deepspeed.zero_stage == stage
+        value, why = decided(planned)["deepspeed.zeroStage"]
+        assert value == str(stage)
+        assert reason in why
+
+    @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+    def test_a_stage_that_the_job_names_is_kept_and_is_no_decision(self, stage: int) -> None:
+        planned = plan({"deepspeed.zeroStage": stage} | self.TWO)
+        assert planned.deepspeed.zero_stage == stage
+        assert planned.deepspeed.config["zero_optimization"] == {"stage": stage}
+        assert "deepspeed.zeroStage" not in decided(planned)
+
+    def test_one_process_that_splits_nothing_needs_no_deepspeed(self) -> None:
+        assert plan().deepspeed.model_dump() == {"engine": "torch", "zero_stage": 0, "config": {}}
+
+    @pytest.mark.parametrize(
+        "changes", [TWO, {"deepspeed.zeroStage": 1}, {"deepspeed.config": {"wall_clock_breakdown": True}}], ids=str
+    )
+    def test_anything_more_is_deepspeeds(self, changes: Changes) -> None:
+        planned = plan(changes)
+        assert planned.deepspeed.engine == "deepspeed"
+        assert planned.deepspeed.config["train_batch_size"] == 32
+
+    def test_the_runtimes_stage_cannot_split_a_quantized_base(self) -> None:
+        (problem,) = problems({"tuning.lora.quantization": "nf4"}, on={"zeroStage": 3})
+        assert (problem.path, problem.value) == ("spec.deepspeed.zeroStage", "3")
+        assert "quantized base" in problem.message
+
+    def test_the_runtimes_stage_cannot_take_away_what_offload_needs(self) -> None:
+        (problem,) = problems({"deepspeed.offload.optimizer": "cpu"}, on={"zeroStage": 0})
+        assert problem.path == "spec.deepspeed.offload.optimizer"
+
+
+class TestPrecision:
+    @pytest.mark.parametrize(
+        ("gpus", "asked", "precision"),
+        [(0, "auto", "fp32"), (1, "auto", "bf16"), (0, "bf16", "bf16"), (1, "fp16", "fp16"), (1, "fp32", "fp32")],
+    )
+    def test_auto_is_what_the_device_is_good_at(self, gpus: int, asked: str, precision: str) -> None:
+        planned = plan({"cluster.workers.gpus": gpus, "training.precision": asked})
+        assert planned.precision == precision
+        assert ("training.precision" in decided(planned)) == (asked == "auto")
+
+    def test_fp16_on_a_cpu_is_refused(self) -> None:
+        (problem,) = problems({"training.precision": "fp16"})
+        assert problem.path == "spec.training.precision"
+        assert "needs a GPU" in problem.message
+
+    def test_the_runtimes_precision_stands_in_for_auto(self) -> None:
+        planned = plan(on={"precision": "fp32", "workers.gpus": 1})
+        assert planned.precision == "fp32"
+        assert decided(planned)["training.precision"] == ("fp32", "runtime pool")
+
+    def test_fp16_from_the_runtime_of_a_cpu_pool_is_refused_too(self) -> None:
+        assert [problem.path for problem in problems(on={"precision": "fp16"})] == ["spec.training.precision"]
+
+
+class TestRuntime:
+    POOL: ClassVar[Changes] = {
+        "workers": {"gpus": 8, "cpus": 96, "maxReplicas": 4},
+        "storage": "pvc://runs/team/",
+        "zeroStage": 1,
+    }
+
+    def test_what_the_job_leaves_out_is_the_runtimes(self) -> None:
+        planned = plan({"cluster.workers.replicas": 2}, on=self.POOL)
+        assert (planned.workers.gpus, planned.workers.cpus, planned.workers.world_size) == (8, 96, 16)
+        assert planned.deepspeed.zero_stage == 1
+        assert decided(planned)["cluster.workers.gpus"] == ("8", "runtime pool")
+        assert decided(planned)["deepspeed.zeroStage"] == ("1", "runtime pool")
+
+    def test_what_the_job_says_stands(self) -> None:
+        changes = {"cluster.workers": {"gpus": 0, "cpus": 2}, "deepspeed.zeroStage": 2, "training.precision": "fp32"}
+        planned = plan(changes, on=self.POOL | {"precision": "bf16"})
+        assert (planned.workers.gpus, planned.workers.cpus) == (0, 2)
+        assert planned.deepspeed.zero_stage == 2
+        assert planned.precision == "fp32"
+
+    def test_a_job_gets_a_folder_of_its_own(self) -> None:
+        document = job_document({"runtimeRef": {"name": "pool"}})
+        document["metadata"] |= {"namespace": "team-a"}
+        planned = plan_run(FineTuneJob.model_validate(document), runtime({"storage": "pvc://runs/team/"}))
+        assert planned.storage == "pvc://runs/team/team-a/example"
+
+    def test_without_storage_a_run_keeps_to_its_working_folder(self) -> None:
+        assert plan().storage is None
+
+    def test_more_workers_than_the_runtime_allows_are_refused(self) -> None:
+        (problem,) = problems({"cluster.workers.replicas": 8, "training.globalBatchSize": 64}, on=self.POOL)
+        assert str(problem) == (
+            "spec.cluster.workers.replicas: is more than runtime pool allows; ask for at most 4 (found 8)"
+        )
+
+
+class TestLearningRate:
+    @pytest.mark.parametrize(
+        ("changes", "peak"),
+        [
+            ({}, 5.7e-4),  # SmolLM2-135M with LoRA
+            ({"tuning": {"full": {}}}, 5.7e-5),
+            ({"model.parameters": "8B"}, 1.1e-4),  # the hint is believed before the name
+            ({"model": {"source": "hf://org/unsized"}}, None),
+            ({"training.learningRate": 3e-4}, 3e-4),
+            ({"training.learningRate": 1}, 1.0),
+        ],
+        ids=str,
+    )
+    def test_the_peak_is_the_jobs_or_follows_from_the_size(self, changes: Changes, peak: float | None) -> None:
+        assert plan(changes).optimization.learning_rate.peak == peak
+
+    def test_a_size_that_is_not_known_yet_is_said_to_come_later(self) -> None:
+        value, reason = decided(plan({"model": {"source": "hf://org/unsized"}}))["training.learningRate"]
+        assert value == "auto"
+        assert "model's size" in reason
+
+    def test_a_rate_that_the_job_sets_is_no_decision(self) -> None:
+        assert "training.learningRate" not in decided(plan({"training.learningRate": 3e-4}))
+
+
+class TestTheRest:
+    def test_the_plan_carries_what_the_job_asked_for(self) -> None:
+        changes = {
+            "training": {
+                "maxSteps": 10,
+                "seed": 7,
+                "maxGradNorm": 0.5,
+                "evalEverySteps": 5,
+                "earlyStopping": {"patience": 2},
+                "warmupFraction": 0.5,
+                "minLearningRateFraction": 0.1,
+                "schedule": "linear",
+                "activationCheckpointing": True,
+                "logEverySteps": 3,
+            },
+            "outputs": [{"to": "file:///out"}],
+        }
+        asked, planned = job(changes), plan(changes)
+        assert (planned.model, planned.data, planned.method, planned.tuning) == (
+            asked.spec.model,
+            asked.spec.data,
+            asked.spec.method,
+            asked.spec.tuning,
+        )
+        assert (planned.outputs, planned.tracking) == (asked.spec.outputs, asked.spec.tracking)
+        optimization, rate = planned.optimization, planned.optimization.learning_rate
+        assert (optimization.epochs, optimization.max_steps, optimization.seed) == (None, 10, 7)
+        assert (optimization.max_grad_norm, optimization.log_every_steps) == (0.5, 3)
+        assert optimization.activation_checkpointing
+        assert (rate.schedule, rate.warmup_fraction, rate.min_fraction) == ("linear", 0.5, 0.1)
+        assert planned.evaluation.every_steps == 5
+        assert planned.evaluation.early_stopping is not None
+        assert planned.evaluation.early_stopping.patience == 2
+
+    def test_reserved_keys_are_refused_by_name(self) -> None:
+        (problem,) = problems({"deepspeed.config": {"zero_optimization": {"stage": 1}}})
+        assert problem.path == "spec.deepspeed.config.zero_optimization.stage"
+
+    def test_everything_that_is_wrong_is_said_at_once(self) -> None:
+        changes = {
+            "cluster.workers.replicas": 3,
+            "training.precision": "fp16",
+            "deepspeed.config": {"optimizer": {"type": "Lamb"}},
+        }
+        assert {problem.path for problem in problems(changes, on={"workers.maxReplicas": 2})} == {
+            "spec.cluster.workers.replicas",
+            "spec.training.precision",
+            "spec.training.globalBatchSize",
+            "spec.deepspeed.config.optimizer",
+        }
+
+    def test_a_plan_reads_back_from_its_json(self) -> None:
+        planned = plan({"cluster.workers": {"replicas": 2, "gpus": 4}, "deepspeed.config": {"a": {"b": [1]}}})
+        assert RunPlan.model_validate_json(planned.model_dump_json(by_alias=True)) == planned
+
+    def test_planning_twice_gives_the_same_plan(self) -> None:
+        assert plan() == plan()
+
+
+SIZES = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 60, 64, 96, 100, 128, 1000, 4096, 1_048_576])
+REPLICAS = st.sampled_from([1, 1, 2, 3, 4, 8, 1024])
+GPUS = st.sampled_from([0, 1, 2, 3, 4, 8, 16])
+CONFIGS = st.dictionaries(
+    st.sampled_from(["zero_optimization", "stage", "bf16", "optimizer", "x"]),
+    st.recursive(
+        st.none() | st.integers() | st.just("cpu"), lambda v: st.dictionaries(st.sampled_from(["stage", "x"]), v)
+    ),
+    max_size=2,
+)
+JOBS = st.fixed_dictionaries(
+    {},
+    optional={
+        "training.globalBatchSize": SIZES,
+        "training.microBatchSize": SIZES | st.just("auto"),
+        "training.precision": st.sampled_from(["auto", "bf16", "fp16", "fp32"]),
+        "training.learningRate": st.just("auto") | st.floats(1e-9, 1),
+        "method.sft.maxSeqLength": st.integers(16, 1_048_576),
+        "model.parameters": st.sampled_from(["1M", "0B", "135M", "8B", "1.2T", "999999999999", "99999999999T"]),
+        "model.source": st.sampled_from(["hf://org/m", "hf://org/m-7B", "file:///" + "9" * 400 + "B"]),
+        "tuning": st.sampled_from([{"full": {}}, {"lora": {"quantization": "int8"}}, {"freeze": {"train": ["*"]}}]),
+        "cluster.workers": st.fixed_dictionaries({"replicas": REPLICAS}, optional={"gpus": GPUS}),
+        "deepspeed.zeroStage": st.integers(0, 3),
+        "deepspeed.offload": st.fixed_dictionaries(
+            {}, optional={"optimizer": st.just("cpu"), "parameters": st.just("cpu")}
+        ),
+        "deepspeed.config": CONFIGS,
+    },
+)
+RUNTIMES = st.none() | st.fixed_dictionaries(
+    {},
+    optional={
+        "workers": st.fixed_dictionaries({"gpus": GPUS}, optional={"maxReplicas": REPLICAS}),
+        "precision": st.sampled_from(["auto", "bf16", "fp16", "fp32"]),
+        "zeroStage": st.integers(0, 3),
+        "storage": st.sampled_from(["file:///runs", "pvc://claim/"]),
+    },
+)
+
+
+def _valid(changes: Changes, on: Changes | None) -> tuple[FineTuneJob, FineTuneRuntime | None]:
+    """The objects, if the API server would hold them."""
+    try:
+        return job(changes), None if on is None else runtime(on)
+    except ValidationError:
+        assume(False)
+        raise
+
+
+def _plan_or_problems(asked: FineTuneJob, pool: FineTuneRuntime | None) -> RunPlan | list[Problem]:
+    """Anything else that planning might raise is a fault of ours."""
+    try:
+        return plan_run(asked, pool)
+    except InvalidManifest as refused:
+        return refused.problems
+
+
+@given(JOBS, RUNTIMES)
+def test_every_valid_job_is_planned_exactly_or_refused_with_problems(changes: Changes, on: Changes | None) -> None:
+    asked, pool = _valid(changes, on)
+    planned = _plan_or_problems(asked, pool)
+    event("planned" if isinstance(planned, RunPlan) else "refused")
+    if not isinstance(planned, RunPlan):
+        assert planned
+        assert all(problem.path and problem.message for problem in planned)
+        return
+    batch = planned.batch
+    assert batch.micro_batch_size * batch.gradient_accumulation_steps * batch.world_size == batch.global_batch_size
+    assert batch.global_batch_size == asked.spec.training.global_batch_size
+    assert planned.precision != "auto"
+    assert RunPlan.model_validate_json(planned.model_dump_json()) == planned
