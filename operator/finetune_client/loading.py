@@ -6,7 +6,6 @@ Called by the CLI's commands; it prints nothing.
 from __future__ import annotations
 
 import difflib
-import glob
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,22 +104,26 @@ def _planned(loaded: LoadedJob, runtimes: Mapping[str, FineTuneRuntime], complet
 
 def _unknown_runtime(name: str, runtimes: Mapping[str, FineTuneRuntime], complete: bool) -> Problem:
     close = difflib.get_close_matches(name, runtimes, n=1)
-    known = f"known here: {', '.join(sorted(runtimes))}; " if runtimes else ""
-    hint = f"did you mean {close[0]}? " if close else ""
-    # With a broken file about, the runtime may well be in it.
-    cause = "" if complete else "or mend the files above; "
-    return Problem(
-        path="spec.runtimeRef.name",
-        value=shorten(name),
-        message=f"is not the name of a FineTuneRuntime in these files; {hint}{known}{cause}bring it with --runtime FILE",
-    )
+    hints = [
+        f"did you mean {close[0]}? " if close else "",
+        f"known here: {', '.join(sorted(runtimes))}; " if runtimes else "",
+        # With a broken file about, the runtime may well be in it.
+        "" if complete else "mend the other files first, or ",
+        "bring it with --runtime FILE",
+    ]
+    message = "is not the name of a FineTuneRuntime in these files; " + "".join(hints)
+    return Problem(path="spec.runtimeRef.name", value=shorten(name), message=message)
 
 
 def _is_there(uri: str) -> bool:
     parsed = parse_uri(uri)
     if parsed.scheme is not Scheme.FILE:
         return True  # what is elsewhere, preparation finds out
-    return Path(parsed.path).exists() or bool(glob.glob(parsed.path, recursive=True))
+    path = Path(parsed.path)
+    try:
+        return path.exists() or any(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    except ValueError:  # not a glob at all
+        return False
 
 
 def _not_there(path: str, uri: str) -> Problem:

@@ -39,9 +39,7 @@ class Override:
 def parse_override(text: str) -> Override:
     """Read FIELD=VALUE. Raises InvalidManifest."""
     name, equals, value = text.partition("=")
-    steps = [
-        step for step in name.strip().removeprefix("spec.").replace("[", ".").replace("]", "").split(".")
-    ]
+    steps = name.strip().removeprefix("spec.").replace("[", ".").replace("]", "").split(".")
     if not equals or not all(steps):
         raise _refused(None, text, _FORM)
     documents = read_documents(value, f"--set {name.strip()}")
@@ -81,9 +79,7 @@ def _check_step(node: Any, step: str | int, override: Override, adding: bool = F
     if isinstance(node, list) and isinstance(step, int) and step < len(node):
         return
     if isinstance(node, list):
-        raise _refused(
-            str(override), str(step), f"must be an index below {len(node)}, the length of the list"
-        )
+        raise _refused(str(override), str(step), f"must be an index below {len(node)}, the length of the list")
     raise _refused(str(override), str(step), f"leads nowhere: {shorten(node)} has no fields")
 
 
@@ -92,16 +88,10 @@ def _remove_alternatives(spec: Any, override: Override, overrides: Sequence[Over
         return
     for parents, names in _ALTERNATIVES.items():
         depth = len(parents)
-        if (
-            override.path[:depth] != parents
-            or len(override.path) == depth
-            or override.path[depth] not in names
-        ):
+        if override.path[:depth] != parents or len(override.path) == depth or override.path[depth] not in names:
             continue
         asked_for = {
-            other.path[depth]
-            for other in overrides
-            if len(other.path) > depth and other.path[:depth] == parents
+            other.path[depth] for other in overrides if len(other.path) > depth and other.path[:depth] == parents
         }
         node = spec.get(parents[0])
         for name in names:

@@ -40,9 +40,7 @@ class ProcessTree:
         strangers = (process for process in psutil.process_iter() if process not in self._seen)
         self._seen |= {process for process in strangers if self._is_ours(process)}
         self.look()
-        return sorted(
-            (process for process in self._seen if _is_alive(process)), key=lambda process: process.pid
-        )
+        return sorted((process for process in self._seen if _is_alive(process)), key=lambda process: process.pid)
 
     def kill(self) -> None:
         """SIGKILL to all of them at once, the trainer first so that it starts no more."""

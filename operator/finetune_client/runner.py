@@ -79,9 +79,7 @@ class LocalRun:
         self.stop_seconds = stop_seconds
         self._command = [*(command or TRAINERS), "run", *self._arguments(use_ray)]
         self._mark = uuid.uuid4().hex
-        self._environment = dict(environment or {}) | (
-            {"FINETUNE_CACHE": str(cache.absolute())} if cache else {}
-        )
+        self._environment = dict(environment or {}) | ({"FINETUNE_CACHE": str(cache.absolute())} if cache else {})
         self._process: subprocess.Popen[bytes] | None = None
         self._reports = _Lines(self.workdir / "progress.jsonl")
         self._kill_at: float | None = None
@@ -92,6 +90,11 @@ class LocalRun:
     def log(self) -> Path:
         """Everything that the trainers printed."""
         return self.workdir / "trainer.log"
+
+    @property
+    def pid(self) -> int:
+        """The trainers' process."""
+        return self._started().pid
 
     def start(self) -> None:
         """Write plan.json and start the trainers. Raises RunFolderTaken, or OSError when the folder is not writable."""
@@ -190,16 +193,14 @@ class LocalRun:
 
 
 def outcome_of(workdir: Path, exit_code: int, stop_requested: bool, step: int) -> Outcome:
-    """How the run in `workdir` ended: what the trainers wrote, or what their exit code tells when they wrote nothing."""
+    """How the run in `workdir` ended: what the trainers wrote, or else what their exit code tells."""
     try:
         return Outcome.model_validate_json((workdir / "outcome.json").read_bytes())
     except (OSError, ValidationError):
         pass  # they died before they could say
     if stop_requested or exit_code == INTERRUPTED:
         return Outcome(result=Result.CANCELLED, step=step)
-    failure = Failure(
-        failure_class=failure_class_of(exit_code), message=_last_words(exit_code, step), step=step
-    )
+    failure = Failure(failure_class=failure_class_of(exit_code), message=_last_words(exit_code, step), step=step)
     return Outcome(result=Result.FAILED, step=step, failure=failure)
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from typer.testing import CliRunner
+
 from finetune_client import runner
 from finetune_client.cli.app import app
 from tests.factories import job_document, with_changes
-from typer.testing import CliRunner
 
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
 LAUNCHER = """

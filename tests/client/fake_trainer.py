@@ -39,7 +39,8 @@ class FakeTrainer:
         signal.signal(signal.SIGINT, signal.SIG_IGN if self.behaviour == "deaf" else self.interrupted)
         for stage in (Stage.CHECKING_MODEL, Stage.PREPARING_DATA, Stage.STARTING_WORKERS, Stage.LOADING_MODEL):
             self.report(stage, f"{stage} as asked")
-        for self.step in range(1, self.total + 1):
+        while self.step < self.total:
+            self.step += 1
             self.report(Stage.TRAINING)
             if self.step == STEP_OF_TROUBLE:
                 self.misbehave()
@@ -81,7 +82,8 @@ class FakeTrainer:
             case "noise":
                 self.reports.write("this is not a report\n")
             case "waits" | "deaf":
-                start_grandchildren(self.workdir)
+                if self.behaviour == "deaf":
+                    start_grandchildren(self.workdir)
                 self.report(Stage.TRAINING, "waiting")
                 while True:
                     time.sleep(0.05)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from finetune_api.plan import RunPlan
 from finetune_client import runner
 

@@ -130,7 +130,8 @@ def test_progress_is_in_whole_numbers_and_figures_are_text() -> None:
     )
     shown = project(None, report, NOON).progress
     assert shown is not None
-    assert (shown.step, shown.percent, shown.epoch, shown.eta_seconds, shown.tokens_per_second) == (33, 33, "1.24", 11, 100)
+    assert (shown.step, shown.percent, shown.epoch) == (33, 33, "1.24")
+    assert (shown.eta_seconds, shown.tokens_per_second) == (11, 100)
     assert shown.metrics == {"loss": "1.23457", "learning_rate": "0.0002"}
 
 

@@ -47,9 +47,7 @@ class Dtype(StrEnum):
     FP32 = "fp32"
 
 
-OutputOption = Annotated[
-    Output, typer.Option("--output", "-o", help="text for people, json for programs (on stdout).")
-]
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="text for people, json for programs (on stdout).")]
 FileArgument = Annotated[Path, typer.Argument(help="File with the FineTuneJob.", show_default=False)]
 JobOption = Annotated[
     str | None,
@@ -57,9 +55,7 @@ JobOption = Annotated[
 ]
 RuntimeOption = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--runtime", help="File with the FineTuneRuntime, when it is not in the same file. Repeatable."
-    ),
+    typer.Option("--runtime", help="File with the FineTuneRuntime, when it is not in the same file. Repeatable."),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -72,17 +68,13 @@ SetOption = Annotated[
 ]
 ArtifactArgument = Annotated[
     Path,
-    typer.Argument(
-        metavar="RUN_DIR|ARTIFACT_DIR", help="A run's folder, or an artifact's.", show_default=False
-    ),
+    typer.Argument(metavar="RUN_DIR|ARTIFACT_DIR", help="A run's folder, or an artifact's.", show_default=False),
 ]
 
 
 @app.command(epilog=EPILOG)
 def validate(
-    files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Files or folders.", show_default=False)
-    ],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files or folders.", show_default=False)],
     data: Annotated[bool, typer.Option("--data", help="Check the model and every row of data too.")] = False,
     runtime: RuntimeOption = None,
     output: OutputOption = Output.TEXT,
@@ -132,9 +124,7 @@ def run(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder for prepared models and data, shared by runs.", show_default="~/.cache/finetune"
-        ),
+        typer.Option(help="Folder for prepared models and data, shared by runs.", show_default="~/.cache/finetune"),
     ] = None,
     job: JobOption = None,
     runtime: RuntimeOption = None,
@@ -173,9 +163,7 @@ def export(
     source: ArtifactArgument,
     to: Annotated[Path, typer.Option(help="New folder for the model.", show_default=False)],
     merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA adapter into its base model.")] = False,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Convert the weights.", show_default="as they are")
-    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Convert the weights.", show_default="as they are")] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Write a trained model to a folder of its own, as an adapter or merged into a whole model.

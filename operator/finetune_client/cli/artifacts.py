@@ -50,9 +50,7 @@ def export(source: Path, to: Path, merge: bool, dtype: str | None, as_json: bool
     try:
         artifact = find_artifact(source)
         if merge and not artifact.is_adapter:
-            raise ValueError(
-                f"{artifact.folder} is a whole model, there is nothing to merge; leave --merge out"
-            )
+            raise ValueError(f"{artifact.folder} is a whole model, there is nothing to merge; leave --merge out")
         if to.exists() and (not to.is_dir() or any(to.iterdir())):
             raise ValueError(f"{to} is not empty; name a new folder for --to")
     except ValueError as error:
@@ -85,9 +83,7 @@ def _call(arguments: Sequence[str], quiet: bool) -> int:
         )
     try:
         stdout = subprocess.DEVNULL if quiet else None
-        code = subprocess.run(
-            [*runner.TRAINERS, *arguments], stdin=subprocess.DEVNULL, stdout=stdout
-        ).returncode
+        code = subprocess.run([*runner.TRAINERS, *arguments], stdin=subprocess.DEVNULL, stdout=stdout).returncode
     except KeyboardInterrupt:
         return INTERRUPTED
     return INTERRUPTED if code == -signal.SIGINT else max(code, 1) if code < 0 else code

@@ -106,9 +106,7 @@ class _Bars(_Silent):
         super().__init__(console)
         name = TextColumn("{task.description:<20}", markup=False)
         text = TextColumn("{task.fields[text]}", markup=False, style="dim")
-        self._stage_bar = Progress(
-            name, BarColumn(24), _Percent(), TimeElapsedColumn(), text, console=console
-        )
+        self._stage_bar = Progress(name, BarColumn(24), _Percent(), TimeElapsedColumn(), text, console=console)
         self._train_bar = Progress(name, BarColumn(24), MofNCompleteColumn(), text, console=console)
         self._live = Live(Group(self._stage_bar, self._train_bar), console=console, transient=True)
         self._stage = self._stage_bar.add_task("Starting", total=100.0, text="")

@@ -20,9 +20,7 @@ from finetune_client.overrides import parse_override
 __all__ = ["show_plan"]
 
 
-def show_plan(
-    file: Path, job: str | None, runtimes: Sequence[Path], overrides: Sequence[str], output: str
-) -> int:
+def show_plan(file: Path, job: str | None, runtimes: Sequence[Path], overrides: Sequence[str], output: str) -> int:
     """Print the plan of the job as `output` (text, json or yaml) and return the exit code."""
     try:
         plan = load_one(file, job, runtimes, [parse_override(text) for text in overrides]).plan
@@ -31,11 +29,7 @@ def show_plan(
         for problem in invalid.problems:
             errors.print(str(problem), markup=False, highlight=False, soft_wrap=True)
         if output == "json":
-            print(
-                json.dumps(
-                    {"valid": False, "errors": as_errors(invalid.problems)}, indent=2, ensure_ascii=False
-                )
-            )
+            print(json.dumps({"valid": False, "errors": as_errors(invalid.problems)}, indent=2, ensure_ascii=False))
         return INVALID
     match output:
         case "json":

@@ -72,27 +72,21 @@ def as_document(ending: Ending, now: datetime) -> dict[str, Any]:
 
 def as_text(ending: Ending) -> str:
     """What a person reads at the end."""
-    match ending.outcome.result:
-        case Result.SUCCEEDED:
-            lines = _succeeded(ending)
-        case Result.CANCELLED:
-            lines = [
-                f"Stopped {_after(ending.outcome)}. No process is left behind.",
-                *_where_the_log_is(ending),
-            ]
-        case Result.FAILED:
-            lines = _failed(ending)
-    return "\n".join(lines)
+    tellers = {Result.SUCCEEDED: _succeeded, Result.CANCELLED: _stopped, Result.FAILED: _failed}
+    return "\n".join(tellers[ending.outcome.result](ending))
+
+
+def _stopped(ending: Ending) -> list[str]:
+    return [f"Stopped {_after(ending)}. No process is left behind.", *_where_the_log_is(ending)]
 
 
 def _succeeded(ending: Ending) -> list[str]:
     outcome = ending.outcome
     early = " (stopped early: the evaluation loss no longer fell)" if outcome.stopped_early else ""
-    lines = [f"Done {_after(outcome)}{early}."]
+    lines = [f"Done {_after(ending)}{early}."]
     lines += _evaluation(outcome.eval)
     lines += [
-        f"  {'artifact':<10} {artifact.uri} ({artifact.kind}, {_size(artifact)})"
-        for artifact in outcome.artifacts
+        f"  {'artifact':<10} {artifact.uri} ({artifact.kind}, {_size(artifact)})" for artifact in outcome.artifacts
     ]
     if outcome.seconds:
         spent = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in outcome.seconds.items())
@@ -110,17 +104,13 @@ def _evaluation(summary: EvalSummary | None) -> list[str]:
         return []
     if summary.loss_before is None:
         return [f"  {'eval loss':<10} {summary.loss_after:.4f}"]
-    change = (
-        100 * (summary.loss_after - summary.loss_before) / summary.loss_before if summary.loss_before else 0.0
-    )
+    change = 100 * (summary.loss_after - summary.loss_before) / summary.loss_before if summary.loss_before else 0.0
     return [f"  {'eval loss':<10} {summary.loss_before:.4f} -> {summary.loss_after:.4f} ({change:+.1f} %)"]
 
 
 def _failed(ending: Ending) -> list[str]:
     outcome = ending.outcome
-    failure = outcome.failure or Failure(
-        failure_class=FailureClass.UNKNOWN, message="The trainers did not say why."
-    )
+    failure = outcome.failure or Failure(failure_class=FailureClass.UNKNOWN, message="The trainers did not say why.")
     step = f" after step {failure.step}" if failure.step else ""
     lines = [f"{_HEADLINES[failure.failure_class]}{step}: {failure.message}"]
     lines += [f"  {problem}" for problem in failure.problems]
@@ -144,9 +134,11 @@ def _tail(log: Path) -> list[str]:
     return text.splitlines()[-_LOG_LINES:]
 
 
-def _after(outcome: Outcome) -> str:
-    of = f" of {outcome.total_steps}" if outcome.total_steps is not None else ""
-    return f"after {outcome.step}{of} steps"
+def _after(ending: Ending) -> str:
+    # A run that is stopped before its workers answer has reported further than its outcome knows.
+    step = max(ending.outcome.step, ending.progress.step if ending.progress else 0)
+    of = f" of {ending.outcome.total_steps}" if ending.outcome.total_steps is not None else ""
+    return f"after {step}{of} steps"
 
 
 def _size(artifact: Artifact) -> str:

@@ -110,9 +110,7 @@ def _counting_signals() -> Iterator[Callable[[], int]]:
 
     # nohup ignores SIGHUP, and means it.
     numbers = [
-        number
-        for number in _STOP_SIGNALS
-        if number is signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
+        number for number in _STOP_SIGNALS if number is signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
     ]
     before = {number: signal.signal(number, handle) for number in numbers}
     try:

@@ -66,9 +66,7 @@ def _tell(loaded: Loaded, problems: Sequence[Problem], checked_data: bool) -> No
     console = Console(highlight=False)
     for planned in loaded.planned:
         checked = "; model and data checked" if checked_data else ""
-        console.print(
-            f"{planned.file}: job {planned.plan.name} is valid{checked}", markup=False, soft_wrap=True
-        )
+        console.print(f"{planned.file}: job {planned.plan.name} is valid{checked}", markup=False, soft_wrap=True)
     for name in loaded.runtimes:
         console.print(f"runtime {name} is valid", markup=False, soft_wrap=True)
 

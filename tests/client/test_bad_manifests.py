@@ -1,0 +1,351 @@
+"""Bad manifests, each through `finetune validate -o json`: exit code 2, the path, the value, and what would be right.
+
+A row is the complete job with a few changes by dotted path, or a text that is not even YAML.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune_api.problems import shorten
+from tests.client.conftest import JOB
+from tests.factories import ABSENT, runtime_document, with_changes
+
+KNOWN_SCHEMES = "hf://, file://, pvc://, package://"
+LONG_NAME = "a" * 41
+TOO_MANY = [{"source": "hf://a/b"}] * 33
+SAME_AT = [{"at": 0.5, "layers": ["b"]}, {"at": 0.5, "layers": ["c"]}]
+NO_VALUE: Any = object()
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A manifest and the one thing that is wrong with it. `value` is what stands at `path`; `line` where YAML broke."""
+
+    what: str
+    changes: dict[str, Any]
+    path: str | None
+    value: Any
+    right: str
+    runtime: dict[str, Any] | None = None
+    text: str | bytes | None = None
+    line: int | None = None
+
+    def write(self, folder: Path) -> Path:
+        file = folder / "job.yaml"
+        if self.text is not None:
+            file.write_bytes(self.text if isinstance(self.text, bytes) else self.text.encode())
+            return file
+        documents = [with_changes(JOB, self.changes), *([runtime_document(self.runtime)] if self.runtime else [])]
+        file.write_text(yaml.safe_dump_all(documents, sort_keys=False))
+        return file
+
+
+def bad(what: str, path: str, value: Any, right: str, **others: Any) -> Bad:
+    """One field, by its path as the message gives it, is set to `value` (ABSENT: taken out)."""
+    changed = path.replace("[", ".").replace("]", "")
+    changes = {**others.pop("also", {}), changed: value}
+    return Bad(what, changes, path, NO_VALUE if value is ABSENT else value, right, **others)
+
+
+def at(what: str, path: str, changes: dict[str, Any], value: Any, right: str, **others: Any) -> Bad:
+    """The message is about `path`, and other fields are changed."""
+    return Bad(what, changes, path, value, right, **others)
+
+
+def text(what: str, content: str | bytes, right: str, line: int | None = None, value: Any = NO_VALUE) -> Bad:
+    return Bad(what, {}, None, value, right, text=content, line=line)
+
+
+FULL = {"spec.tuning": {"full": {}}}
+WANDB = {"spec.tracking.wandb": {"project": "p"}}
+HUB = [{"to": "hf://a/b"}]
+POOL = {"workers.maxReplicas": 2}
+
+TABLE = [
+    # Kind, version, metadata.
+    bad("the kind is misspelt", "kind", "FinetuneJob", "must be one of FineTuneJob, FineTuneRuntime"),
+    bad("the kind is missing", "kind", ABSENT, "must be one of FineTuneJob, FineTuneRuntime"),
+    bad("the version is another's", "apiVersion", "v1", "must be finetune-operator.io/v1alpha1"),
+    bad("the version is missing", "apiVersion", ABSENT, "must be finetune-operator.io/v1alpha1"),
+    bad("metadata is missing", "metadata", ABSENT, "is required"),
+    bad("the name is missing", "metadata.name", ABSENT, "is required"),
+    bad("the name has capitals", "metadata.name", "Tiny", "must be lower-case letters, digits and '-'"),
+    bad("the name starts with a digit", "metadata.name", "7b", "starting with a letter"),
+    bad("the name is a number", "metadata.name", 7, "must be text; put it in quotes"),
+    bad("the name is too long", "metadata.name", LONG_NAME, "must have at most 40 characters"),
+    bad("the namespace has an underscore", "metadata.namespace", "team_a", "must be lower-case letters, digits"),
+    bad("a label is a number", "metadata.labels.a", 1, "must be text; put it in quotes"),
+    bad("the spec is missing", "spec", ABSENT, "is required"),
+    bad("the spec is a list", "spec", [], "must be a mapping of keys to values"),
+    # Unknown keys.
+    bad("a block at the top is misspelt", "sepc", {}, "did you mean spec?"),
+    bad("a block is misspelt", "spec.trainning", {"epochs": 1}, "did you mean training?"),
+    bad("a field is in snake case", "spec.training.learning_rate", 0.1, "did you mean learningRate?"),
+    bad("a field is PEFT's", "spec.tuning.lora.r", 8, "known here: rank, alpha, dropout, targetModules"),
+    bad("a field of a list item is unknown", "spec.data.train[0].path", "x", "known here: source, split"),
+    bad("an optimizer setting is unknown", "spec.training.optimizer.momentum", 0.9, "known here: beta1, beta2"),
+    bad("a method that does not exist", "spec.method.magic", {}, "known here: sft"),
+    bad("a tracker that does not exist", "spec.tracking.comet", {}, "known here: tensorboard, wandb, mlflow"),
+    bad("a column that no format has", "spec.data.train[0].columns.question", "q", "known here: messages"),
+    at("full tuning has no settings", "spec.tuning.full.rank", {"spec.tuning": {"full": {"rank": 8}}}, 8, "known here"),
+    # Model.
+    bad("the model is missing", "spec.model", ABSENT, "is required"),
+    bad("the source is missing", "spec.model.source", ABSENT, "is required"),
+    bad("the source has no scheme", "spec.model.source", "Qwen/Qwen3-8B", f"start it with one of {KNOWN_SCHEMES}"),
+    bad("the scheme is unknown", "spec.model.source", "http://x/y", f"use one of {KNOWN_SCHEMES}"),
+    bad("the scheme cannot hold models", "spec.model.source", "job://a", "cannot be job:// here"),
+    bad("the Hub's path is too deep", "spec.model.source", "hf://a/b/c", "is not of the form hf://org/name"),
+    bad("a file has a host", "spec.model.source", "file://model", "file:///absolute/path or file://./relative"),
+    bad("a claim is left upwards", "spec.model.source", "pvc://claim/../x", "must not contain '..'"),
+    at(
+        "a revision of a folder",
+        "spec.model.revision",
+        {"spec.model": {"source": "file:///m", "revision": "main"}},
+        "main",
+        "only for an hf:// source; remove it",
+    ),
+    bad("a template that is not stored", "spec.model.chatTemplate", "llama", "must be tokenizer, chatml or plain"),
+    bad("a size in words", "spec.model.parameters", "8 billion", "must be a size such as 135M, 8B"),
+    bad("a switch in words", "spec.model.trustRemoteCode", "yes please", "must be true or false"),
+    bad("a tokenizer without scheme", "spec.model.tokenizer", "gpt2", "is not a URI"),
+    # Data.
+    bad("no training data", "spec.data.train", [], "must have at least 1 entry"),
+    bad("the training data is missing", "spec.data.train", ABSENT, "is required"),
+    bad("one source without a list", "spec.data.train", {"source": "hf://a/b"}, "must be a list; start each item"),
+    bad("too many sources", "spec.data.train", TOO_MANY, "must have at most 32 entries, not 33"),
+    bad("a path without scheme", "spec.data.train[0].source", "./rows.jsonl", "a local file is file:///path"),
+    bad("data from another job", "spec.data.train[0].source", "job://x", "cannot be job:// here"),
+    bad(
+        "a split of a file",
+        "spec.data.train[0].split",
+        "train",
+        "only for an hf:// source; name the file instead",
+        also={"spec.data.train.0.source": "file:///rows.jsonl"},
+    ),
+    bad("a format that does not exist", "spec.data.train[0].format", "chat", "must be auto, messages"),
+    bad("a weight of nothing", "spec.data.train[0].weight", 0, "must be above 0"),
+    bad("a weight that is too large", "spec.data.train[0].weight", 101, "must be at most 100"),
+    bad("no rows", "spec.data.train[0].maxRows", 0, "must be at least 1"),
+    bad("a column without a name", "spec.data.train[0].columns.prompt", "", "must not be empty"),
+    # Method and tuning.
+    bad("no method", "spec.method", {}, "set exactly one of: sft"),
+    bad("a sequence that is too short", "spec.method.sft.maxSeqLength", 8, "must be at least 16"),
+    bad("a part of a token", "spec.method.sft.maxSeqLength", 128.5, "must be a whole number"),
+    bad("a length in words", "spec.method.sft.maxSeqLength", "2k", "must be a whole number"),
+    bad("a loss on something else", "spec.method.sft.lossOn", "completion", "must be assistant or all"),
+    bad("long rows are skipped", "spec.method.sft.longRows", "skip", "must be error, truncate or drop"),
+    bad("no tuning", "spec.tuning", {}, "set exactly one of: full, lora, freeze"),
+    bad("two kinds of tuning", "spec.tuning", {"lora": {}, "full": {}}, "set exactly one of: full, lora, freeze"),
+    bad("no rank", "spec.tuning.lora.rank", 0, "must be at least 1"),
+    bad("a negative alpha", "spec.tuning.lora.alpha", -1, "must be above 0"),
+    bad("everything is dropped", "spec.tuning.lora.dropout", 1, "must be below 1"),
+    bad("no targets", "spec.tuning.lora.targetModules", [], "must have at least 1 entry"),
+    bad("targets without a list", "spec.tuning.lora.targetModules", "q_proj", "must be a list"),
+    bad("all and some targets", "spec.tuning.lora.targetModules", ["all-linear", "q_proj"], "all-linear stands alone"),
+    bad("a quantization that does not exist", "spec.tuning.lora.quantization", "int4", "must be none, int8 or nf4"),
+    bad(
+        "a quantized base is split",
+        "spec.deepspeed.zeroStage",
+        3,
+        "set deepspeed.zeroStage to 2 or less",
+        also={"spec.tuning.lora.quantization": "nf4"},
+    ),
+    at(
+        "nothing learns",
+        "spec.tuning.freeze.train",
+        {"spec.tuning": {"freeze": {"train": []}}},
+        [],
+        "must have at least 1 entry",
+    ),
+    at(
+        "layers learn after the end",
+        "spec.tuning.freeze.unfreeze[0].at",
+        {"spec.tuning": {"freeze": {"train": ["a"], "unfreeze": [{"at": 1, "layers": ["b"]}]}}},
+        1,
+        "must be below 1",
+    ),
+    at(
+        "two groups start together",
+        "spec.tuning.freeze.unfreeze",
+        {"spec.tuning": {"freeze": {"train": ["a"], "unfreeze": SAME_AT}}},
+        SAME_AT,
+        "join them",
+    ),
+    # Training.
+    bad("epochs and steps", "spec.training", {"epochs": 1, "maxSteps": 5}, "set exactly one of: epochs, maxSteps"),
+    bad("neither epochs nor steps", "spec.training", {"seed": 1}, "set exactly one of: epochs, maxSteps"),
+    at("no epochs", "spec.training.epochs", {"spec.training": {"epochs": 0}}, 0, "must be at least 1"),
+    at("half an epoch", "spec.training.epochs", {"spec.training": {"epochs": 0.5}}, 0.5, "must be a whole number"),
+    bad("an empty batch", "spec.training.globalBatchSize", 0, "must be at least 1"),
+    bad("a micro batch in words", "spec.training.microBatchSize", "small", "must be a whole number from 1"),
+    at(
+        "a batch that is no multiple of the micro batch",
+        "spec.training.globalBatchSize",
+        {"spec.training.microBatchSize": 3},
+        8,
+        "must be a multiple of microBatchSize",
+    ),
+    at(
+        "a batch that is no multiple of the workers",
+        "spec.training.globalBatchSize",
+        {"spec.cluster.workers.replicas": 3},
+        8,
+        "must be a multiple of the 3 training processes; set it to 9",
+    ),
+    at(
+        "a micro batch that is more than a worker has",
+        "spec.training.microBatchSize",
+        {"spec.cluster.workers.replicas": 4, "spec.training.microBatchSize": 4},
+        4,
+        "set it to one of 1, 2",
+    ),
+    at(
+        "a batch that is no multiple of micro batch, workers and GPUs",
+        "spec.training.globalBatchSize",
+        {"spec.cluster.workers": {"replicas": 2, "gpus": 2}, "spec.training.microBatchSize": 4},
+        8,
+        "must be a multiple of microBatchSize × workers.replicas × workers.gpus",
+    ),
+    bad("a rate above one", "spec.training.learningRate", 2, "above 0 and at most 1, or auto"),
+    bad("a rate in words", "spec.training.learningRate", "fast", "above 0 and at most 1, or auto"),
+    bad("a negative rate", "spec.training.learningRate", -0.0001, "above 0 and at most 1, or auto"),
+    bad(
+        "a schedule that does not exist", "spec.training.schedule", "exponential", "must be cosine, linear or constant"
+    ),
+    bad("warm-up to the end", "spec.training.warmupFraction", 1, "must be below 1"),
+    bad("a mean that never moves", "spec.training.optimizer.beta1", 1.0, "must be below 1"),
+    bad("negative decay", "spec.training.optimizer.weightDecay", -0.1, "must be at least 0"),
+    bad("an epsilon that is no number", "spec.training.optimizer.epsilon", float("nan"), "must be a finite number"),
+    bad("a negative norm", "spec.training.maxGradNorm", -1, "must be at least 0"),
+    bad("a precision that does not exist", "spec.training.precision", "fp8", "must be auto, bf16, fp16 or fp32"),
+    bad("fp16 on the CPU", "spec.training.precision", "fp16", "needs a GPU; set bf16, fp32 or auto"),
+    bad("a negative seed", "spec.training.seed", -1, "must be at least 0"),
+    bad("a switch as a number", "spec.training.activationCheckpointing", 1, "must be true or false"),
+    bad("no patience", "spec.training.earlyStopping.patience", 0, "must be at least 1"),
+    bad("empty answers", "spec.training.generation.maxNewTokens", 0, "must be at least 1"),
+    at(
+        "evaluation without data",
+        "spec.data.eval",
+        {"spec.data.eval": [], "spec.training.evalEverySteps": 5},
+        [],
+        "add a source to data.eval",
+    ),
+    at(
+        "early stopping without data",
+        "spec.data.eval",
+        {"spec.data.eval": [], "spec.training.earlyStopping": {}},
+        [],
+        "add a source to data.eval",
+    ),
+    # DeepSpeed.
+    bad("a stage that does not exist", "spec.deepspeed.zeroStage", 4, "must be at most 3"),
+    bad("offload to NVMe", "spec.deepspeed.offload.optimizer", "nvme", "must be none or cpu"),
+    at(
+        "the optimizer is offloaded and not split",
+        "spec.deepspeed.offload",
+        {"spec.deepspeed": {"zeroStage": 0, "offload": {"optimizer": "cpu"}}},
+        {"optimizer": "cpu", "parameters": "none"},
+        "needs zeroStage 1, 2 or 3",
+    ),
+    at(
+        "parameters are offloaded and not split",
+        "spec.deepspeed.offload",
+        {"spec.deepspeed": {"zeroStage": 2, "offload": {"parameters": "cpu"}}},
+        {"optimizer": "none", "parameters": "cpu"},
+        "needs zeroStage 3",
+    ),
+    bad("a reserved key", "spec.deepspeed.config.train_batch_size", 8, "set spec.training.globalBatchSize"),
+    bad("a reserved key deep down", "spec.deepspeed.config.zero_optimization.stage", 2, "set spec.deepspeed.zeroStage"),
+    bad("a reserved block", "spec.deepspeed.config.bf16.enabled", True, "set spec.training.precision"),
+    # Cluster and runtime.
+    bad("no workers", "spec.cluster.workers.replicas", 0, "must be at least 1"),
+    bad("more GPUs than a machine has", "spec.cluster.workers.gpus", 17, "must be at most 16"),
+    bad("no cores", "spec.cluster.workers.cpus", 0, "must be above 0"),
+    bad("a runtime without its key", "spec.runtimeRef", "pool", "must be a mapping of keys to values"),
+    bad("a runtime that is not there", "spec.runtimeRef.name", "a100", "bring it with --runtime FILE"),
+    bad("a runtime that is misspelt", "spec.runtimeRef.name", "poool", "did you mean pool?", runtime=POOL),
+    bad(
+        "more workers than the runtime has",
+        "spec.cluster.workers.replicas",
+        4,
+        "ask for at most 2",
+        also={"spec.runtimeRef": {"name": "pool"}},
+        runtime=POOL,
+    ),
+    # Outputs and trackers.
+    at("an artifact on the Hub", "spec.outputs[0].to", {"spec.outputs": HUB}, "hf://a/b", "use one of file://, pvc://"),
+    bad(
+        "a whole model is merged",
+        "spec.outputs",
+        [{"to": "file:///o", "merge": True}],
+        "only for tuning.lora",
+        also=FULL,
+    ),
+    at("no project", "spec.tracking.wandb.project", {"spec.tracking.wandb": {}}, NO_VALUE, "is required"),
+    bad("a mode that does not exist", "spec.tracking.wandb.mode", "on", "online or offline", also=WANDB),
+    at("no experiment", "spec.tracking.mlflow.experiment", {"spec.tracking.mlflow": {}}, NO_VALUE, "is required"),
+    # Not even a job.
+    text("an empty file", "", "is empty; write a FineTuneJob into it"),
+    text("only a comment", "# nothing\n", "is empty; write a FineTuneJob into it"),
+    text("a list", "- a\n", "must be a mapping with apiVersion, kind, metadata and spec", value=["a"]),
+    text("a word", "hello\n", "must be a mapping with apiVersion, kind, metadata and spec", value="hello"),
+    text("a tab", "a:\n\tb: 1\n", "cannot start any token", line=2),
+    text("an open bracket", "a: [1,\nb: 2\n", "expected ',' or ']'", line=3),
+    text("a key twice", "kind: a\nspec: {}\nkind: b\n", "the key 'kind' stands twice; remove one", line=3),
+    text("a number as a key", "1: a\n", "the key 1 is not text; put it in quotes", line=1),
+    text("an alias to nothing", "a: *x\n", "undefined alias 'x'", line=1),
+    text("an object of Python's", "a: !!python/object:os.system x\n", "could not determine a constructor", line=1),
+    text("two colons", "a: b: c\n", "mapping values are not allowed here", line=1),
+    text("wrong indentation", "a:\n  b: 1\n c: 2\n", "expected <block end>", line=3),
+    text("no text at all", b"\x80\x81", "cannot be read as UTF-8 text"),
+    text("thousands of brackets", "a: " + "[" * 5000, "is nested too deeply"),
+    text("thousands of digits", "a: " + "9" * 5000, "is not valid YAML"),
+]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.what)
+def test_it_is_refused_with_the_path_the_value_and_what_would_be_right(finetune: Any, tmp_path: Path, row: Bad) -> None:
+    file = row.write(tmp_path)
+    done = finetune("validate", file, "-o", "json")
+    assert done.code == 2
+    assert set(done.document) == {"valid", "errors"}
+    assert done.document["valid"] is False
+    [error] = done.document["errors"]
+    assert set(error) == {"file", "path", "value", "message"}
+    assert error["file"] == (str(file) if row.line is None else f"{file}:{row.line}")
+    assert error["path"] == row.path
+    assert error["value"] == (None if row.value is NO_VALUE else shorten(row.value))
+    assert row.right in error["message"]
+
+
+def test_every_row_has_a_name_of_its_own() -> None:
+    assert len({row.what for row in TABLE}) == len(TABLE) >= 60
+
+
+def test_the_job_that_the_rows_change_is_valid(finetune: Any, write_job: Any) -> None:
+    done = finetune("validate", write_job(), "-o", "json")
+    assert (done.code, done.document) == (0, {"valid": True, "errors": []})
+
+
+def test_all_faults_of_all_files_are_told_at_once(finetune: Any, write_job: Any, tmp_path: Path) -> None:
+    shape = write_job({"spec.training.seed": -1, "spec.tuning.lora.rank": 0, "spec.typo": 1}, name="shape.yaml")
+    batch = write_job({"spec.cluster.workers.replicas": 3, "spec.training.precision": "fp16"}, name="batch.yaml")
+    syntax = tmp_path / "syntax.yaml"
+    syntax.write_text("a: [")
+    write_job(name="good.yaml")
+    found = finetune("validate", tmp_path, tmp_path / "absent.yaml", "-o", "json").document["errors"]
+    assert {(error["file"], error["path"]) for error in found} == {
+        (str(batch), "spec.training.globalBatchSize"),
+        (str(batch), "spec.training.precision"),
+        (str(shape), "spec.training.seed"),
+        (str(shape), "spec.tuning.lora.rank"),
+        (str(shape), "spec.typo"),
+        (f"{syntax}:1", None),
+        (str(tmp_path / "absent.yaml"), None),
+    }

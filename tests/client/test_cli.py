@@ -1,0 +1,141 @@
+"""The command line: help, exit codes, plan, validate for people, version, and what it never imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune_api.failures import EXIT_CODES, INTERRUPTED
+from finetune_api.plan import RunPlan
+from finetune_client import runner
+from finetune_client.cli.exits import MEANINGS, OK
+from tests.factories import runtime_document
+
+COMMANDS = ["validate", "plan", "run", "export", "chat", "version"]
+HEAVY = {"torch", "ray", "transformers", "deepspeed", "peft", "finetune_trainers"}
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The modules that one command of `finetune` imports, in a process of its own."""
+    program = f"""
+import atexit, json, sys
+sys.argv = ["finetune", *{list(arguments)!r}]
+atexit.register(lambda: print("MODULES" + json.dumps(sorted(sys.modules))))
+from finetune_client.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    return set(json.loads(done.stdout.rpartition("MODULES")[2]))
+
+
+def test_no_command_imports_what_trains(write_job: Any) -> None:
+    for arguments in (["validate", str(write_job())], ["plan", str(write_job())], ["run", "absent.yaml"], ["version"]):
+        assert imported_by(*arguments) & HEAVY == set()
+
+
+def test_help_is_quick_because_it_imports_neither_the_contract_nor_yaml() -> None:
+    assert imported_by("--help") & {"pydantic", "yaml", "psutil", *HEAVY} == set()
+
+
+def test_the_documented_exit_codes_are_those_of_the_contract() -> None:
+    assert set(MEANINGS) == {OK, *EXIT_CODES.values(), INTERRUPTED}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_has_two_examples_and_the_exit_codes(finetune: Any, command: str) -> None:
+    text = finetune(command, "--help").stdout
+    assert text.count(f"  finetune {command}") >= 2
+    flat = " ".join(text.split())
+    assert all(f"{code} {meaning}" in flat for code, meaning in MEANINGS.items())
+
+
+def test_the_help_lists_the_commands_and_the_exit_codes(finetune: Any) -> None:
+    text = " ".join(finetune("--help").stdout.split())
+    assert all(command in text for command in COMMANDS)
+    assert all(f"{code} {meaning}" in text for code, meaning in MEANINGS.items())
+
+
+def test_the_plan_as_json_is_the_run_plan(finetune: Any, write_job: Any) -> None:
+    done = finetune("plan", write_job(), "-o", "json")
+    assert RunPlan.model_validate_json(done.stdout).batch.global_batch_size == 8
+
+
+def test_the_plan_as_yaml_says_the_same(finetune: Any, write_job: Any) -> None:
+    done = finetune("plan", write_job(), "-o", "yaml")
+    assert yaml.safe_load(done.stdout) == finetune("plan", write_job(), "-o", "json").document
+
+
+def test_the_summary_shows_the_arithmetic_and_the_decisions_with_reasons(finetune: Any, write_job: Any) -> None:
+    job = write_job({"spec.cluster.workers.replicas": 2, "spec.training.microBatchSize": 2})
+    text = finetune("plan", job).stdout
+    assert "2 micro x 2 accumulation x 2 processes = 8 sequences per step" in text
+    assert "world size 2" in text
+    assert "ZeRO stage 2" in text
+    assert "spec.training.precision" in text
+    assert "training runs on cpu" in text
+    assert "artifact/ in the run's folder" in text
+
+
+def test_a_plan_of_an_invalid_job_exits_2_with_sentences(finetune: Any, write_job: Any) -> None:
+    job = write_job({"spec.training.precision": "fp16"})
+    done = finetune("plan", job)
+    assert done.code == 2
+    assert f"{job}: spec.training.precision: needs a GPU; set bf16, fp32 or auto" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_runtime_may_come_from_another_file(finetune: Any, write_job: Any, tmp_path: Path) -> None:
+    pool = tmp_path / "pool.yaml"
+    pool.write_text(yaml.safe_dump(runtime_document({"workers.gpus": 2, "workers.cpus": 6})))
+    job = write_job({"spec.runtimeRef": {"name": "pool"}})
+    assert finetune("plan", job).code == 2
+    plan = finetune("plan", job, "--runtime", pool, "-o", "json").document
+    assert plan["workers"]["worldSize"] == 2
+
+
+def test_people_read_one_sentence_per_problem_on_stderr(finetune: Any, write_job: Any) -> None:
+    job = write_job({"spec.training.seed": -1, "spec.tuning.lora.rank": 0})
+    done = finetune("validate", job)
+    assert done.code == 2
+    assert done.stdout == ""
+    assert f"{job}: spec.training.seed: must be at least 0 (found -1)\n" in done.stderr
+    assert "2 problems found" in done.stderr
+
+
+def test_people_are_told_what_is_valid(finetune: Any, write_job: Any) -> None:
+    job = write_job()
+    assert finetune("validate", job).stdout == f"{job}: job tiny is valid\n"
+
+
+def test_validate_with_data_lets_the_trainers_check_every_row(finetune: Any, write_job: Any) -> None:
+    job = write_job()
+    assert finetune("validate", job, "--data", "-o", "json").document == {"valid": True, "errors": []}
+    done = finetune("validate", job, "--data", "-o", "json", fake="data-error")
+    assert done.code == 3
+    assert done.document["errors"] == [
+        {"file": "rows.jsonl:17", "path": "messages", "value": "[]", "message": "must hold a message"}
+    ]
+
+
+def test_validate_with_data_needs_the_trainers(finetune: Any, write_job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "NEEDED_PACKAGES", ("no_such_package",))
+    done = finetune("validate", write_job(), "--data", "-o", "json")
+    assert done.code == 2
+    assert "finetune-operator[trainers]" in done.document["errors"][0]["message"]
+
+
+def test_version_names_the_packages_that_train(finetune: Any) -> None:
+    versions = finetune("version", "-o", "json").document
+    assert list(versions) == ["finetune-operator", "python", "ray", "torch", "deepspeed", "transformers", "peft"]
+    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert all(name in finetune("version").stdout for name in versions)
+
+
+def test_an_unknown_option_exits_2(finetune: Any, write_job: Any) -> None:
+    assert finetune("run", write_job(), "--no-such-option").code == 2
