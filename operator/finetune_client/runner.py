@@ -113,6 +113,7 @@ class LocalRun:
                 start_new_session=True,
             )
         self._tree = ProcessTree(self._process.pid, self._mark)
+        self._guardian = self._start_guardian(self._process.pid)
 
     def events(self, every_poll: Callable[[], None] | None = None) -> Iterator[Progress]:
         """Every report, as it comes, until the trainers have ended. `every_poll` is called ten times a second."""
@@ -134,6 +135,8 @@ class LocalRun:
             pass
         self._tree.clean_up()
         code = self._started().wait()
+        if self._guardian.returncode is None:
+            self._guardian.communicate(b"x")
         return outcome_of(self.workdir, code, self.stop_requested, self.latest.step if self.latest else 0)
 
     def stop(self) -> None:
@@ -156,9 +159,16 @@ class LocalRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leaving early, by an exception or a break, leaves no process behind."""
-        if self._started().poll() is None:
+        if self._guardian.returncode is None:
             self.kill()
             self.wait()
+
+    def _start_guardian(self, pid: int) -> subprocess.Popen[bytes]:
+        """What ends the trainers when this process is killed and cannot."""
+        command = [sys.executable, "-P", "-m", "finetune_client.guardian", str(pid), self._mark, str(self.stop_seconds)]
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
 
     def _started(self) -> subprocess.Popen[bytes]:
         assert self._process is not None, "start() comes first"

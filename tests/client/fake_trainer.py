@@ -81,8 +81,8 @@ class FakeTrainer:
                 start_grandchildren(self.workdir)
             case "noise":
                 self.reports.write("this is not a report\n")
-            case "waits" | "deaf":
-                if self.behaviour == "deaf":
+            case "waits" | "deaf" | "waits-with-children":
+                if self.behaviour != "waits":
                     start_grandchildren(self.workdir)
                 self.report(Stage.TRAINING, "waiting")
                 while True:

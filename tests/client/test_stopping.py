@@ -48,3 +48,12 @@ def test_what_the_trainer_leaves_behind_is_ended(start: Any, write_job: Any, fak
     done = running.finish()
     assert done.document["failure"] == ("Unknown" if fake == "killed-with-children" else None)
     assert [pid for pid in running.children() if is_alive(pid)] == []
+
+
+def test_a_run_whose_command_line_was_killed_is_ended_too(start: Any, write_job: Any) -> None:
+    running = start("run", write_job(), fake="waits-with-children")
+    wait_until(lambda: (running.workdir / "children.json").exists())
+    trainer = running.trainer()
+    running.process.kill()
+    running.process.communicate()
+    wait_until(lambda: not any(is_alive(pid) for pid in (trainer.pid, *running.children())))
