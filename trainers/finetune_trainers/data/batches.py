@@ -112,9 +112,7 @@ class TrainBatches:
         return slots[start : start + micro]
 
 
-def eval_batches(
-    prepared: PreparedData, micro_batch_size: int, world_size: int, rank: int
-) -> Iterator[Batch]:
+def eval_batches(prepared: PreparedData, micro_batch_size: int, world_size: int, rank: int) -> Iterator[Batch]:
     """This rank's part of the evaluation data: every row once over all ranks, and the same number of batches
     on each, because a sharded model needs all ranks in every forward pass."""
     sources = [SourceArrays(Path(source.folder)) for source in prepared.eval]
@@ -126,9 +124,7 @@ def eval_batches(
 
 def _batch_of(sources: Sequence[SourceArrays], slots: Sequence[tuple[int, int]]) -> Batch:
     """The rows of the sequences in `slots` (source, sequence), laid end to end."""
-    parts = [
-        (sources[source], start, end) for source, seq in slots for start, end in sources[source].rows_of(seq)
-    ]
+    parts = [(sources[source], start, end) for source, seq in slots for start, end in sources[source].rows_of(seq)]
     if not parts:
         return _dummy_batch()
     lengths = [end - start for _, start, end in parts]

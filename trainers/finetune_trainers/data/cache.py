@@ -113,9 +113,7 @@ class SourceWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._tokens.file.close()
         self._trained.file.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -183,9 +181,7 @@ class SourceWriter:
                 with tempfile.TemporaryDirectory(prefix="damaged-", dir=self._folder.parent) as aside:
                     if self._folder.exists():
                         self._folder.rename(Path(aside) / "entry")
-        raise StorageError(
-            f"{self._folder} cannot be written: other processes keep putting damaged entries there"
-        )
+        raise StorageError(f"{self._folder} cannot be written: other processes keep putting damaged entries there")
 
 
 class _GrowingArray:
@@ -228,12 +224,8 @@ class SourceArrays:
             self.offsets: NDArray[np.int64] = _map(folder / "offsets.npy")
             self.bin_rows: NDArray[np.int64] = _map(folder / "bin_rows.npy")
             self.bin_offsets: NDArray[np.int64] = _map(folder / "bin_offsets.npy")
-            self.sequence_tokens: NDArray[np.int64] = np.load(
-                folder / "sequence_tokens.npy", allow_pickle=False
-            )
-            self.sequence_trained: NDArray[np.int64] = np.load(
-                folder / "sequence_trained.npy", allow_pickle=False
-            )
+            self.sequence_tokens: NDArray[np.int64] = np.load(folder / "sequence_tokens.npy", allow_pickle=False)
+            self.sequence_trained: NDArray[np.int64] = np.load(folder / "sequence_trained.npy", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise StorageError(f"{folder} cannot be read as prepared data: {error}") from error
 

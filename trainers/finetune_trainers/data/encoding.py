@@ -70,9 +70,7 @@ def load_encoding(plan: RunPlan, model: PreparedModel) -> TextEncoding:
     path = "spec.model.tokenizer" if plan.model.tokenizer else "spec.model.source"
     value = plan.model.tokenizer or plan.model.source
     if not tokenizer.is_fast:
-        problem = Problem(
-            path=path, value=value, message="has a tokenizer without tokenizer.json; convert it first"
-        )
+        problem = Problem(path=path, value=value, message="has a tokenizer without tokenizer.json; convert it first")
         raise UserError(str(problem), [problem])
     if tokenizer.eos_token_id is None:
         message = "has a tokenizer without an eos_token, so the model could not learn to stop; set one"
@@ -81,9 +79,7 @@ def load_encoding(plan: RunPlan, model: PreparedModel) -> TextEncoding:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    special = {
-        token.content: index for index, token in backend.get_added_tokens_decoder().items() if token.special
-    }
+    special = {token.content: index for index, token in backend.get_added_tokens_decoder().items() if token.special}
     named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     return TextEncoding(
         tokenizer=backend,

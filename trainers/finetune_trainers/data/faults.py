@@ -11,7 +11,7 @@ from typing import Any
 from finetune_api.failures import Problem
 from finetune_trainers.errors import DataError
 
-__all__ = ["MAX_LISTED", "Faults", "RowError", "shorten"]
+__all__ = ["MAX_LISTED", "Faults", "RowError", "clip", "shorten"]
 
 MAX_LISTED = 20
 MAX_VALUE_LENGTH = 80
@@ -34,9 +34,7 @@ class Faults:
         self.listed: list[Problem] = []
         self.num_found = 0
 
-    def add(
-        self, message: str, *, file: str | None = None, path: str | None = None, value: str | None = None
-    ) -> None:
+    def add(self, message: str, *, file: str | None = None, path: str | None = None, value: str | None = None) -> None:
         self.num_found += 1
         if len(self.listed) < MAX_LISTED:
             self.listed.append(Problem(file=file, path=path, value=value, message=message))
@@ -59,4 +57,9 @@ def shorten(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
         text = repr(value)
+    return clip(text)
+
+
+def clip(text: str) -> str:
+    """`text` in at most 80 characters, as it stands."""
     return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 1] + "…"

@@ -135,9 +135,7 @@ def _detect(first_row: dict[str, Any], mapped: Mapping[str, str]) -> DataFormat:
         return fitting[0]
     found = f"the columns are {_listed(first_row)}"
     if fitting:
-        raise RowError(
-            f"fits more than one format: {found}; set it to {' or '.join(fitting)}", "format", "auto"
-        )
+        raise RowError(f"fits more than one format: {found}; set it to {' or '.join(fitting)}", "format", "auto")
     known = "; ".join(f"{format_}: {' and '.join(columns)}" for format_, columns in REQUIRED.items())
     raise RowError(f"fits no format: {found}. Known are {known}. Name yours under columns", "format", "auto")
 
@@ -151,9 +149,7 @@ def _read_messages(form: RowFormat, row: dict[str, Any]) -> Item:
             raise RowError("has from and value; set format: sharegpt", path, shorten(raw))
         for key in ("tool_calls", "function_call"):
             if raw.get(key):
-                raise RowError(
-                    "calls a tool, which this version cannot train on; remove the row", f"{path}.{key}"
-                )
+                raise RowError("calls a tool, which this version cannot train on; remove the row", f"{path}.{key}")
         message = {
             "role": _required_text(raw.get("role"), f"{path}.role"),
             "content": _content(raw.get("content"), f"{path}.content"),
@@ -178,9 +174,7 @@ def _read_sharegpt(form: RowFormat, row: dict[str, Any]) -> Item:
         speaker = _required_text(raw.get("from"), f"{path}.from")
         if speaker not in SHAREGPT_ROLES:
             raise RowError(f"must be one of {', '.join(SHAREGPT_ROLES)}", f"{path}.from", shorten(speaker))
-        messages.append(
-            {"role": SHAREGPT_ROLES[speaker], "content": _required_text(raw.get("value"), f"{path}.value")}
-        )
+        messages.append({"role": SHAREGPT_ROLES[speaker], "content": _required_text(raw.get("value"), f"{path}.value")})
     system = form.optional_text(row, "system")
     if system and messages[0]["role"] == "system":
         raise RowError("stands beside a system message in the conversation; keep one", form.names["system"])
@@ -264,9 +258,7 @@ def _content(value: Any, path: str) -> str:
     texts = []
     for index, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise RowError(
-                "is not text; only parts of type text can be trained on", f"{path}[{index}]", shorten(part)
-            )
+            raise RowError("is not text; only parts of type text can be trained on", f"{path}[{index}]", shorten(part))
         texts.append(_required_text(part.get("text"), f"{path}[{index}].text"))
     return _required_text("".join(texts), path)
 

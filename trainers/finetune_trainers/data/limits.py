@@ -55,29 +55,21 @@ class Limits:
             np.array([end - start for start, end in pieces], dtype=np.int64),
         )
 
-    def _treat(
-        self, place: str, rows: EncodedRows, index: int, start: int, end: int
-    ) -> list[tuple[int, int]]:
+    def _treat(self, place: str, rows: EncodedRows, index: int, start: int, end: int) -> list[tuple[int, int]]:
         """The pieces of one unsound row that are kept."""
         length = end - start
         if index in rows.faults:
             self._faults.add_row(place, rows.faults[index])
             return []
         if length <= self._limit:
-            self._faults.add(
-                "has no token that could be trained on; the answer becomes no tokens", file=place
-            )
+            self._faults.add("has no token that could be trained on; the answer becomes no tokens", file=place)
             return []
         if self._is_text:
             # A last piece of one token would have nothing to predict.
             cuts = range(start, end, self._limit)
-            return [
-                (cut, min(cut + self._limit, end)) for cut in cuts if min(cut + self._limit, end) - cut > 1
-            ]
+            return [(cut, min(cut + self._limit, end)) for cut in cuts if min(cut + self._limit, end) - cut > 1]
         if self._policy == "error":
-            message = (
-                f"is longer than maxSeqLength {self._limit}; raise it, or set longRows to truncate or drop"
-            )
+            message = f"is longer than maxSeqLength {self._limit}; raise it, or set longRows to truncate or drop"
             self._faults.add(message, file=place, value=f"{length} tokens")
             return []
         if self._policy == "truncate" and rows.trained[start : start + self._limit].any():

@@ -136,9 +136,7 @@ class _Preparation:
         try:
             form = rows.format()
         except RowError as fault:
-            self.faults.add(
-                fault.message, file=rows.first_place, path=_join(place.path, fault.path), value=fault.value
-            )
+            self.faults.add(fault.message, file=rows.first_place, path=_join(place.path, fault.path), value=fault.value)
             return None
         if form is None:
             if self.faults.num_found == faults_before:
@@ -166,11 +164,7 @@ class _Preparation:
                     value=place.source.source,
                 )
                 return None
-            bins = (
-                pack(lengths, self.sft.max_seq_length, self.seed)
-                if self.sft.packing
-                else one_row_each(len(lengths))
-            )
+            bins = pack(lengths, self.sft.max_seq_length, self.seed) if self.sft.packing else one_row_each(len(lengths))
             return writer.publish(
                 bins,
                 capacity=self.sft.max_seq_length,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_trainers.data.faults import Faults, shorten
+from finetune_trainers.data.faults import Faults, clip, shorten
 from finetune_trainers.data.formats import CONTINUES
 from finetune_trainers.data.sources import DataFiles, FileKind, HubSplit
 
@@ -101,7 +101,7 @@ def _read_jsonl(file: Path, faults: Faults) -> Rows:
             if not line.strip():
                 continue
             place = f"{file}:{number}"
-            text = _decode(line, place, faults)
+            text = _decode(line.rstrip(b"\r\n"), place, faults)
             if text is None:
                 continue
             try:
@@ -161,10 +161,10 @@ def _read_csv(file: Path, faults: Faults) -> Rows:
                 continue
             if len(record) != len(columns):
                 message = f"has {len(record)} fields, but the header has {len(columns)}"
-                faults.add(message, file=f"{file}:{line}", value=shorten(",".join(record)))
+                faults.add(message, file=f"{file}:{line}", value=clip(",".join(record)))
                 continue
             if not all(_is_utf8(field) for field in record):
-                found = shorten(",".join(record).encode(errors="surrogateescape").decode(errors="replace"))
+                found = clip(",".join(record).encode(errors="surrogateescape").decode(errors="replace"))
                 faults.add("is not UTF-8 text; save the file as UTF-8", file=f"{file}:{line}", value=found)
                 continue
             yield line, dict(zip(columns, record, strict=True)), raw.tell()
@@ -175,7 +175,7 @@ def _header_is_sound(columns: list[str], file: Path, faults: Faults) -> bool:
         return False
     repeated = sorted({column for column in columns if columns.count(column) > 1})
     if repeated:
-        faults.add("names a column twice in the header", file=f"{file}:1", value=shorten(repeated[0]))
+        faults.add("names a column twice in the header", file=f"{file}:1", value=clip(repeated[0]))
     if not all(_is_utf8(column) for column in columns):
         faults.add("is not UTF-8 text; save the file as UTF-8", file=f"{file}:1")
         return False
@@ -278,7 +278,7 @@ def _decode(content: bytes, place: str, faults: Faults, first_line: int | None =
             place = f"{place}:{first_line + content.count(bytes([10]), 0, error.start)}"
         around = content[max(error.start - 20, 0) : error.start + 20].decode(errors="replace")
         message = f"is not UTF-8 text: byte 0x{content[error.start]:02x}; save the file as UTF-8"
-        faults.add(message, file=place, value=shorten(around))
+        faults.add(message, file=place, value=clip(around))
         return None
 
 
@@ -287,7 +287,7 @@ def _add_json_fault(error: Exception, line: str, place: str, faults: Faults) -> 
         message = f"is not valid JSON: {error.msg} at column {error.colno}; one JSON object a line is right"
     else:
         message = "is nested too deeply for JSON data"
-    faults.add(message, file=place, value=shorten(line.strip()))
+    faults.add(message, file=place, value=clip(line.strip()))
 
 
 def _first_line(error: Exception) -> str:

@@ -142,9 +142,7 @@ def _hub_files(uri: Uri, source: DataSource, path: str) -> DataFiles:
         raise _refuse(source, path, "is not in the local Hub cache, and the Hub cannot be reached") from error
     except (HfHubHTTPError, HFValidationError) as error:
         # The first line says it; the rest are addresses and request ids.
-        raise _refuse(
-            source, path, f"cannot be read from the Hub: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise _refuse(source, path, f"cannot be read from the Hub: {str(error).strip().splitlines()[0]}") from error
     root = Path(folder)
     files = sorted(file for file in root.rglob("*") if file.is_file())
     if not files:

@@ -27,10 +27,11 @@ __all__ = ["STORED_TEMPLATES", "ChatTemplate", "PlainText", "Rendered", "Rendere
 STORED_TEMPLATES: dict[str, str] = {
     # The assistant closes its turn with the tokenizer's own end-of-sequence token: `<|im_end|>` where that is
     # the one, otherwise a token that the model already knows how to stop with.
+    # A bare line break after a tag would be dropped: transformers compiles templates with trim_blocks.
     "chatml": (
         "{% for message in messages %}"
         "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}<|im_end|>{% endif %}\n"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}<|im_end|>{% endif %}{{ '\n' }}"
         "{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
@@ -47,6 +48,9 @@ STORED_TEMPLATES: dict[str, str] = {
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """A template that has it marks its answers itself."""
+
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a template may end with: its own raise_exception, or what the code in it runs into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,25 +129,20 @@ class ChatTemplate:
             text: str = self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._variables
             )
-        except TemplateError as error:
-            raise RowError(
-                f"the model's chat template refuses the conversation: {error.message or error}"
-            ) from None
+        except TEMPLATE_ERRORS as error:
+            raise RowError(f"the model's chat template refuses the conversation: {error}") from None
         return text
 
     def _render_tagged(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and [start, end) in characters of each {% generation %} block."""
         from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
+        render: Any = _render_with_assistant_indices  # untyped
         try:
-            # Untyped; gives the text and [start, end) in characters of each {% generation %} block.
-            rendered: tuple[str, list[tuple[int, int]]] = _render_with_assistant_indices(  # type: ignore[no-untyped-call]
-                self._template, messages, add_generation_prompt=False, **self._variables
-            )
-        except TemplateError as error:
-            raise RowError(
-                f"the model's chat template refuses the conversation: {error.message or error}"
-            ) from None
-        return rendered
+            text, spans = render(self._template, messages, add_generation_prompt=False, **self._variables)
+        except TEMPLATE_ERRORS as error:
+            raise RowError(f"the model's chat template refuses the conversation: {error}") from None
+        return text, spans
 
     def _find_spans(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
         """The spans by rendering every beginning of the conversation; exact, and quadratic in the turns."""
@@ -201,9 +200,7 @@ class ChatTemplate:
         """What the template puts around contents for these roles, or None when it does not treat marks
         alike."""
         marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
-        marked = [
-            {"role": message["role"], "content": mark} for message, mark in zip(messages, marks, strict=True)
-        ]
+        marked = [{"role": message["role"], "content": mark} for message, mark in zip(messages, marks, strict=True)]
         try:
             text = self._text(marked)
             rendered = self._cut(text, self._find_spans(marked, text))
