@@ -102,7 +102,7 @@ class LocalRun:
         if any((self.workdir / name).exists() for name in _RUN_FILES):
             raise RunFolderTaken(f"{self.workdir} holds a run already; name another folder")
         (self.workdir / "plan.json").write_text(self.plan.model_dump_json(by_alias=True, indent=2) + "\n")
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:  # the workers append to it too
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,

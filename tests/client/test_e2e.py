@@ -1,0 +1,177 @@
+"""The command line with the real trainers: Ray Train, two workers, a tiny random Llama."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from finetune_client.processes import RUN_MARK
+from tests.client.conftest import Finished, is_alive, wait_until
+from tests.factories import job_document
+from tests.trainers.factories import tiny_model, write_rows
+
+pytestmark = pytest.mark.e2e
+
+FINETUNE = [sys.executable, "-c", "from finetune_client.cli import main; main()"]
+
+
+@dataclass(frozen=True)
+class World:
+    """A model, data, a manifest, and the cache that the tests of this module share."""
+
+    folder: Path
+
+    def write_job(self, name: str, changes: dict[str, Any]) -> Path:
+        document = job_document(
+            {
+                "model.source": "file://./model",
+                "data": {"train": [{"source": "file://./rows.jsonl"}], "eval": [{"source": "file://./eval.jsonl"}]},
+                "method": {"sft": {"maxSeqLength": 128}},
+                "tuning": {"lora": {"rank": 4, "targetModules": ["all-linear"]}},
+                "training": {"maxSteps": 6, "globalBatchSize": 8, "learningRate": 0.01},
+                "cluster": {"workers": {"replicas": 2, "cpus": 1}},
+            }
+            | changes,
+            name=name,
+        )
+        file = self.folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(document))
+        return file
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*FINETUNE, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"FINETUNE_CACHE": str(self.folder / "cache"), "OMP_NUM_THREADS": "1"},
+        )
+
+    def finetune(self, *arguments: str | Path) -> Finished:
+        return finish(self.start(*arguments))
+
+
+def finish(process: subprocess.Popen[str]) -> Finished:
+    stdout, stderr = process.communicate(timeout=600)
+    return Finished(process.returncode, stdout, stderr)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    tiny_model(folder / "model")
+    write_rows(folder / "rows.jsonl", 64)
+    write_rows(folder / "eval.jsonl", 8, seed=1)
+    return World(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(world: World) -> Finished:
+    return world.finetune(
+        "run", world.write_job("tiny", {}), "--workdir", world.folder / "run", "-o", "json", "--set", "training.seed=3"
+    )
+
+
+def begin_long_run(world: World, name: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """Start a run that will not end by itself; returns it, and all its processes once it trains."""
+    job = world.write_job(name, {"training": {"maxSteps": 100_000, "globalBatchSize": 8}})
+    process = world.start("run", job, "--workdir", world.folder / name, "-o", "json")
+    reports = world.folder / name / "progress.jsonl"
+    wait_until(
+        lambda: process.poll() is not None or (reports.exists() and '"step":2' in reports.read_text()), seconds=300
+    )
+    assert process.poll() is None, process.communicate()
+    return process, psutil.Process(process.pid).children(recursive=True)
+
+
+def with_mark(mark: str) -> list[psutil.Process]:
+    """The processes that carry a run's mark, wherever they are in the tree."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(RUN_MARK) == mark:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_job_becomes_an_artifact(world: World, trained: Finished) -> None:
+    assert trained.code == 0, trained.stderr
+    document = trained.document
+    assert (document["phase"], document["failure"]) == ("Succeeded", None)
+    assert document["eval"]["lossAfter"] < document["eval"]["lossBefore"]
+    assert document["progress"]["step"] == 6
+    assert "Training" in document["seconds"]
+    folder = Path(document["artifact"].removeprefix("file://"))
+    assert folder == world.folder / "run" / "artifact"
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert "step 6/6" in trained.stderr
+
+
+def test_the_artifact_is_exported_merged(world: World, trained: Finished) -> None:
+    done = world.finetune("export", world.folder / "run", "--to", world.folder / "merged", "--merge", "-o", "json")
+    assert done.code == 0, done.stderr
+    assert done.document["artifact"] == f"file://{world.folder}/merged"
+    assert (world.folder / "merged" / "config.json").is_file()
+
+
+def test_the_artifact_answers(world: World, trained: Finished) -> None:
+    done = world.finetune("chat", world.folder / "run", "one two cat", "--compare-base", "--max-new-tokens", "8")
+    assert done.code == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_validate_with_data_accepts_the_job(world: World) -> None:
+    done = world.finetune("validate", world.write_job("checked", {}), "--data", "-o", "json")
+    assert (done.code, done.document) == (0, {"valid": True, "errors": []}), done.stderr
+
+
+def test_broken_data_ends_the_run_before_any_worker_with_its_line(world: World) -> None:
+    rows = world.folder / "broken.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    job = world.write_job("broken", {"data.train": [{"source": "file://./broken.jsonl"}]})
+    done = world.finetune("run", job, "--workdir", world.folder / "broken", "-o", "json")
+    assert done.code == 3, done.stderr
+    assert done.document["failure"] == "DataError"
+    [problem] = done.document["failureDetails"]["problems"]
+    assert problem["file"].endswith("broken.jsonl:2")
+    assert "broken.jsonl:2" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "StartingWorkers" not in (world.folder / "broken" / "progress.jsonl").read_text()
+    checked = world.finetune("validate", job, "--data", "-o", "json")
+    assert checked.code == 3
+    assert [error["file"] for error in checked.document["errors"]] == [problem["file"]]
+
+
+def test_ctrl_c_stops_the_run_and_leaves_nothing(world: World) -> None:
+    process, children = begin_long_run(world, "interrupted")
+    [mark] = {mark for child in children if (mark := child.environ().get(RUN_MARK))}
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert done.code == 130, done.stderr
+    assert done.document["result"] == "Cancelled"
+    assert json.loads((world.folder / "interrupted" / "outcome.json").read_text())["result"] == "Cancelled"
+    assert [child for child in children if is_alive(child.pid)] == []
+    assert with_mark(mark) == []
+
+
+def test_a_killed_trainer_is_a_failure_and_leaves_nothing(world: World) -> None:
+    process, children = begin_long_run(world, "killed")
+    trainer = next(child for child in children if "finetune_trainers" in child.cmdline() and "run" in child.cmdline())
+    trainer.kill()
+    done = finish(process)
+    assert done.code == 1
+    assert done.document["failure"] == "Unknown"
+    assert "SIGKILL" in done.document["failureDetails"]["message"]
+    assert [child for child in children if is_alive(child.pid)] == []
