@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.learning_rate import auto_learning_rate, parameters_in_name, parse_parameters
@@ -33,37 +33,39 @@ FREEZE = Tuning.model_validate({"freeze": {"train": ["lm_head.*"]}})
         (209_165_007, 4.2e-5),
     ],
 )
-def test_full_tuning_takes_a_tenth_of_the_pre_training_rate(parameters, rate):
+def test_full_tuning_takes_a_tenth_of_the_pre_training_rate(parameters: int, rate: float) -> None:
     assert auto_learning_rate(parameters, FULL)[0] == pytest.approx(rate, rel=1e-12)
 
 
-def test_a_frozen_part_is_tuned_at_the_rate_of_full_tuning():
+def test_a_frozen_part_is_tuned_at_the_rate_of_full_tuning() -> None:
     assert auto_learning_rate(8_000_000_000, FREEZE) == auto_learning_rate(8_000_000_000, FULL)
 
 
 @pytest.mark.parametrize(
     ("parameters", "rate"), [(125_000_000, 6.0e-4), (135_000_000, 5.7e-4), (8_000_000_000, 1.1e-4)]
 )
-def test_lora_takes_ten_times_the_rate_of_full_tuning(parameters, rate):
+def test_lora_takes_ten_times_the_rate_of_full_tuning(parameters: int, rate: float) -> None:
     assert auto_learning_rate(parameters, LORA)[0] == pytest.approx(rate, rel=1e-12)
 
 
+@settings(deadline=None)  # a loaded machine is no fault
 @given(st.integers(1, 10**13), st.integers(1, 10**13))
-def test_a_larger_model_never_learns_faster(one, other):
+def test_a_larger_model_never_learns_faster(one: int, other: int) -> None:
     small, large = sorted((one, other))
     for tuning in (FULL, LORA):
         assert auto_learning_rate(large, tuning)[0] <= auto_learning_rate(small, tuning)[0]
 
 
+@settings(deadline=None)  # a loaded machine is no fault
 @given(st.integers(1, 10**13))
-def test_every_rate_is_one_that_a_job_may_set_itself(parameters):
+def test_every_rate_is_one_that_a_job_may_set_itself(parameters: int) -> None:
     for tuning in (FULL, LORA):
         rate, reason = auto_learning_rate(parameters, tuning)
         assert 0 < rate <= 1
         assert f"{rate:g}" in reason
 
 
-def test_the_reason_names_the_size_and_what_was_done_with_it():
+def test_the_reason_names_the_size_and_what_was_done_with_it() -> None:
     assert auto_learning_rate(8_000_000_000, FULL)[1] == (
         "1.1e-05: a tenth of the pre-training rate of models with 8B parameters (0.00011)"
     )
@@ -74,7 +76,7 @@ def test_the_reason_names_the_size_and_what_was_done_with_it():
     ("text", "number"),
     [("135M", 135_000_000), ("8B", 8_000_000_000), ("1.5B", 1_500_000_000), ("1.2T", 1_200_000_000_000)],
 )
-def test_a_size_is_read_with_its_unit(text, number):
+def test_a_size_is_read_with_its_unit(text: str, number: int | None) -> None:
     assert parse_parameters(text) == number
 
 
@@ -94,5 +96,5 @@ def test_a_size_is_read_with_its_unit(text, number):
         ("hf://org/" + "9" * 400 + "B", None),  # no model has so many that they are no number any more
     ],
 )
-def test_a_size_is_read_from_a_name_only_when_it_is_plain(source, number):
+def test_a_size_is_read_from_a_name_only_when_it_is_plain(source: str, number: int | None) -> None:
     assert parameters_in_name(source) == number

@@ -44,26 +44,26 @@ def _nodes(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[s
         yield from _nodes(schema["additionalProperties"], f"{path}{{}}")
 
 
-def test_the_committed_files_are_what_the_models_generate():
+def test_the_committed_files_are_what_the_models_generate() -> None:
     assert {file.name: file.read_text(encoding="utf-8") for file in COMMITTED.iterdir()} == {
         name: render(crd) for name, crd in CRDS.items()
     }
 
 
 @each_crd
-def test_a_crd_is_small_enough_for_client_side_apply(crd):
+def test_a_crd_is_small_enough_for_client_side_apply(crd: dict[str, Any]) -> None:
     assert len(render(crd).encode()) < MAX_BYTES
 
 
 @each_crd
-def test_the_yaml_reads_back_as_the_crd_without_anchors(crd):
+def test_the_yaml_reads_back_as_the_crd_without_anchors(crd: dict[str, Any]) -> None:
     text = render(crd)
     assert yaml.safe_load(text) == crd
     assert not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
 
 
 @each_crd
-def test_every_schema_node_is_structural(crd):
+def test_every_schema_node_is_structural(crd: dict[str, Any]) -> None:
     for path, node in _nodes(_schema(crd)):
         typed = "type" in node
         free = node.get("x-kubernetes-int-or-string") or node.get("x-kubernetes-preserve-unknown-fields")
@@ -74,7 +74,7 @@ def test_every_schema_node_is_structural(crd):
 
 
 @each_crd
-def test_every_field_below_spec_and_status_is_described_in_a_sentence(crd):
+def test_every_field_below_spec_and_status_is_described_in_a_sentence(crd: dict[str, Any]) -> None:
     for path, node in _nodes(_schema(crd)):
         if path.startswith((".spec", ".status")) and not path.endswith(("[]", "{}")):
             assert node.get("description", "").endswith((".", ")")), f"{path}: {node.get('description')!r}"
@@ -82,14 +82,14 @@ def test_every_field_below_spec_and_status_is_described_in_a_sentence(crd):
 
 
 @each_crd
-def test_every_list_is_bounded_so_that_rules_have_a_price(crd):
+def test_every_list_is_bounded_so_that_rules_have_a_price(crd: dict[str, Any]) -> None:
     for path, node in _nodes(_schema(crd)):
         if node.get("type") == "array":
             assert node["maxItems"] <= 64, path
 
 
 @each_crd
-def test_a_rule_points_at_a_field_that_its_object_has(crd):
+def test_a_rule_points_at_a_field_that_its_object_has(crd: dict[str, Any]) -> None:
     for path, node in _nodes(_schema(crd)):
         for rule in node.get("x-kubernetes-validations", ()):
             here = node
@@ -98,7 +98,7 @@ def test_a_rule_points_at_a_field_that_its_object_has(crd):
                 assert here is not None, f"{path}: {rule['fieldPath']}"
 
 
-def test_the_server_and_the_models_hold_the_same_rules_in_the_same_words():
+def test_the_server_and_the_models_hold_the_same_rules_in_the_same_words() -> None:
     generated = {
         (rule["rule"], rule["message"])
         for crd in CRDS.values()
@@ -109,14 +109,14 @@ def test_the_server_and_the_models_hold_the_same_rules_in_the_same_words():
 
 
 @pytest.mark.parametrize("row", RULE_ROWS, ids=str)
-def test_the_models_refuse_a_broken_rule_in_the_words_of_the_schema(row: RuleRow):
+def test_the_models_refuse_a_broken_rule_in_the_words_of_the_schema(row: RuleRow) -> None:
     with pytest.raises(InvalidManifest) as refused:
         validate_document(FineTuneJob, job_document(row.changes))
     assert [(problem.path, problem.message) for problem in refused.value.problems] == [(row.path, row.message)]
 
 
 @each_crd
-def test_names_versions_and_scope_are_what_people_type(crd):
+def test_names_versions_and_scope_are_what_people_type(crd: dict[str, Any]) -> None:
     spec = crd["spec"]
     assert crd["metadata"]["name"] == f"{spec['names']['plural']}.finetune-operator.io"
     assert [version["name"] for version in spec["versions"]] == ["v1alpha1"]
@@ -124,7 +124,7 @@ def test_names_versions_and_scope_are_what_people_type(crd):
     assert (spec["scope"], spec["names"]["shortNames"]) == expected[spec["names"]["kind"]]
 
 
-def test_every_printer_column_reads_a_field_that_there_is():
+def test_every_printer_column_reads_a_field_that_there_is() -> None:
     version = CRDS["finetunejobs.finetune-operator.io.yaml"]["spec"]["versions"][0]
     for column in version["additionalPrinterColumns"]:
         here = version["schema"]["openAPIV3Schema"]
@@ -137,12 +137,12 @@ def test_every_printer_column_reads_a_field_that_there_is():
             assert here["type"] == column["type"], column
 
 
-def test_the_status_is_a_subresource():
+def test_the_status_is_a_subresource() -> None:
     version = CRDS["finetunejobs.finetune-operator.io.yaml"]["spec"]["versions"][0]
     assert version["subresources"] == {"status": {}}
 
 
-def test_a_default_is_what_the_model_has_and_a_nested_one_is_written_in_full():
+def test_a_default_is_what_the_model_has_and_a_nested_one_is_written_in_full() -> None:
     training = _schema(CRDS["finetunejobs.finetune-operator.io.yaml"])["properties"]["spec"]["properties"]["training"]
     assert training["properties"]["globalBatchSize"]["default"] == 32
     assert training["properties"]["precision"]["default"] == "auto"
@@ -157,18 +157,18 @@ def test_a_default_is_what_the_model_has_and_a_nested_one_is_written_in_full():
 
 
 @pytest.mark.parametrize("document", EXAMPLES.values(), ids=EXAMPLES)
-def test_the_examples_that_set_every_field_are_valid(document):
+def test_the_examples_that_set_every_field_are_valid(document: dict[str, Any]) -> None:
     validate_document(MODELS[document["kind"]], document)
 
 
 @pytest.mark.parametrize("breach", list(breaches()), ids=str)
-def test_a_limit_of_the_schema_is_a_limit_of_the_models(breach: Breach):
+def test_a_limit_of_the_schema_is_a_limit_of_the_models(breach: Breach) -> None:
     with pytest.raises(InvalidManifest) as refused:
         validate_document(MODELS[breach.document["kind"]], breach.document)
     assert any((problem.path or "").startswith(breach.path) for problem in refused.value.problems)
 
 
-def test_a_field_without_a_docstring_is_refused():
+def test_a_field_without_a_docstring_is_refused() -> None:
     class Silent(Contract):
         speed: int = 1
 
@@ -176,7 +176,7 @@ def test_a_field_without_a_docstring_is_refused():
         _model(Silent)
 
 
-def test_a_union_that_kubernetes_cannot_express_is_refused():
+def test_a_union_that_kubernetes_cannot_express_is_refused() -> None:
     class Either(Contract):
         size: int | str = 1
         """Number or text."""
@@ -185,7 +185,7 @@ def test_a_union_that_kubernetes_cannot_express_is_refused():
         _model(Either)
 
 
-def test_checking_says_which_file_is_behind(tmp_path, capsys):
+def test_checking_says_which_file_is_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 0
     assert main([str(tmp_path), "--check"]) == 0
     behind = tmp_path / "finetunejobs.finetune-operator.io.yaml"
@@ -194,6 +194,6 @@ def test_checking_says_which_file_is_behind(tmp_path, capsys):
     assert capsys.readouterr().err == f"{behind}: differs from the models; run `make generate`\n"
 
 
-def test_checking_an_empty_folder_finds_every_file_missing(tmp_path, capsys):
+def test_checking_an_empty_folder_finds_every_file_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "--check"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == len(CRDS)

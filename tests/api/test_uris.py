@@ -28,7 +28,7 @@ TAKEN = [
 
 
 @pytest.mark.parametrize(("text", "uri"), TAKEN, ids=[text for text, _ in TAKEN])
-def test_a_uri_is_taken_apart_and_put_together_again(text, uri):
+def test_a_uri_is_taken_apart_and_put_together_again(text: str, uri: str | Uri) -> None:
     assert parse_uri(text) == uri
     assert str(parse_uri(text)) == text
 
@@ -69,15 +69,15 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("text", "said"), REFUSED, ids=[repr(text) for text, _ in REFUSED])
-def test_what_is_no_uri_is_refused_with_what_would_be_right(text, said):
+def test_what_is_no_uri_is_refused_with_what_would_be_right(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         parse_uri(text)
 
 
-def test_a_scheme_that_is_not_for_this_field_is_refused_with_those_that_are():
+def test_a_scheme_that_is_not_for_this_field_is_refused_with_those_that_are() -> None:
     with pytest.raises(ValueError, match=r"cannot be s3:// here; use one of file://, pvc://"):
         parse_uri("s3://bucket/key", (Scheme.FILE, Scheme.PVC))
 
 
-def test_two_dots_inside_a_name_are_not_a_way_up():
+def test_two_dots_inside_a_name_are_not_a_way_up() -> None:
     assert parse_uri("s3://bucket/a..b/c").path == "a..b/c"

@@ -21,6 +21,8 @@ CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 JOBS = "/apis/finetune-operator.io/v1alpha1/namespaces/default/finetunejobs"
 RUNTIMES = "/apis/finetune-operator.io/v1alpha1/finetuneruntimes"
 
+Store = Callable[[dict[str, Any]], dict[str, Any]]
+
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Client]:
@@ -43,10 +45,8 @@ def stored_crds(server: Client) -> dict[str, dict[str, Any]]:
     for manifest in manifests:
         server.create(CRDS, manifest)
     names = {manifest["spec"]["names"]["plural"]: manifest["metadata"]["name"] for manifest in manifests}
-    for name in names.values():
-        wait_until(lambda name=name: _condition(server.get(f"{CRDS}/{name}"), "Established") == "True", name)
-    for plural in names:  # established is said a moment before the paths answer
-        wait_until(lambda plural=plural: _serves(server, plural), f"/apis/finetune-operator.io/v1alpha1/{plural}")
+    wait_until(lambda: all(_established(server, name) for name in names.values()), "the CRDs to be established")
+    wait_until(lambda: names.keys() <= _served(server), "our kinds to be served, which comes a moment later")
     return {plural: server.get(f"{CRDS}/{name}") for plural, name in names.items()}
 
 
@@ -57,7 +57,7 @@ def api(server: Client, stored_crds: dict[str, dict[str, Any]]) -> Client:
 
 
 @pytest.fixture
-def stored_job(api: Client) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
+def stored_job(api: Client) -> Iterator[Store]:
     """Stores a job document for the length of one test and returns it as the server does."""
     names = []
 
@@ -71,17 +71,18 @@ def stored_job(api: Client) -> Iterator[Callable[[dict[str, Any]], dict[str, Any
         api.request("DELETE", f"{JOBS}/{name}")
 
 
-def _condition(crd: dict[str, Any], kind: str) -> str | None:
-    listed = crd.get("status", {}).get("conditions") or []
-    return next((condition["status"] for condition in listed if condition["type"] == kind), None)
+def _established(server: Client, name: str) -> bool:
+    listed = server.get(f"{CRDS}/{name}").get("status", {}).get("conditions") or []
+    return any(condition["type"] == "Established" and condition["status"] == "True" for condition in listed)
 
 
-def _serves(server: Client, plural: str) -> bool:
+def _served(server: Client) -> set[str]:
+    """The plural names in our group; the group itself appears with the first."""
     try:
         listed = server.get("/apis/finetune-operator.io/v1alpha1")
     except ApiError:
-        return False
-    return any(resource["name"] == plural for resource in listed["resources"])
+        return set()
+    return {resource["name"] for resource in listed["resources"]}
 
 
 def _past_the_capture(config: pytest.Config) -> Callable[[str], None]:

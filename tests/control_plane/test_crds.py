@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.control_plane.conftest import JOBS
+from tests.control_plane.conftest import JOBS, Store
 from tests.control_plane.server import ApiError, Client, wait_until
 from tests.factories import job_document
 
@@ -19,7 +19,9 @@ AS_TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"
 
 
 @pytest.mark.parametrize("plural", ["finetunejobs", "finetuneruntimes"])
-def test_the_server_takes_the_crd_and_finds_its_schema_structural(stored_crds, plural):
+def test_the_server_takes_the_crd_and_finds_its_schema_structural(
+    stored_crds: dict[str, dict[str, Any]], plural: str
+) -> None:
     # It also refuses a CRD whose rules could cost too much, so a stored one is within the budget.
     found = {condition["type"]: condition for condition in stored_crds[plural]["status"]["conditions"]}
     assert found["Established"]["status"] == "True"
@@ -27,14 +29,14 @@ def test_the_server_takes_the_crd_and_finds_its_schema_structural(stored_crds, p
     assert "NonStructuralSchema" not in found
 
 
-def test_every_field_of_our_group_can_be_explained(api):
+def test_every_field_of_our_group_can_be_explained(api: Client) -> None:
     wait_until(lambda: _schemas(api).keys() >= _KINDS, "the OpenAPI document of our group")
     ours = {name: schema for name, schema in _schemas(api).items() if name.startswith("io.finetune-operator")}
     silent = [path for name, schema in ours.items() for path, field in _fields(schema, name) if _is_silent(field)]
     assert not silent
 
 
-def test_the_server_shows_how_far_a_job_is(api: Client, stored_job: Callable[[dict[str, Any]], dict[str, Any]]):
+def test_the_server_shows_how_far_a_job_is(api: Client, stored_job: Store) -> None:
     stored = stored_job(job_document({"cluster.workers": {"replicas": 2, "gpus": 4}}, "columns"))
     status = {
         "method": "sft",
@@ -61,7 +63,7 @@ def test_the_server_shows_how_far_a_job_is(api: Client, stored_job: Callable[[di
     }
 
 
-def test_loss_and_eta_are_only_in_the_wide_table(api: Client):
+def test_loss_and_eta_are_only_in_the_wide_table(api: Client) -> None:
     table = api.get(JOBS, accept=AS_TABLE)
     wide = [column["name"] for column in table["columnDefinitions"] if column["priority"] > 0]
     assert wide == ["Loss", "ETA"]

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
-from tests.control_plane.conftest import JOBS
+from tests.control_plane.conftest import JOBS, Store
 from tests.control_plane.rules import UPDATE_ROWS, UpdateRow
 from tests.control_plane.server import ApiError, Client
 from tests.factories import job_document
 
 pytestmark = pytest.mark.control_plane
 
-Store = Callable[[dict[str, Any]], dict[str, Any]]
-
 
 @pytest.mark.parametrize("row", UPDATE_ROWS, ids=str)
-def test_a_change_is_refused_with_our_message(api: Client, stored_job: Store, row: UpdateRow):
+def test_a_change_is_refused_with_our_message(api: Client, stored_job: Store, row: UpdateRow) -> None:
     stored_job(job_document(row.before, "fixed"))
     with pytest.raises(ApiError) as refused:
         api.merge(f"{JOBS}/fixed?fieldValidation=Strict", {"spec": row.change})
@@ -26,14 +21,14 @@ def test_a_change_is_refused_with_our_message(api: Client, stored_job: Store, ro
     assert [(field, row.message in text) for field, text in refused.value.causes] == [(row.path, True)]
 
 
-def test_the_number_of_workers_may_change(api: Client, stored_job: Store):
+def test_the_number_of_workers_may_change(api: Client, stored_job: Store) -> None:
     stored_job(job_document(name="grows"))
     changed = api.merge(f"{JOBS}/grows", {"spec": {"cluster": {"workers": {"replicas": 4}}}})
     assert changed["spec"]["cluster"]["workers"]["replicas"] == 4
     assert changed["metadata"]["generation"] == 2
 
 
-def test_applying_the_same_job_again_changes_nothing(api: Client, stored_job: Store):
+def test_applying_the_same_job_again_changes_nothing(api: Client, stored_job: Store) -> None:
     stored = stored_job(job_document({"runtimeRef.name": "pool"}, "again"))
     again = api.merge(f"{JOBS}/again", {"spec": job_document({"runtimeRef.name": "pool"})["spec"]})
     assert again["metadata"]["resourceVersion"] == stored["metadata"]["resourceVersion"]

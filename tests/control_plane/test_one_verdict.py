@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import pytest
 
+from finetune_api.base import Contract
 from finetune_api.failures import Problem
 from finetune_api.job import FineTuneJob
 from finetune_api.problems import InvalidManifest, validate_document
 from finetune_api.runtime import FineTuneRuntime
-from tests.control_plane.conftest import JOBS, RUNTIMES
+from tests.control_plane.conftest import JOBS, RUNTIMES, Store
 from tests.control_plane.limits import EXAMPLES, Breach, breaches, fields_of, fields_set, spec_schema
 from tests.control_plane.rules import RULE_ROWS, UPDATE_ROWS, RuleRow, rules_of_the_contract
 from tests.control_plane.server import ApiError, Client
@@ -24,7 +25,7 @@ from tests.factories import job_document, with_changes
 pytestmark = pytest.mark.control_plane
 
 PATHS = {"FineTuneJob": JOBS, "FineTuneRuntime": RUNTIMES}
-MODELS = {"FineTuneJob": FineTuneJob, "FineTuneRuntime": FineTuneRuntime}
+MODELS: dict[str, type[Contract]] = {"FineTuneJob": FineTuneJob, "FineTuneRuntime": FineTuneRuntime}
 
 
 def servers_verdict(api: Client, document: dict[str, Any]) -> ApiError | None:
@@ -47,18 +48,18 @@ def models_verdict(document: dict[str, Any]) -> list[Problem]:
     return []
 
 
-def test_every_rule_has_a_row():
+def test_every_rule_has_a_row() -> None:
     stated = {(owner, rule.message) for owner, rule in rules_of_the_contract() if rule.holds is not None}
     assert {(row.owner, row.message) for row in RULE_ROWS} == stated
 
 
-def test_every_rule_about_updates_has_a_row():
+def test_every_rule_about_updates_has_a_row() -> None:
     stated = {(owner, rule.message) for owner, rule in rules_of_the_contract() if rule.holds is None}
     assert {(row.owner, row.message) for row in UPDATE_ROWS} == stated
 
 
 @pytest.mark.parametrize("row", RULE_ROWS, ids=str)
-def test_a_broken_rule_is_refused_by_both_at_the_same_field_with_the_same_message(api, row: RuleRow):
+def test_a_broken_rule_is_refused_by_both_at_the_same_field_with_the_same_message(api: Client, row: RuleRow) -> None:
     document = job_document(row.changes)
     refused = servers_verdict(api, document)
     assert refused is not None
@@ -66,7 +67,7 @@ def test_a_broken_rule_is_refused_by_both_at_the_same_field_with_the_same_messag
     assert [(problem.path, problem.message) for problem in models_verdict(document)] == [(row.path, row.message)]
 
 
-def test_every_field_is_set_in_an_example():
+def test_every_field_is_set_in_an_example() -> None:
     for kind in MODELS:
         documents = [document for document in EXAMPLES.values() if document["kind"] == kind]
         schema = spec_schema(kind)
@@ -75,13 +76,13 @@ def test_every_field_is_set_in_an_example():
 
 
 @pytest.mark.parametrize("document", EXAMPLES.values(), ids=EXAMPLES)
-def test_a_document_with_every_field_is_accepted_by_both(api, document):
+def test_a_document_with_every_field_is_accepted_by_both(api: Client, document: dict[str, Any]) -> None:
     assert servers_verdict(api, document) is None
     assert models_verdict(document) == []
 
 
 @pytest.mark.parametrize("breach", list(breaches()), ids=str)
-def test_a_broken_limit_is_refused_by_both(api, breach: Breach):
+def test_a_broken_limit_is_refused_by_both(api: Client, breach: Breach) -> None:
     refused = servers_verdict(api, breach.document)
     assert refused is not None
     assert breach.path in refused.message, refused.message
@@ -104,14 +105,14 @@ OTHER_FAULTS: dict[str, Mapping[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", OTHER_FAULTS.values(), ids=OTHER_FAULTS)
-def test_another_fault_is_refused_by_both(api, changes):
+def test_another_fault_is_refused_by_both(api: Client, changes: Mapping[str, Any]) -> None:
     document = job_document(changes)
     assert servers_verdict(api, document) is not None
     assert models_verdict(document)
 
 
 @pytest.mark.parametrize("name", ["a" * 41, "Upper", "1-digit-first", "under_score", "ends-"])
-def test_a_name_that_cannot_be_a_resource_name_is_refused_by_both(api, name):
+def test_a_name_that_cannot_be_a_resource_name_is_refused_by_both(api: Client, name: str) -> None:
     document = job_document(name=name)
     assert servers_verdict(api, document) is not None
     assert models_verdict(document)
@@ -147,13 +148,13 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize("difference", DIFFERENCES.values(), ids=DIFFERENCES)
-def test_where_the_judges_differ_is_known(api, difference: Difference):
+def test_where_the_judges_differ_is_known(api: Client, difference: Difference) -> None:
     document = with_changes(job_document(), difference.changes)
     verdicts = {"server": servers_verdict(api, document) is None, "models": not models_verdict(document)}
     assert [judge for judge, accepts in verdicts.items() if accepts] == [difference.accepted_by]
 
 
-def test_a_whole_number_with_a_point_is_stored_without_it(api, stored_job):
+def test_a_whole_number_with_a_point_is_stored_without_it(api: Client, stored_job: Store) -> None:
     stored_job(job_document({"tuning.lora.rank": 16.0}, "pointed"))
     rank = api.get(f"{JOBS}/pointed")["spec"]["tuning"]["lora"]["rank"]
     assert (rank, type(rank)) == (16, int)

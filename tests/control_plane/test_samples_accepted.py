@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
+from finetune_api.base import Contract
 from finetune_api.job import FineTuneJob
 from finetune_api.manifests import read_documents
 from finetune_api.runtime import FineTuneRuntime
 from tests.control_plane.conftest import JOBS, ROOT, RUNTIMES
+from tests.control_plane.server import Client
 from tests.factories import job_document, runtime_document
 
 pytestmark = pytest.mark.control_plane
 
 SAMPLES = ROOT / "manifests" / "samples"
-OF_KIND = {"FineTuneJob": (JOBS, FineTuneJob), "FineTuneRuntime": (RUNTIMES, FineTuneRuntime)}
+OF_KIND: dict[str, tuple[str, type[Contract]]] = {
+    "FineTuneJob": (JOBS, FineTuneJob),
+    "FineTuneRuntime": (RUNTIMES, FineTuneRuntime),
+}
 
 
-def _documents():
+def _documents() -> Iterator[Any]:
     for file in sorted(SAMPLES.rglob("*.yaml")):
         for number, document in enumerate(read_documents(file.read_text(encoding="utf-8"), file.name)):
             yield pytest.param(document, id=f"{file.relative_to(SAMPLES)}:{number}")
 
 
-def test_there_are_samples():
+def test_there_are_samples() -> None:
     assert list(_documents()), f"no YAML below {SAMPLES}"
 
 
 @pytest.mark.parametrize("document", list(_documents()))
-def test_a_sample_is_accepted_with_the_defaults_that_the_models_have(api, document):
+def test_a_sample_is_accepted_with_the_defaults_that_the_models_have(api: Client, document: dict[str, Any]) -> None:
     _expect_the_same_defaults(api, document)
 
 
@@ -50,11 +58,11 @@ def test_a_sample_is_accepted_with_the_defaults_that_the_models_have(api, docume
         "gpu runtime",
     ],
 )
-def test_the_server_fills_in_the_defaults_that_the_models_have(api, document):
+def test_the_server_fills_in_the_defaults_that_the_models_have(api: Client, document: dict[str, Any]) -> None:
     _expect_the_same_defaults(api, document)
 
 
-def _expect_the_same_defaults(api, document):
+def _expect_the_same_defaults(api: Client, document: dict[str, Any]) -> None:
     path, model = OF_KIND[document["kind"]]
     filled_in = api.create(f"{path}?dryRun=All&fieldValidation=Strict", document)["spec"]
     assert filled_in == model.model_validate(document).to_document()["spec"]

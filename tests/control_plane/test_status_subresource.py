@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
 
@@ -12,13 +10,12 @@ from finetune_api.failures import Failure, FailureClass, Problem
 from finetune_api.job import Status
 from finetune_api.progress import Artifact, EvalSummary, Outcome, Progress, Result, Stage
 from finetune_operator.status import project
-from tests.control_plane.conftest import JOBS
+from tests.control_plane.conftest import JOBS, Store
 from tests.control_plane.server import ApiError, Client
 from tests.factories import job_document
 
 pytestmark = pytest.mark.control_plane
 
-Store = Callable[[dict[str, Any]], dict[str, Any]]
 
 NOON = datetime(2025, 6, 1, 12, 0, 0, 250_000, tzinfo=UTC)
 REPORT = Progress(
@@ -60,7 +57,7 @@ STATUSES = {
 
 
 @pytest.mark.parametrize("status", STATUSES.values(), ids=STATUSES)
-def test_a_status_reads_back_as_it_was_written(api: Client, stored_job: Store, status: Status):
+def test_a_status_reads_back_as_it_was_written(api: Client, stored_job: Store, status: Status) -> None:
     stored = stored_job(job_document(name="reads-back"))
     api.replace(f"{JOBS}/reads-back/status?fieldValidation=Strict", stored | {"status": status.to_document()})
     read = api.get(f"{JOBS}/reads-back")["status"]
@@ -68,7 +65,7 @@ def test_a_status_reads_back_as_it_was_written(api: Client, stored_job: Store, s
     assert Status.model_validate(read) == status
 
 
-def test_a_write_of_the_job_leaves_the_status_alone(api: Client, stored_job: Store):
+def test_a_write_of_the_job_leaves_the_status_alone(api: Client, stored_job: Store) -> None:
     stored = stored_job(job_document(name="job-write"))
     status = STATUSES["while training"].to_document()
     with_status = api.replace(f"{JOBS}/job-write/status", stored | {"status": status})
@@ -78,7 +75,7 @@ def test_a_write_of_the_job_leaves_the_status_alone(api: Client, stored_job: Sto
     assert written["status"] == status
 
 
-def test_a_write_of_the_status_leaves_the_spec_and_its_generation_alone(api: Client, stored_job: Store):
+def test_a_write_of_the_status_leaves_the_spec_and_its_generation_alone(api: Client, stored_job: Store) -> None:
     stored = stored_job(job_document(name="status-write"))
     changed = stored | {"spec": job_document({"training.epochs": 9})["spec"], "status": {"phase": "Running"}}
     written = api.replace(f"{JOBS}/status-write/status", changed)
@@ -86,12 +83,12 @@ def test_a_write_of_the_status_leaves_the_spec_and_its_generation_alone(api: Cli
     assert written["metadata"]["generation"] == 1
 
 
-def test_a_job_cannot_be_created_with_a_status(api: Client, stored_job: Store):
+def test_a_job_cannot_be_created_with_a_status(api: Client, stored_job: Store) -> None:
     stored = stored_job(job_document(name="no-status") | {"status": {"phase": "Succeeded"}})
     assert "status" not in stored
 
 
-def test_a_status_outside_the_contract_is_refused(api: Client, stored_job: Store):
+def test_a_status_outside_the_contract_is_refused(api: Client, stored_job: Store) -> None:
     stored = stored_job(job_document(name="bad-status"))
     with pytest.raises(ApiError, match=r"status\.phase"):
         api.replace(f"{JOBS}/bad-status/status", stored | {"status": {"phase": "Dancing"}})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.plan import BatchPlan
@@ -15,19 +15,21 @@ from finetune_operator.zero import RESERVED_KEYS, deepspeed_config, reserved_key
 BATCH = BatchPlan(global_batch_size=64, micro_batch_size=4, gradient_accumulation_steps=8, world_size=2)
 
 
-def compiled(stage=2, precision=Precision.BF16, max_grad_norm=1.0, **asked):
+def compiled(
+    stage: int = 2, precision: Precision = Precision.BF16, max_grad_norm: float = 1.0, **asked: Any
+) -> dict[str, Any]:
     """The configuration for `asked`, a deepspeed block in the spelling of YAML."""
     return deepspeed_config(DeepSpeed.model_validate(asked), stage, BATCH, precision, max_grad_norm)
 
 
-def nested(path, value):
+def nested(path: str, value: Any) -> dict[str, Any]:
     """`value` at a dotted path in nested mappings."""
     for step in reversed(path.split(".")):
         value = {step: value}
-    return value
+    return dict(value)
 
 
-def test_the_batch_is_the_plans():
+def test_the_batch_is_the_plans() -> None:
     config = compiled()
     assert config["train_batch_size"] == 64
     assert config["train_micro_batch_size_per_gpu"] == 4
@@ -39,30 +41,30 @@ def test_the_batch_is_the_plans():
     [("bf16", {"bf16"}), ("fp16", {"fp16"}), ("fp32", set())],
     ids=["bf16", "fp16", "fp32"],
 )
-def test_one_precision_is_on_and_fp32_is_none(precision, enabled):
+def test_one_precision_is_on_and_fp32_is_none(precision: str, enabled: set[str]) -> None:
     config = compiled(precision=Precision(precision))
     assert {name for name in ("bf16", "fp16") if config[name]["enabled"]} == enabled
 
 
-def test_fp16_scales_its_loss_dynamically():
+def test_fp16_scales_its_loss_dynamically() -> None:
     assert compiled(precision=Precision.FP16)["fp16"]["loss_scale"] == 0
 
 
-def test_clipping_off_stays_off():
+def test_clipping_off_stays_off() -> None:
     assert compiled(max_grad_norm=0.0)["gradient_clipping"] == 0
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_stage_is_the_one_that_planning_chose(stage):
+def test_the_stage_is_the_one_that_planning_chose(stage: int) -> None:
     assert compiled(stage)["zero_optimization"] == {"stage": stage}
 
 
-def test_offload_names_the_device_of_each_kind():
+def test_offload_names_the_device_of_each_kind() -> None:
     zero = compiled(3, zeroStage=3, offload={"optimizer": "cpu", "parameters": "cpu"})["zero_optimization"]
     assert zero == {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 
 
-def test_a_users_keys_are_merged_beside_the_compiled_ones():
+def test_a_users_keys_are_merged_beside_the_compiled_ones() -> None:
     config = compiled(
         3,
         zeroStage=3,
@@ -80,21 +82,21 @@ def test_a_users_keys_are_merged_beside_the_compiled_ones():
     assert config["wall_clock_breakdown"] is True
 
 
-def test_merging_leaves_the_users_own_mapping_as_it_was():
+def test_merging_leaves_the_users_own_mapping_as_it_was() -> None:
     asked = DeepSpeed.model_validate({"config": {"zero_optimization": {"overlap_comm": True}}})
     deepspeed_config(asked, 1, BATCH, Precision.FP32, 1.0)
     assert asked.config == {"zero_optimization": {"overlap_comm": True}}
 
 
 @pytest.mark.parametrize("key", RESERVED_KEYS)
-def test_a_reserved_key_is_refused_by_name_with_the_field_to_set_instead(key):
+def test_a_reserved_key_is_refused_by_name_with_the_field_to_set_instead(key: str) -> None:
     (problem,) = reserved_key_problems(nested(key, 7))
     assert problem.path == f"spec.deepspeed.config.{key}"
     assert problem.value == "7"
     assert problem.message == f"is set by this job; remove it and set spec.{RESERVED_KEYS[key]}"
 
 
-def test_each_reserved_key_of_a_configuration_is_refused():
+def test_each_reserved_key_of_a_configuration_is_refused() -> None:
     config = {
         "optimizer": {"type": "Adam"},
         "zero_optimization": {"stage": 1, "overlap_comm": True},
@@ -111,8 +113,8 @@ FIELDS = sorted({field for fields in RESERVED_KEYS.values() for field in fields.
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_the_field_to_set_instead_exists(field):
-    here = FineTuneJobSpec
+def test_the_field_to_set_instead_exists(field: str) -> None:
+    here: Any = FineTuneJobSpec
     for step in field.split("."):
         annotation = {info.alias: info.annotation for info in here.model_fields.values()}[step]
         here = next((part for part in (annotation, *get_args(annotation)) if hasattr(part, "model_fields")), None)
@@ -129,7 +131,7 @@ BLOCKS = [
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("value", [True, "on", None, [1], 3])
-def test_a_block_with_reserved_keys_cannot_be_replaced_by_something_else(block, value):
+def test_a_block_with_reserved_keys_cannot_be_replaced_by_something_else(block: str, value: object) -> None:
     (problem,) = reserved_key_problems(nested(block, value))
     assert problem.path == f"spec.deepspeed.config.{block}"
     assert problem.message.startswith("must be a mapping")
@@ -140,16 +142,17 @@ KEYS = st.sampled_from(sorted({step for key in RESERVED_KEYS for step in key.spl
 CONFIGS = st.dictionaries(KEYS, st.recursive(VALUES, lambda v: st.dictionaries(KEYS, v, max_size=3)), max_size=4)
 
 
+@settings(deadline=None)  # a loaded machine is no fault
 @given(CONFIGS)
-def test_an_accepted_configuration_leaves_every_compiled_value_alone(config):
+def test_an_accepted_configuration_leaves_every_compiled_value_alone(config: dict[str, Any]) -> None:
     if reserved_key_problems(config):
         return
     plain = compiled(3, zeroStage=3, offload={"optimizer": "cpu"})
     merged = compiled(3, zeroStage=3, offload={"optimizer": "cpu"}, config=config)
 
-    def kept(before, after):
+    def kept(before: Any, after: Any) -> bool:
         if isinstance(before, dict):
             return isinstance(after, dict) and all(kept(value, after.get(key)) for key, value in before.items())
-        return before == after
+        return bool(before == after)
 
     assert kept(plain, merged)
