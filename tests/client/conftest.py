@@ -131,8 +131,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
     yield begin
     for one in started:
         if one.process.poll() is None:  # the test failed on the way
-            for process in [*psutil.Process(one.process.pid).children(recursive=True), one.process]:
-                process.kill()
+            for child in psutil.Process(one.process.pid).children(recursive=True):
+                child.kill()
+            one.process.kill()
             one.process.communicate()
 
 

@@ -62,7 +62,7 @@ def text(what: str, content: str | bytes, right: str, line: int | None = None, v
     return Bad(what, {}, None, value, right, text=content, line=line)
 
 
-FULL = {"spec.tuning": {"full": {}}}
+FULL: dict[str, Any] = {"spec.tuning": {"full": {}}}
 WANDB = {"spec.tracking.wandb": {"project": "p"}}
 HUB = [{"to": "hf://a/b"}]
 POOL = {"workers.maxReplicas": 2}
