@@ -1,16 +1,17 @@
 """The trained model as files: a PEFT adapter folder, or a model folder in Hugging Face layout.
 
-    adapter_model.safetensors, adapter_config.json    or    model*.safetensors, config.json, generation_config.json
-    tokenizer.json, tokenizer_config.json, chat_template.jinja
+    adapter_model.safetensors, adapter_config.json                    of an adapter
+    model*.safetensors, config.json, generation_config.json           of a model
+    tokenizer.json, tokenizer_config.json, chat_template.jinja        of both, and
     README.md       the model card
     digests.json    blake3 and size of each file, and the base model by source, revision and digest
 
-Written beside its place and renamed, so an artifact is there whole or not at all. `write_artifact` is called by the
-launcher's rank 0 at the end of training, `merge_adapter` for `outputs[].merge` and by `export`.
+Written beside its place and renamed, so an artifact is there whole or not at all. Called by rank 0 at the end of
+training; `finetune_trainers.merge` makes a model of an adapter.
 
-An adapter names its base by what reloads it: for an hf:// source the repository and revision, for every other source
-the folder that the run used (for a GGUF file, the unpacked one in the cache). The source as the job named it and the
-digest of the base's weights are in digests.json.
+An adapter names its base by what reloads it: for an hf:// source the repository and revision, for every other
+source the folder that the run used (for a GGUF file, the unpacked one in the cache). The source as the job named
+it and the digest of the base's weights are in digests.json.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ from torch import Tensor
 from finetune_api.failures import Problem
 from finetune_api.plan import RunPlan
 from finetune_api.progress import Artifact
-from finetune_api.spec import Lora
+from finetune_api.spec import Lora, Precision
 from finetune_trainers.errors import UserError
 from finetune_trainers.model_card import CardFacts, model_card
-from finetune_trainers.models import load_tokenizer
+from finetune_trainers.models import DTYPES, meta_model, stored_tokenizer
 from finetune_trainers.prepared import PreparedModel
-from finetune_trainers.tuning import ALL_LINEAR
+from finetune_trainers.tuning import ALL_LINEAR, transposed
 from finetune_trainers.weights import WeightFiles, file_digest, read_tensors, write_tensors
 
-__all__ = ["DIGESTS", "write_artifact"]
+__all__ = ["ADAPTER_WEIGHTS", "DIGESTS", "PEFT_PREFIX", "new_folder", "seal", "write_artifact", "write_config"]
 
 DIGESTS = "digests.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PEFT_PREFIX = "base_model.model."
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the names of the model that it wraps."""
 
 
 def write_artifact(
@@ -55,29 +56,26 @@ def write_artifact(
 ) -> Artifact:
     """Write the trained `tensors` (name as in the tuned module, CPU tensor) as an artifact at `folder`.
 
-    LoRA: the adapters alone, as they are. Otherwise a whole model in the plan's precision, in which a parameter that
-    is not among `tensors` comes from the base. Raises UserError when something is at `folder` already.
+    LoRA: the adapters alone, as they are. Otherwise a whole model in the plan's precision, in which a parameter
+    that is not among `tensors` is the base's. Raises UserError when something is at `folder` already.
     """
-    with _new_folder(folder) as unfinished:
+    base = {"source": plan.model.source, "revision": plan.model.revision, "digest": prepared.digest}
+    with new_folder(folder) as unfinished:
         if plan.tuning.lora is not None:
-            _write_adapter(unfinished, tensors, prepared, plan)
+            _write_adapter(unfinished, tensors, prepared, plan, plan.tuning.lora)
         else:
-            _write_model(unfinished, tensors, prepared, _DTYPES[plan.precision])
-        load_tokenizer(prepared, plan.model.trust_remote_code).save_pretrained(unfinished)
+            _write_model(unfinished, tensors, prepared, plan)
+        stored_tokenizer(prepared, plan.model.trust_remote_code).save_pretrained(unfinished)
         (unfinished / "README.md").write_text(model_card(plan, prepared, card))
-        base = {"source": plan.model.source, "revision": plan.model.revision, "digest": prepared.digest}
-        return _seal(unfinished, folder, "adapter" if plan.tuning.lora is not None else "model", base)
+        return seal(unfinished, folder, "adapter" if plan.tuning.lora is not None else "model", base)
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that becomes it when the block ends well."""
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        problem = Problem(
-            path="spec.outputs",
-            value=str(folder),
-            message="something is there already; name a folder that is not there yet",
-        )
+        message = "holds something already; name a folder that is not there yet"
+        problem = Problem(path="spec.outputs", value=str(folder), message=message)
         raise UserError(str(problem), [problem])
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -89,17 +87,17 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _seal(unfinished: Path, folder: Path, kind: str, base: dict[str, Any]) -> Artifact:
-    """Write digests.json over all files, and describe the artifact that will be at `folder`."""
+def seal(unfinished: Path, folder: Path, kind: str, base: dict[str, Any]) -> Artifact:
+    """Write digests.json over all files of `unfinished`, which will be at `folder`, and describe the artifact."""
     paths = sorted(path for path in unfinished.rglob("*") if path.is_file())
-    files = {
-        str(path.relative_to(unfinished)): {"blake3": file_digest(path), "bytes": path.stat().st_size}
-        for path in paths
-    }
+    files = {}
+    for path in paths:
+        path.chmod(0o644)
+        files[str(path.relative_to(unfinished))] = {"blake3": file_digest(path), "bytes": path.stat().st_size}
     text = json.dumps({"kind": kind, "base": base, "files": files}, indent=2) + "\n"
     (unfinished / DIGESTS).write_text(text)
     return Artifact(
-        uri=folder.resolve().as_uri(),
+        uri=folder.absolute().as_uri(),
         kind=kind,
         digest=blake3(text.encode()).hexdigest(),
         bytes=sum(path.stat().st_size for path in paths) + len(text.encode()),
@@ -107,18 +105,21 @@ def _seal(unfinished: Path, folder: Path, kind: str, base: dict[str, Any]) -> Ar
 
 
 def _write_adapter(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], prepared: PreparedModel, plan: RunPlan
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    prepared: PreparedModel,
+    plan: RunPlan,
+    lora: Lora,
 ) -> None:
-    assert plan.tuning.lora is not None
     stored = {name.replace(".default.", "."): tensor for name, tensor in tensors}
     write_tensors(folder, stored.items(), single=ADAPTER_WEIGHTS, shard_bytes=1 << 62)
-    _adapter_config(plan.tuning.lora, stored, prepared, plan).save_pretrained(str(folder))
+    _adapter_config(lora, stored, prepared, plan).save_pretrained(str(folder))
 
 
 def _adapter_config(lora: Lora, names: Iterable[str], prepared: PreparedModel, plan: RunPlan) -> Any:
     import peft
 
-    adapted = {name.removeprefix(_PEFT_PREFIX).partition(".lora_")[0] for name in names}
+    adapted = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in names}
     targets = {name.rpartition(".")[2] for name in adapted}
     if lora.target_modules != [ALL_LINEAR] and set(lora.target_modules) != targets:
         targets = adapted  # chosen by path or wildcard: only the full names say which
@@ -126,34 +127,76 @@ def _adapter_config(lora: Lora, names: Iterable[str], prepared: PreparedModel, p
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank; a fraction is as good
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides it by the rank
         lora_dropout=lora.dropout,
         target_modules=sorted(targets),
         base_model_name_or_path=plan.model.source.removeprefix("hf://") if from_hub else prepared.folder,
         revision=plan.model.revision if from_hub else None,
+        fan_in_fan_out=transposed(meta_model(_config(prepared, plan), plan.model.trust_remote_code), sorted(adapted)),
         inference_mode=True,
     )
 
 
-def _write_model(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], prepared: PreparedModel, dtype: torch.dtype
-) -> None:
-    from transformers import AutoConfig, GenerationConfig
+def _config(prepared: PreparedModel, plan: RunPlan) -> Any:
+    from transformers import AutoConfig
 
+    return AutoConfig.from_pretrained(prepared.folder, trust_remote_code=plan.model.trust_remote_code)
+
+
+def _write_model(folder: Path, tensors: Iterable[tuple[str, Tensor]], prepared: PreparedModel, plan: RunPlan) -> None:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    config = _config(prepared, plan)
+    if get_checkpoint_conversion_mapping(config.model_type) is not None:
+        _write_converted(folder, tensors, prepared, plan)
+        return
     base = WeightFiles.of(Path(prepared.folder))
     assert base is not None
-    seen: set[str] = set()
+    model = meta_model(config, plan.model.trust_remote_code)
+    one_name = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - one_name
+    dtype = DTYPES[plan.precision]
+    write_tensors(folder, _with_base(tensors, base, tied, dtype))
+    write_config(folder, Path(prepared.folder), plan.precision, plan.model.trust_remote_code)
 
-    def all_tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tensors:
-            seen.add(name)
-            yield name, tensor.to(dtype)
-        for name, tensor in read_tensors(base, [name for name in base.shard_of if name not in seen]):
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    write_tensors(folder, all_tensors())
-    config = AutoConfig.from_pretrained(prepared.folder)
-    config.dtype = dtype
+def _with_base(
+    tensors: Iterable[tuple[str, Tensor]], base: WeightFiles, tied: set[str], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The trained tensors under the names that the base's files use, then the base's others."""
+    seen = set(tied)  # a second name of a tensor that has one already
+    for name, tensor in tensors:
+        stored = base.stored_name(name) or name
+        seen.add(stored)
+        yield stored, tensor.to(dtype)
+    for name, tensor in read_tensors(base, [name for name in base.shard_of if name not in seen]):
+        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _write_converted(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], prepared: PreparedModel, plan: RunPlan
+) -> None:
+    """For models whose parameters are put together from several tensors of the files: let transformers take them
+    apart again, with the model in memory."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        prepared.folder, dtype=DTYPES[plan.precision], trust_remote_code=plan.model.trust_remote_code
+    )
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors:
+        parameters[name].data.copy_(tensor)
+    model.save_pretrained(folder, max_shard_size="5GB")
+
+
+def write_config(folder: Path, base: Path, precision: Precision, trust_remote_code: bool = False) -> None:
+    """config.json with the type of the weights, and the base's generation_config.json."""
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    config.dtype = DTYPES[precision]
     config.save_pretrained(folder)
-    if (Path(prepared.folder) / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(prepared.folder).save_pretrained(folder)
+    if (base / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(base).save_pretrained(folder)
+    for code in base.glob("*.py") if trust_remote_code else ():
+        shutil.copyfile(code, folder / code.name)

@@ -1,4 +1,4 @@
-"""Attention for documents laid end to end in one row: exact, without padding and without a mask of length squared.
+"""Attention for documents laid end to end in one row: exact, without padding and without a T × T mask.
 
 Registered with transformers under the name `finetune_packed`; `models.load_model` selects it. The loop calls
 
@@ -86,62 +86,88 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, T, C], key and value [B, K, T, C] -> ([B, T, H, C], None).
 
-    With `cu_seq_lens_q` [D + 1] B is 1 and documents are attended one by one. `softcap` and `s_aux` (attention
-    sinks) are those of models that have them.
+    With `cu_seq_lens_q` [D + 1] B is 1 and documents are attended one by one. `softcap` (capped scores) and
+    `s_aux` (attention sinks [H]) are those of models that have them.
     """
-    if cu_seq_lens_q is None:
-        mask = attention_mask.build() if isinstance(attention_mask, DeferredMask) else attention_mask
-        if softcap is None and s_aux is None:
-            output, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
-            return output, None
-        if mask is None:
-            mask = _causal(query.shape[2], key.shape[2], None, query.device)
-        return _explicit(query, key, value, mask, dropout, scaling, softcap, s_aux).transpose(
-            1, 2
-        ).contiguous(), None
-    plain = softcap is None and s_aux is None
-    if plain and dropout == 0.0 and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        assert max_length_q is not None
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    lengths = cu_seq_lens_q.diff().tolist()
-    emulated = query.dtype is torch.bfloat16 and bf16_is_emulated(query.device)
-    states = [tensor.float() if emulated else tensor for tensor in (query, key, value)]
-    outputs = [
-        _one_document(*document, dropout, scaling, sliding_window, softcap, s_aux).transpose(1, 2)
-        # split, not slices: its backward is one concatenation, a slice's fills a whole row with zeros
-        for document in zip(*(tensor.split(lengths, dim=2) for tensor in states), strict=True)
-    ]
-    output = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()
-    return output.to(query.dtype), None
+    how = _Scores(dropout, scaling, sliding_window, softcap, s_aux)
+    device = query.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query.dtype
+    computed = torch.float32 if dtype is torch.bfloat16 and bf16_is_emulated(device) else dtype
+    query, key, value = (states.to(dtype).to(computed) for states in (query, key, value))
+    with torch.autocast(device.type, enabled=False):
+        if cu_seq_lens_q is None:
+            mask = attention_mask.build() if isinstance(attention_mask, DeferredMask) else attention_mask
+            output = _masked(module, query, key, value, mask, how, kwargs)
+        elif how.fits_varlen(query):
+            assert max_length_q is not None
+            output = _varlen(query, key, value, cu_seq_lens_q, max_length_q, how)
+        else:
+            output = _documents(query, key, value, cu_seq_lens_q, how)
+    return output.to(dtype), None
 
 
-def _one_document(
+@dataclass(frozen=True)
+class _Scores:
+    """How a layer makes weights of its scores."""
+
+    dropout: float
+    scaling: float | None
+    sliding_window: int | None
+    softcap: float | None
+    s_aux: Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        return self.softcap is None and self.s_aux is None
+
+    def fits_varlen(self, query: Tensor) -> bool:
+        halves = query.dtype in (torch.bfloat16, torch.float16)
+        return self.plain and self.dropout == 0.0 and query.is_cuda and halves
+
+
+def _masked(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    dropout: float,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
+    mask: Tensor | None,
+    how: _Scores,
+    kwargs: dict[str, Any],
 ) -> Tensor:
-    """Causal attention inside one document: [1, H, L, C] and [1, K, L, C] -> [1, H, L, C]."""
+    """Attention without document boundaries: -> [B, T, H, C]."""
+    if how.plain:
+        output: Tensor = sdpa_attention_forward(module, query, key, value, mask, how.dropout, how.scaling, **kwargs)[0]
+        return output
+    if mask is None:
+        mask = _causal(query.shape[2], key.shape[2], how.sliding_window, query.device)
+    return _explicit(query, key, value, mask, how).transpose(1, 2).contiguous()
+
+
+def _documents(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, how: _Scores) -> Tensor:
+    """Attention inside each document, one after the other: -> [1, T, H, C]."""
+    lengths: list[int] = boundaries.diff().tolist()
+    # split, not slices: its backward is one concatenation, where each slice's fills a whole row with zeros
+    queries, keys, values = (torch.split(states, lengths, dim=2) for states in (query, key, value))
+    outputs = [_one_document(*part, how=how).transpose(1, 2) for part in zip(queries, keys, values, strict=True)]
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()
+
+
+def _one_document(query: Tensor, key: Tensor, value: Tensor, how: _Scores) -> Tensor:
+    """[1, H, L, C] and [1, K, L, C] -> [1, H, L, C]."""
     length = query.shape[2]
-    windowed = sliding_window is not None and length > sliding_window
-    if softcap is None and s_aux is None:
-        mask = _causal(length, length, sliding_window, query.device) if windowed else None
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            mask,
-            dropout,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-    mask = _causal(length, length, sliding_window, query.device)
-    return _explicit(query, key, value, mask, dropout, scaling, softcap, s_aux)
+    windowed = how.sliding_window is not None and length > how.sliding_window
+    if not how.plain:
+        return _explicit(query, key, value, _causal(length, length, how.sliding_window, query.device), how)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        _causal(length, length, how.sliding_window, query.device) if windowed else None,
+        how.dropout,
+        is_causal=not windowed,
+        scale=how.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def _causal(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
@@ -154,52 +180,39 @@ def _causal(num_queries: int, num_keys: int, sliding_window: int | None, device:
     return seen[None, None]
 
 
-def _explicit(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seen: Tensor,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
-    """Attention step by step, for capped scores and sinks, which the fused kernels do not know."""
+def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: _Scores) -> Tensor:
+    """Attention step by step, for capped scores and sinks, which the fused kernels do not know: -> [B, H, T, C].
+
+    `mask` [B or 1, 1, T, keys] is True where a query sees a key.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.float().masked_fill(~seen, float("-inf"))
-    if s_aux is not None:  # one more score per head, which takes probability and gives nothing
-        sinks = s_aux.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+    scale = query.shape[-1] ** -0.5 if how.scaling is None else how.scaling
+    scores = query @ key.transpose(2, 3) * scale
+    if how.softcap is not None:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
+    scores = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min)
+    if how.s_aux is not None:  # one more score per head, which takes probability and gives nothing
+        sinks = how.s_aux.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         scores = torch.cat([scores, sinks], dim=-1)
     weights = scores.softmax(dim=-1)[..., : key.shape[2]].to(query.dtype)
-    return F.dropout(weights, dropout) @ value
+    return F.dropout(weights, how.dropout) @ value
 
 
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    boundaries: Tensor,
-    longest: int,
-    scaling: float | None,
-    sliding_window: int | None,
-) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, how: _Scores) -> Tensor:
     """All documents in one flash kernel on a CUDA device: -> [1, T, H, C]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    rows = [tensor.transpose(1, 2)[0] for tensor in (query, key, value)]  # [T, heads, C]
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
     output = varlen_attn(
-        *rows,
+        query.transpose(1, 2)[0],  # [T, H, C]
+        key.transpose(1, 2)[0],
+        value.transpose(1, 2)[0],
         boundaries,
         boundaries,
         longest,
         longest,
-        scale=scaling,
-        window_size=window,
+        scale=how.scaling,
+        window_size=(-1 if how.sliding_window is None else how.sliding_window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(output, Tensor)

@@ -8,7 +8,6 @@ bookkeeping on each of its hundred thousand entries, which is most of the time t
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -53,7 +52,7 @@ def unpack_gguf(path: Path, digest: str, cache_root: Path, on_progress: Callable
         _convert(path, unfinished)
         unfinished.chmod(0o755)
         with contextlib.suppress(OSError):  # another process was quicker; its folder is the same
-            os.rename(unfinished, folder)
+            unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     on_progress(100.0, f"Unpacked {path.name}")
@@ -94,7 +93,7 @@ def _header_read_once() -> Iterator[None]:
     """For the time of the block, let transformers share one parsed header and one table of tensor names."""
     import gguf
 
-    class Reader(gguf.GGUFReader):  # type: ignore[misc, name-defined]
+    class Reader(gguf.GGUFReader):
         """Sees the file as a plain array: a slice of a memmap costs many times more, and there are millions."""
 
         @property
@@ -106,9 +105,11 @@ def _header_read_once() -> Iterator[None]:
             self._bytes = mapped.view(np.ndarray)
 
     original_reader, original_names = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = cache(Reader)
-    gguf.get_tensor_name_map = cache(original_names)
+    # setattr: for mypy the one is a class and the other a function; transformers only calls them
+    setattr(gguf, "GGUFReader", cache(Reader))  # noqa: B010
+    setattr(gguf, "get_tensor_name_map", cache(original_names))  # noqa: B010
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = original_reader, original_names
+        setattr(gguf, "GGUFReader", original_reader)  # noqa: B010
+        setattr(gguf, "get_tensor_name_map", original_names)  # noqa: B010

@@ -18,8 +18,8 @@ from finetune_api.failures import Problem
 from finetune_api.plan import Device, RunPlan
 from finetune_api.spec import Freeze, Lora, Precision, Quantization
 from finetune_trainers.errors import UserError
-from finetune_trainers.tuning import linear_names, lora_targets, matching
-from finetune_trainers.weights import INDEX, BrokenWeights, WeightFiles
+from finetune_trainers.tuning import linear_names, lora_targets, matching, transposed
+from finetune_trainers.weights import INDEX, BrokenWeightsError, WeightFiles
 
 __all__ = ["check_folder", "check_job"]
 
@@ -42,9 +42,7 @@ def _read_config(folder: Path, plan: RunPlan) -> Any:
         raise _refused(plan, f"{folder.name} is neither a folder in Hugging Face layout nor a GGUF file")
     file = folder / "config.json"
     if not file.is_file():
-        raise _refused(
-            plan, f"{folder} has no config.json; name the folder of a model in Hugging Face layout"
-        )
+        raise _refused(plan, f"{folder} has no config.json; name the folder of a model in Hugging Face layout")
     try:
         raw = json.loads(file.read_text())
         if not isinstance(raw, dict):
@@ -87,7 +85,7 @@ def _names(entry: Any) -> set[str]:
 def _read_weights(folder: Path, plan: RunPlan) -> WeightFiles:
     try:
         weights = WeightFiles.of(folder)
-    except BrokenWeights as error:
+    except BrokenWeightsError as error:
         raise _refused(plan, str(error)) from error
     if weights is not None:
         return weights
@@ -149,7 +147,6 @@ def _check_tensors(plan: RunPlan, model: PreTrainedModel, weights: WeightFiles) 
 
     if get_checkpoint_conversion_mapping(model.config.model_type) is not None:
         return []  # parameters are made of several tensors under other names
-    prefix = f"{model.base_model_prefix}."
     problems = []
     names_of: dict[int, list[str]] = {}
     shapes: dict[int, tuple[int, ...]] = {}
@@ -157,7 +154,7 @@ def _check_tensors(plan: RunPlan, model: PreTrainedModel, weights: WeightFiles) 
         names_of.setdefault(id(parameter), []).append(name)
         shapes[id(parameter)] = tuple(parameter.shape)
     for key, names in names_of.items():
-        stored = [n for name in names for n in (name, name.removeprefix(prefix)) if n in weights.shapes]
+        stored = [found for name in names if (found := weights.stored_name(name)) is not None]
         if not stored:
             problems.append(f"the tensor {names[0]} is in none of its {len(weights.shards)} weight files")
         elif weights.shapes[stored[0]] != shapes[key]:
@@ -167,10 +164,8 @@ def _check_tensors(plan: RunPlan, model: PreTrainedModel, weights: WeightFiles) 
     return [Problem(path=SOURCE, value=plan.model.source, message=text + more) for text in problems[:1]]
 
 
-def _check_vocabulary(
-    plan: RunPlan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> list[Problem]:
-    rows = model.get_input_embeddings().weight.shape[0]
+def _check_vocabulary(plan: RunPlan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest < rows:
         return []
@@ -224,16 +219,29 @@ def _check_tuning(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:
 
 
 def _check_lora(lora: Lora, model: PreTrainedModel) -> list[Problem]:
+    field = "spec.tuning.lora.targetModules"
     kinds = sorted({name.rpartition(".")[2] for name in linear_names(model)})
-    return [
+    targets = lora_targets(model, lora.target_modules)
+    problems = [
         Problem(
-            path=f"spec.tuning.lora.targetModules[{index}]",
+            path=f"{field}[{index}]",
             value=pattern,
             message=f"matches no linear layer of the model; it has {', '.join(kinds)}",
         )
-        for index, (pattern, names) in enumerate(lora_targets(model, lora.target_modules).items())
+        for index, (pattern, names) in enumerate(targets.items())
         if not names
     ]
+    head = model.get_output_embeddings()
+    shares_weights = head is not None and head.weight is model.get_input_embeddings().weight
+    for pattern, names in targets.items():
+        if shares_weights and any(model.get_submodule(name) is head for name in names):
+            message = "matches the output head, which shares its weights with the embeddings; leave it out"
+            problems.append(Problem(path=field, value=pattern, message=message))
+    chosen = [name for names in targets.values() for name in names]
+    if chosen and any(transposed(model, [name]) for name in chosen) and not transposed(model, chosen):
+        message = "mixes layers that keep their weights in different layouts; name one kind only"
+        problems.append(Problem(path=field, value=", ".join(lora.target_modules), message=message))
+    return problems
 
 
 def _check_freeze(freeze: Freeze, model: PreTrainedModel) -> list[Problem]:
@@ -253,9 +261,7 @@ def _check_freeze(freeze: Freeze, model: PreTrainedModel) -> list[Problem]:
         field = f"spec.tuning.freeze.unfreeze[{index}].layers"
         names = check(step.layers, field)
         if names and names <= learning:
-            message = (
-                f"all that these match learns already before {step.at}; remove the step or name other layers"
-            )
+            message = f"all that these match learns already before {step.at}; remove the step or name other layers"
             problems.append(Problem(path=field, value=", ".join(step.layers), message=message))
         learning |= names
     return problems

@@ -16,7 +16,7 @@ from finetune_api.failures import Problem
 from finetune_api.uris import Scheme, Uri, parse_uri
 from finetune_trainers.errors import UserError
 
-__all__ = ["locate_model", "package_folder", "pvc_path"]
+__all__ = ["local_path", "locate_model", "package_folder"]
 
 _SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 """What a causal model consists of. Weights of other frameworks and pickles stay where they are."""
@@ -31,12 +31,10 @@ def locate_model(source: str, field: str, revision: str | None = None, remote_co
         path = package_folder(uri.authority, source, field) / uri.path
         where = f"the installed package {uri.authority} has no such file or folder"
     elif uri.scheme is Scheme.PVC:
-        path = pvc_path(uri)
-        where = (
-            f"nothing is at {path}; mount the claim there, or set FINETUNE_PVC_ROOT to where it is mounted"
-        )
+        path = local_path(source)
+        where = f"nothing is at {path}; mount the claim there, or set FINETUNE_PVC_ROOT to where it is mounted"
     elif uri.scheme is Scheme.FILE:
-        path = Path(uri.path)
+        path = local_path(source)
         where = "no such file or folder"
     else:
         raise _refused(field, source, f"a model cannot be read from {uri.scheme}://")
@@ -45,8 +43,11 @@ def locate_model(source: str, field: str, revision: str | None = None, remote_co
     return path
 
 
-def pvc_path(uri: Uri) -> Path:
-    """Where a pvc:// URI is mounted."""
+def local_path(source: str) -> Path:
+    """The path that a file:// or pvc:// URI stands for, whether or not something is there."""
+    uri = parse_uri(source, (Scheme.FILE, Scheme.PVC))
+    if uri.scheme is Scheme.FILE:
+        return Path(uri.path)
     return Path(os.environ.get("FINETUNE_PVC_ROOT", "/mnt/pvc")) / uri.authority / uri.path
 
 

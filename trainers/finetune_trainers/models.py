@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_api.failures import Problem
@@ -34,9 +35,17 @@ from finetune_trainers.model_sources import locate_model
 from finetune_trainers.prepared import PreparedModel
 from finetune_trainers.weights import file_digest
 
-__all__ = ["load_dtype", "load_model", "load_tokenizer", "meta_model", "prepare_model"]
+__all__ = [
+    "DTYPES",
+    "load_dtype",
+    "load_model",
+    "load_tokenizer",
+    "meta_model",
+    "prepare_model",
+    "stored_tokenizer",
+]
 
-_DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 def prepare_model(plan: RunPlan, cache: Path, on_progress: Callable[[float, str], None]) -> PreparedModel:
@@ -53,9 +62,7 @@ def prepare_model(plan: RunPlan, cache: Path, on_progress: Callable[[float, str]
     if source.tokenizer is not None:
         tokenizer_folder = locate_model(source.tokenizer, "spec.model.tokenizer")
         if is_gguf(tokenizer_folder):
-            tokenizer_folder = unpack_gguf(
-                tokenizer_folder, file_digest(tokenizer_folder), cache, on_progress
-            )
+            tokenizer_folder = unpack_gguf(tokenizer_folder, file_digest(tokenizer_folder), cache, on_progress)
     tokenizer = _open_tokenizer(tokenizer_folder, plan)
     model = meta_model(config, source.trust_remote_code)
     problems = check_job(plan, model, weights, tokenizer)
@@ -88,7 +95,7 @@ def meta_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
 def load_dtype(plan: RunPlan) -> torch.dtype:
     """What the weights are held in after loading; see the table at the top."""
     masters_here = plan.deepspeed.engine == "torch" and plan.tuning.lora is None
-    return torch.float32 if masters_here else _DTYPES[plan.precision]
+    return torch.float32 if masters_here else DTYPES[plan.precision]
 
 
 def load_model(
@@ -119,9 +126,9 @@ def load_model(
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model.folder, **arguments)
     if zero3 is not None:
         # transformers holds this object weakly, and `generate` asks for it to keep the ranks in step
-        loaded.finetune_zero3 = zero3  # type: ignore[assignment]
+        loaded.finetune_zero3 = zero3
     elif quantization is Quantization.NONE:
-        loaded.to(device)  # type: ignore[arg-type]
+        nn.Module.to(loaded, device)
     if plan.precision is Precision.BF16 and bf16_is_emulated(device):
         use_float32_products(loaded)
     return loaded
@@ -140,12 +147,19 @@ def _bitsandbytes(quantization: Quantization, compute_dtype: torch.dtype) -> Any
     )
 
 
-def load_tokenizer(model: PreparedModel, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer with the job's chat template, and a padding token (the end-of-sequence token if it has none)."""
+def stored_tokenizer(model: PreparedModel, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer with the job's chat template, otherwise as it is stored."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         model.tokenizer_folder, trust_remote_code=trust_remote_code, local_files_only=True
     )
     tokenizer.chat_template = model.chat_template
+    return tokenizer
+
+
+def load_tokenizer(model: PreparedModel, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer with the job's chat template, ready for batches: one without a padding token pads with
+    end-of-sequence."""
+    tokenizer = stored_tokenizer(model, trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from finetune_api.plan import RunPlan
 from finetune_api.spec import Freeze, Lora, Precision, Quantization
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 ALL_LINEAR = "all-linear"
+_LINEAR = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,16 @@ def matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return [name for name in first_name.values() if name in found]
 
 
+def transposed(model: nn.Module, modules: Sequence[str]) -> bool:
+    """Whether the layers keep their weights as [in, out], as GPT-2's do. PEFT has one answer for all of them."""
+    return all(isinstance(model.get_submodule(name), Conv1D) for name in modules)
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """Full names of the linear layers, the output head left out."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
-    ]
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = None if get_head is None else get_head()
+    return [name for name, module in model.named_modules() if isinstance(module, _LINEAR) and module is not head]
 
 
 def lora_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[str]]:
@@ -87,7 +93,7 @@ def lora_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[st
     """
     if list(patterns) == [ALL_LINEAR]:
         return {ALL_LINEAR: linear_names(model)}
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, _LINEAR)]
     return {
         pattern: [name for name in layers if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
         for pattern in patterns
@@ -103,17 +109,17 @@ def _add_adapters(model: nn.Module, lora: Lora, plan: RunPlan) -> TunedModel:
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides it by the rank
         lora_dropout=lora.dropout,
         target_modules=targets,
+        fan_in_fan_out=transposed(model, targets),
     )
     # The torch engine updates the adapters themselves, so they are fp32; DeepSpeed makes its own fp32 copies and,
     # under ZeRO-3, cannot gather parameters of another type than the rest.
     own_masters = plan.deepspeed.engine == "torch"
-    state = torch.get_rng_state()
-    torch.manual_seed(plan.optimization.seed)
-    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=own_masters)  # type: ignore[arg-type]
-    torch.set_rng_state(state)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(plan.optimization.seed)
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=own_masters)
     if plan.precision is Precision.BF16 and any(isinstance(m, Float32ProductLinear) for m in model.modules()):
         use_float32_products(adapted)
     return TunedModel(adapted, [name for name, p in adapted.named_parameters() if p.requires_grad])

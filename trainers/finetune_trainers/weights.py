@@ -22,7 +22,7 @@ from torch import Tensor
 __all__ = [
     "INDEX",
     "SHARD_BYTES",
-    "BrokenWeights",
+    "BrokenWeightsError",
     "WeightFiles",
     "file_digest",
     "read_tensors",
@@ -36,7 +36,7 @@ SHARD_BYTES = 5_000_000_000
 LONGEST_HEADER = 100_000_000
 
 
-class BrokenWeights(Exception):
+class BrokenWeightsError(Exception):
     """A weight file is missing or not whole: its path, what was found, and what is wrong with it."""
 
     def __init__(self, path: Path, message: str) -> None:
@@ -57,7 +57,7 @@ class WeightFiles:
 
     @classmethod
     def of(cls, folder: Path) -> WeightFiles | None:
-        """Read the headers of a folder's safetensors; None when it has none. Raises BrokenWeights."""
+        """Read the headers of a folder's safetensors; None when it has none. Raises BrokenWeightsError."""
         shards = _shards(folder)
         if not shards:
             return None
@@ -70,10 +70,15 @@ class WeightFiles:
         if (folder / INDEX).is_file():
             for name, shard in _index(folder).items():
                 if shard_of.get(name) != shard:
-                    raise BrokenWeights(
+                    raise BrokenWeightsError(
                         folder / shard, f"the index promises the tensor {name}, which is not in it"
                     )
         return cls(folder, tuple(shards), shard_of, shapes)
+
+    def stored_name(self, name: str) -> str | None:
+        """The name that a parameter has in the files: its own, or without the model's first part (transformer.)."""
+        without = name.partition(".")[2]
+        return name if name in self.shard_of else without if without in self.shard_of else None
 
     def digest(self) -> str:
         """blake3 over the names and contents of the shards."""
@@ -93,7 +98,7 @@ def _shards(folder: Path) -> list[str]:
         shards = sorted(set(_index(folder).values()))
         for shard in shards:
             if not (folder / shard).is_file():
-                raise BrokenWeights(folder / shard, f"is missing; {INDEX} lists {len(shards)} shards")
+                raise BrokenWeightsError(folder / shard, f"is missing; {INDEX} lists {len(shards)} shards")
         return shards
     return [SINGLE] if (folder / SINGLE).is_file() else []
 
@@ -103,7 +108,7 @@ def _index(folder: Path) -> dict[str, str]:
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
         return {str(name): str(shard) for name, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BrokenWeights(
+        raise BrokenWeightsError(
             folder / INDEX, "is not an index: JSON with a weight_map from tensor to shard"
         ) from error
 
@@ -113,18 +118,18 @@ def _header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(LONGEST_HEADER, size - 8):
-            raise BrokenWeights(path, f"is not a safetensors file ({size} bytes, header of {length} bytes)")
+            raise BrokenWeightsError(path, f"is not a safetensors file ({size} bytes, header of {length} bytes)")
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
             shapes_given = all(isinstance(entry["shape"], list) for entry in header.values())
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise BrokenWeights(path, "is not a safetensors file: its header cannot be read") from error
+            raise BrokenWeightsError(path, "is not a safetensors file: its header cannot be read") from error
     if not shapes_given:
-        raise BrokenWeights(path, "is not a safetensors file: its header cannot be read")
+        raise BrokenWeightsError(path, "is not a safetensors file: its header cannot be read")
     if 8 + length + end != size:
-        raise BrokenWeights(
+        raise BrokenWeightsError(
             path, f"is cut off: {size} bytes where its header promises {8 + length + end}; copy it again"
         )
     return dict(header)
