@@ -4,6 +4,7 @@
       ├── UserError              the job asks for something that cannot be
       ├── DataError              rows or files of data that cannot be used
       ├── NonFiniteLossError     the loss or gradient is NaN or infinite; raised before the update
+      ├── OutOfMemoryError       a worker ran out of the device's or the machine's memory
       └── StorageError           files that cannot be read or written
 
 Raised where the fault is seen, turned into an `Outcome` and an exit code once, in `__main__`.
@@ -11,11 +12,13 @@ Raised where the fault is seen, turned into an `Outcome` and an exit code once, 
 
 from __future__ import annotations
 
+import errno
+import sys
 from collections.abc import Sequence
 
 from finetune_api.failures import Failure, FailureClass, Problem
 
-__all__ = ["DataError", "NonFiniteLossError", "StorageError", "TrainerError", "UserError"]
+__all__ = ["DataError", "NonFiniteLossError", "OutOfMemoryError", "StorageError", "TrainerError", "UserError", "classified"]
 
 
 class TrainerError(Exception):
@@ -51,5 +54,39 @@ class NonFiniteLossError(TrainerError):
     failure_class = FailureClass.NON_FINITE_LOSS
 
 
+class OutOfMemoryError(TrainerError):
+    failure_class = FailureClass.OUT_OF_MEMORY
+
+
 class StorageError(TrainerError):
     failure_class = FailureClass.STORAGE_ERROR
+
+
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE}
+
+
+def classified(error: BaseException) -> TrainerError:
+    """`error` as a TrainerError: itself, or one of the class that its kind tells, Unknown at the last."""
+    if isinstance(error, TrainerError):
+        return error
+    if _is_out_of_memory(error):
+        return OutOfMemoryError(
+            f"Memory ran out: {first_line(error)}. Lower spec.training.microBatchSize or spec.method.sft.maxSeqLength,"
+            " turn on spec.training.activationCheckpointing, or raise spec.deepspeed.zeroStage."
+        )
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+        return StorageError(f"A file could not be written or read: {error}")
+    return TrainerError(f"{type(error).__name__}: {first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the error's text that says anything."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), "no message")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")  # errors of a library that is not loaded cannot have been raised
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator

@@ -1,0 +1,160 @@
+"""What a worker may know of the group it belongs to: one small protocol, two implementations.
+
+`RayTrainContext` is the product. `SingleProcessContext` serves machines without Ray, notebooks and tests.
+Training code talks to this protocol only and never imports ray.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from finetune_api.plan import Device, RunPlan
+from finetune_api.progress import Stage
+from finetune_trainers.progress import FileSink, Sink
+
+__all__ = ["STOP_FILE", "RayTrainContext", "SingleProcessContext", "WorkerContext", "threads_per_worker"]
+
+T = TypeVar("T")
+
+STOP_FILE = "stop-requested"
+"""The driver creates this file in the run's folder to ask for a clean stop; workers may be on other machines."""
+
+
+class WorkerContext(Protocol):
+    """A worker's place in its group."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    """Workers on this machine."""
+    device: torch.device
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place; the same tensor is returned."""
+        ...
+
+    def barrier(self) -> None: ...
+
+    def broadcast_object(self, value: T) -> T:
+        """Rank 0's `value` on every rank."""
+        ...
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Every rank's `value`, in order of rank, on every rank."""
+        ...
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Every rank's `value`, by rank, on every rank."""
+        ...
+
+    def report(self, stage: Stage, urgent: bool = False, **figures: Any) -> None:
+        """Tell the outside how far the run is; only rank 0's reports count."""
+        ...
+
+    def should_stop(self) -> bool:
+        """Was a stop asked for? Ranks may see it at different times: agree before acting on it."""
+        ...
+
+
+class _FileSignals:
+    """The half that both contexts share: progress and stop requests pass through files of the run's folder."""
+
+    rank: int
+
+    def __init__(self, workdir: Path) -> None:
+        self._stop_file = workdir / STOP_FILE
+        self._sink: Sink = FileSink(workdir / "progress.jsonl")
+
+    def report(self, stage: Stage, urgent: bool = False, **figures: Any) -> None:
+        if self.rank == 0:
+            self._sink.report(stage, urgent=urgent, **figures)
+
+    def should_stop(self) -> bool:
+        return self.rank == 0 and self._stop_file.exists()
+
+
+class SingleProcessContext(_FileSignals):
+    """The only worker there is. Collectives are the identity."""
+
+    rank = 0
+    world_size = 1
+    local_rank = 0
+    local_world_size = 1
+
+    def __init__(self, plan: RunPlan, workdir: Path) -> None:
+        super().__init__(workdir)
+        self.device = torch.device("cuda", 0) if plan.workers.device is Device.CUDA else torch.device("cpu")
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def barrier(self) -> None:
+        return None
+
+    def broadcast_object(self, value: T) -> T:
+        return value
+
+    def all_gather_object(self, value: T) -> list[T]:
+        return [value]
+
+    def all_gather_object(self, value: T) -> list[T]:
+        return [value]
+
+
+class RayTrainContext(_FileSignals):
+    """One worker of a Ray Train group, whose torch process group Ray has already set up."""
+
+    def __init__(self, plan: RunPlan, workdir: Path) -> None:
+        import ray.train
+        import ray.train.torch
+
+        super().__init__(workdir)
+        group = ray.train.get_context()
+        self.rank = group.get_world_rank()
+        self.world_size = group.get_world_size()
+        self.local_rank = group.get_local_rank()
+        self.device = ray.train.torch.get_device() if plan.workers.device is Device.CUDA else torch.device("cpu")
+        self.local_world_size = group.get_local_world_size()
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast_object(self, value: T) -> T:
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def all_gather_object(self, value: T) -> list[T]:
+        if self.world_size == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.world_size
+        dist.all_gather_object(boxes, value)
+        return boxes
+
+    def all_gather_object(self, value: T) -> list[T]:
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def threads_per_worker(cpus: float | None, num_workers_here: int) -> int:
+    """Threads that one worker may compute with: its `cpus`, or an even share of this machine's cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cpus if cpus is not None else cores / num_workers_here
+    return max(1, min(int(share), cores))

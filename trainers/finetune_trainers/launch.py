@@ -1,0 +1,260 @@
+"""The launcher: one run from a plan to its outcome, in the order in which things can go wrong.
+
+    check the model      no weights loaded, no worker started
+    prepare the data     every row read
+    count the steps, settle the learning rate, write prepared.json
+    start the workers    Ray Train, or this process
+    write the outputs    copies of the artifact, or merged models
+
+Called by `__main__`. A run that fails still has an outcome: nothing but a stop request leaves `run` as an exception.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
+
+from finetune_api.failures import Failure, FailureClass
+from finetune_api.learning_rate import auto_learning_rate
+from finetune_api.plan import RunPlan
+from finetune_api.progress import Artifact, Outcome, Result, Stage
+from finetune_trainers.context import STOP_FILE
+from finetune_trainers.errors import classified
+from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedRun
+from finetune_trainers.progress import FileSink
+from finetune_trainers.worker_process import LOG_FILE
+
+if TYPE_CHECKING:
+    from finetune_trainers.ray_workers import RayWorkers
+    from finetune_trainers.worker import WorkerResult
+
+__all__ = ["check", "count_steps", "run"]
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def run(plan: RunPlan, workdir: Path, cache: Path, *, use_ray: bool = True) -> Outcome:
+    """Train as `plan` says, in `workdir`. `cache` holds unpacked models and tokenized data from run to run.
+
+    Writes plan.json, prepared.json, progress.jsonl, metrics.jsonl, artifact/ and, at the very end, outcome.json.
+    Ctrl-C and SIGTERM stop it after the current step, or at once when no step is being made.
+    """
+    workdir = workdir.absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / STOP_FILE).unlink(missing_ok=True)
+    (workdir / "plan.json").write_text(plan.model_dump_json(by_alias=True, indent=2) + "\n")
+    launch = _Launch(plan, workdir, cache)
+    try:
+        outcome = launch.run(use_ray)
+    except KeyboardInterrupt:
+        outcome = Outcome(result=Result.CANCELLED, seconds=launch.seconds)
+    except Exception as error:
+        outcome = _failed(error, launch.seconds)
+    launch.report(Stage.DONE)
+    unfinished = workdir / ".outcome.json"
+    unfinished.write_text(outcome.model_dump_json(by_alias=True, exclude_none=True, indent=2) + "\n")
+    unfinished.replace(workdir / "outcome.json")
+    return outcome
+
+
+def check(plan: RunPlan, workdir: Path, cache: Path) -> PreparedRun:
+    """All that can be known without training: the model's files, every row of the data, steps and learning rate.
+
+    Raises TrainerError with all problems found.
+    """
+    return _Launch(plan, workdir, cache).prepare()
+
+
+def count_steps(plan: RunPlan, sequences_per_epoch: int) -> int:
+    """Optimizer steps of the whole run. The last step of the last epoch may be a small one."""
+    if plan.optimization.max_steps is not None:
+        return plan.optimization.max_steps
+    epochs = plan.optimization.epochs or 1
+    return max(1, math.ceil(epochs * sequences_per_epoch / plan.batch.global_batch_size))
+
+
+class _Launch:
+    """One run, with the time that each stage took."""
+
+    def __init__(self, plan: RunPlan, workdir: Path, cache: Path) -> None:
+        self.plan = plan
+        self.workdir = workdir
+        self.cache = cache
+        self.seconds: dict[str, float] = {}
+        self._sink = FileSink(workdir / "progress.jsonl")
+
+    def report(self, stage: Stage, percent: float = 0.0, message: str | None = None) -> None:
+        self._sink.report(stage, percent=percent, message=message)
+
+    def run(self, use_ray: bool) -> Outcome:
+        with _ray(self.plan) if use_ray else nullcontext() as ray, _StopRequests(self.workdir) as stops:
+            prepared = self.prepare()
+            (self.workdir / "prepared.json").write_text(prepared.model_dump_json(by_alias=True, indent=2) + "\n")
+            asked_at = time.time()
+            self.report(Stage.STARTING_WORKERS)
+            with stops.at_step_boundaries():
+                if ray is None:
+                    result = _train_here(self.plan, prepared, self.workdir)
+                else:
+                    result = ray.run(prepared, self.workdir, stops.wait)
+            self.seconds[Stage.STARTING_WORKERS] = result.started_at - asked_at
+            self.seconds |= result.seconds
+            artifacts = self._publish(result.artifact, prepared.model)
+        training = result.training
+        return Outcome(
+            result=Result.CANCELLED if training.cancelled else Result.SUCCEEDED,
+            step=training.step,
+            total_steps=prepared.total_steps,
+            stopped_early=training.stopped_early,
+            eval=training.eval,
+            artifacts=artifacts,
+            metrics={name: value for name, value in training.metrics.items() if math.isfinite(value)},
+            seconds=self.seconds,
+        )
+
+    def prepare(self) -> PreparedRun:
+        """Everything before the first worker."""
+        from finetune_trainers.outputs import check_outputs
+        from finetune_trainers.tracking import check_trackers
+
+        check_outputs(self.plan)
+        check_trackers(self.plan)
+        with self._timed(Stage.CHECKING_MODEL):
+            model = self._check_model()
+        with self._timed(Stage.PREPARING_DATA):
+            data = self._prepare_data(model)
+        return self._settle(model, data)
+
+    def _check_model(self) -> PreparedModel:
+        from finetune_trainers.models import prepare_model  # brings torch and transformers
+
+        return prepare_model(
+            self.plan, self.cache, lambda percent, text: self.report(Stage.CHECKING_MODEL, percent, text)
+        )
+
+    def _prepare_data(self, model: PreparedModel) -> PreparedData:
+        from finetune_trainers.data.prepare import eval_prompts, prepare_data
+
+        data = prepare_data(
+            self.plan, model, self.cache, lambda percent, text: self.report(Stage.PREPARING_DATA, percent, text)
+        )
+        if self.plan.evaluation.generation is not None:
+            eval_prompts(self.plan, model, limit=1)  # refuses data without questions before a worker starts
+        return data
+
+    def _settle(self, model: PreparedModel, data: PreparedData) -> PreparedRun:
+        from finetune_trainers.data.order import sequences_per_epoch_of
+
+        rate = self.plan.optimization.learning_rate
+        if rate.peak is None:
+            peak, reason = auto_learning_rate(model.num_parameters, self.plan.tuning)
+            rate = rate.model_copy(update={"peak": peak, "reason": reason})
+        sequences = sum(sequences_per_epoch_of(source) for source in data.train)
+        return PreparedRun(
+            model=model,
+            data=data,
+            sequences_per_epoch=sequences,
+            total_steps=count_steps(self.plan, sequences),
+            learning_rate=rate,
+        )
+
+    def _publish(self, artifact: Artifact | None, model: PreparedModel) -> list[Artifact]:
+        """The artifact in the run's folder, and one at each of the job's outputs."""
+        if artifact is None:
+            return []
+        from finetune_trainers.outputs import publish
+
+        with self._timed(Stage.EXPORTING):
+            return [artifact, *publish(self.plan, model, artifact)]
+
+    @contextmanager
+    def _timed(self, stage: Stage) -> Iterator[None]:
+        start = time.perf_counter()
+        self.report(stage)
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _ray(plan: RunPlan) -> AbstractContextManager[RayWorkers]:
+    from finetune_trainers.ray_workers import RayWorkers
+
+    return RayWorkers(plan)
+
+
+def _train_here(plan: RunPlan, prepared: PreparedRun, workdir: Path) -> WorkerResult:
+    from finetune_trainers import worker
+    from finetune_trainers.context import SingleProcessContext
+
+    return worker.run(plan, prepared, SingleProcessContext(plan, workdir), workdir)
+
+
+def _failed(error: Exception, seconds: dict[str, float]) -> Outcome:
+    typed = classified(error)
+    failure = typed.to_failure()
+    if failure.failure_class is FailureClass.UNKNOWN:
+        logger.error("The run failed", exc_info=error)
+        failure = Failure(
+            failure_class=failure.failure_class,
+            message=f"{failure.message[:4000]} (the traceback is in {LOG_FILE})",
+            step=failure.step,
+        )
+    return Outcome(result=Result.FAILED, failure=failure, step=failure.step or 0, seconds=seconds)
+
+
+class _StopRequests:
+    """SIGINT and SIGTERM while the block runs: an exception at once, or a request that workers obey between steps.
+
+    A second signal never waits. Outside the main thread (notebooks, tests) signals are somebody else's.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, workdir: Path) -> None:
+        self._stop_file = workdir / STOP_FILE
+        self._waits_for_step = False
+        self._num_received = 0
+
+    def __enter__(self) -> _StopRequests:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._received) for number in self._SIGNALS}
+        else:
+            self._before = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        self._num_received += 1
+        if not self._waits_for_step or self._num_received > 1:
+            raise KeyboardInterrupt
+        self._stop_file.touch()
+
+    @contextmanager
+    def at_step_boundaries(self) -> Iterator[None]:
+        self._waits_for_step = True
+        try:
+            yield
+        finally:
+            self._waits_for_step = False
+
+    @staticmethod
+    def wait(future: Future[T]) -> T:
+        """The result of `future`; a signal is handled within a fifth of a second."""
+        while True:
+            with suppress(TimeoutError):
+                return future.result(timeout=0.2)

@@ -1,0 +1,267 @@
+"""The training loop: one for all methods and engines. A method brings batches and a loss, the engine updates.
+
+    evaluate
+    for each step:
+        micro-batches: loss, backward
+        one all-reduce: the loss of the whole global batch, and whether a stop was asked for
+        not finite? end here, before the update
+        update
+        log; evaluate when it is time; stop early when it no longer gets better
+
+Runs on every rank, in step. It decides nothing from a rank's own view: what ranks could see differently (a stop
+request, a non-finite loss) goes through the all-reduce first.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from finetune_api.plan import RunPlan
+from finetune_api.progress import EvalSummary, Stage
+from finetune_trainers.context import WorkerContext
+from finetune_trainers.engine import Engine
+from finetune_trainers.errors import NonFiniteLossError
+from finetune_trainers.evaluation import EarlyStop
+from finetune_trainers.methods import Method
+from finetune_trainers.optim import lr_at
+from finetune_trainers.prepared import PreparedRun
+
+__all__ = ["Evaluator", "KeepsBest", "Loop", "LoopResult", "epoch_ends"]
+
+Evaluator = Callable[[int], dict[str, float]]
+"""Called with the number of steps done; returns figures, eval_loss among them. Collective."""
+
+
+class KeepsBest(Protocol):
+    """Keeps the parameters of the best evaluation so far."""
+
+    def save(self, step: int) -> None: ...
+
+
+class TracksMetrics(Protocol):
+    """What the loop needs of trackers."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+
+@dataclass
+class LoopResult:
+    """How a training ended."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    stopped_early: bool = False
+    cancelled: bool = False
+    """A stop was asked for; the steps done are whole ones."""
+    best_step: int | None = None
+    """The step whose parameters were kept as the best; None without early stopping."""
+    eval: EvalSummary | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last value of every figure."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def epoch_ends(total_steps: int, sequences_per_epoch: int, global_batch_size: int) -> set[int]:
+    """The numbers of steps done at which one more pass over the data is complete."""
+    num_epochs = total_steps * global_batch_size // sequences_per_epoch
+    ends = {-(-epoch * sequences_per_epoch // global_batch_size) for epoch in range(1, num_epochs + 1)}
+    return {step for step in ends if step <= total_steps}
+
+
+class Loop:
+    """One training. `run` may be called once."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        prepared: PreparedRun,
+        engine: Engine,
+        method: Method,
+        context: WorkerContext,
+        trackers: TracksMetrics | None = None,
+        evaluate: Evaluator | None = None,
+        best: KeepsBest | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`trackers` on rank 0 only; `best` exactly when the plan stops early."""
+        self._optimization = plan.optimization
+        self._global_batch_size = plan.batch.global_batch_size
+        self._prepared = prepared
+        self._total = prepared.total_steps
+        self._engine = engine
+        self._method = method
+        self._context = context
+        self._trackers = trackers
+        self._evaluate_model = evaluate
+        self._best = best
+        stopping = plan.evaluation.early_stopping
+        self._early_stop = EarlyStop(stopping.patience, stopping.min_delta) if stopping is not None else None
+        self._clock = clock
+        self._pace = _Pace()
+        self._evaluated_at = self._evaluations(plan) if evaluate is not None else []
+        self._num_trained_tokens = 0
+        self._stop_requested = False
+        self.result = LoopResult(seconds={Stage.TRAINING: 0.0, Stage.EVALUATING: 0.0})
+
+    def run(self) -> LoopResult:
+        result = self.result
+        self._context.report(Stage.TRAINING, total_steps=self._total)
+        self._evaluate()
+        for step in range(self._total):
+            figures = self._timed_step(step)
+            result.step = step + 1
+            self._log(figures)
+            if self._stop_requested and result.step < self._total:
+                result.cancelled = True
+                break
+            if self._evaluation_is_due() and self._evaluate():
+                result.stopped_early = result.step < self._total
+                break
+        return result
+
+    def _timed_step(self, step: int) -> dict[str, float]:
+        start = self._clock()
+        figures, num_tokens = self._step(step)
+        seconds = self._clock() - start
+        self.result.seconds[Stage.TRAINING] += seconds
+        self._pace.add_step(seconds, num_tokens)
+        return figures | {"step_seconds": seconds}
+
+    def _step(self, step: int) -> tuple[dict[str, float], int]:
+        """One optimizer step. Returns its figures and the tokens that went through the model, over all ranks."""
+        rate = lr_at(step, self._total, self._prepared.learning_rate)
+        self._engine.begin_step(rate, step / self._total)
+        batches = self._method.step(step)
+        num_tokens = max(batches.num_trained_tokens, 1)  # a step may hold nothing to learn
+        device = self._context.device
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss; ranks that saw a stop request
+        for batch in batches.micro_batches:
+            loss_sum = self._method.loss_sum(self._engine.module, batch.to(device))
+            self._engine.backward(loss_sum, num_tokens)
+            sums[0] += loss_sum.detach()
+        sums[1] = float(self._context.should_stop())
+        loss_total, num_stops = self._context.all_reduce_sum(sums).tolist()
+        loss = loss_total / num_tokens
+        self._stop_requested = num_stops > 0
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(_non_finite(f"the loss is {loss}", step), step=step)
+        try:
+            grad_norm = self._engine.step()
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(_non_finite(error.message, step), step=step) from error
+        self._num_trained_tokens += batches.num_trained_tokens
+        figures = {"loss": loss, "learning_rate": rate, "num_tokens": float(self._num_trained_tokens)}
+        if grad_norm is not None:
+            figures["grad_norm"] = grad_norm
+        return figures, batches.num_tokens
+
+    def _log(self, figures: dict[str, float]) -> None:
+        step = self.result.step
+        last = step == self._total
+        figures = figures | {"tokens_per_second": self._pace.tokens_per_second, "epoch": self._epoch}
+        self.result.metrics.update(figures)
+        if self._trackers is not None and (step % self._optimization.log_every_steps == 0 or step == 1 or last):
+            self._trackers.log(step, figures)
+        self._report(Stage.TRAINING, urgent=last or step == 1)
+
+    def _report(self, stage: Stage, urgent: bool = False, **figures: object) -> None:
+        step = self.result.step
+        self._context.report(
+            stage,
+            urgent=urgent,
+            step=step,
+            total_steps=self._total,
+            epoch=self._epoch,
+            percent=100.0 * step / self._total,
+            eta_seconds=self._pace.eta_seconds(self._total - step, self._num_evaluations_left()),
+            tokens_per_second=self._pace.tokens_per_second or None,
+            metrics={name: value for name, value in self.result.metrics.items() if math.isfinite(value)},
+            **figures,
+        )
+
+    @property
+    def _epoch(self) -> float:
+        return self.result.step * self._global_batch_size / self._prepared.sequences_per_epoch
+
+    def _evaluations(self, plan: RunPlan) -> list[int]:
+        """The numbers of steps done at which the model is evaluated, in order; the one before the first is not here."""
+        every = plan.evaluation.every_steps or self._total
+        ends = epoch_ends(self._total, self._prepared.sequences_per_epoch, self._global_batch_size)
+        return sorted({*range(every, self._total, every), *ends, self._total})
+
+    def _evaluation_is_due(self) -> bool:
+        place = bisect.bisect_left(self._evaluated_at, self.result.step)
+        return place < len(self._evaluated_at) and self._evaluated_at[place] == self.result.step
+
+    def _num_evaluations_left(self) -> int:
+        return len(self._evaluated_at) - bisect.bisect_right(self._evaluated_at, self.result.step)
+
+    def _evaluate(self) -> bool:
+        """Evaluate the model as it is; True when training should stop for want of improvement."""
+        if self._evaluate_model is None:
+            return False
+        step, start = self.result.step, self._clock()
+        self._report(Stage.EVALUATING)
+        figures = self._evaluate_model(step)
+        seconds = self._clock() - start
+        self._pace.evaluation_seconds = seconds
+        self.result.seconds[Stage.EVALUATING] += seconds
+        self.result.metrics.update(figures)
+        if self._trackers is not None:
+            self._trackers.log(step, figures)
+        self._report(Stage.TRAINING, urgent=True)
+        return self._judge(step, figures["eval_loss"])
+
+    def _judge(self, step: int, loss: float) -> bool:
+        if step == 0:
+            self.result.eval = EvalSummary(loss_before=loss)
+            return False
+        before = self.result.eval.loss_before if self.result.eval is not None else None
+        if self._early_stop is None or self._best is None:
+            self.result.eval = EvalSummary(loss_before=before, loss_after=loss)
+            return False
+        verdict = self._early_stop.update(loss)
+        if verdict.improved:
+            self._best.save(step)
+            self.result.best_step = step
+            self.result.eval = EvalSummary(loss_before=before, loss_after=loss)
+        return verdict.stop
+
+
+def _non_finite(what: str, step: int) -> str:
+    return (
+        f"{what} at step {step + 1}; the update was not made."
+        " Lower spec.training.learningRate, or look for odd rows in the data."
+    )
+
+
+class _Pace:
+    """How fast it goes: recent steps count more, so that the first one, which compiles and allocates, is soon gone."""
+
+    def __init__(self) -> None:
+        self._step_seconds: float | None = None
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self.evaluation_seconds = 0.0
+
+    def add_step(self, seconds: float, num_tokens: int) -> None:
+        old = self._step_seconds
+        self._step_seconds = seconds if old is None else 0.8 * old + 0.2 * seconds
+        self._tokens = 0.8 * self._tokens + num_tokens
+        self._seconds = 0.8 * self._seconds + seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tokens / self._seconds if self._seconds > 0 else 0.0
+
+    def eta_seconds(self, steps: int, evaluations: int) -> float | None:
+        if self._step_seconds is None:
+            return None
+        return steps * self._step_seconds + evaluations * self.evaluation_seconds

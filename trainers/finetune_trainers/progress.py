@@ -1,0 +1,48 @@
+"""Progress reports on their way out: JSON lines in the run's folder, which the CLI and the operator follow.
+
+The driver writes the stages before and after training, rank 0 writes those between; never both at the same time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from finetune_api.progress import Progress, Stage
+
+__all__ = ["FileSink", "Sink"]
+
+MIN_INTERVAL_SECONDS = 0.2
+
+
+class Sink(Protocol):
+    """Whatever takes progress reports."""
+
+    def report(self, stage: Stage, **figures: Any) -> None: ...
+
+
+class FileSink:
+    """Appends Progress objects to a file, one per line and at most five per second.
+
+    A report that comes too soon is left out unless its stage is new or it is `urgent`: the last step and every
+    evaluation must be seen. Each line is one write, so that a reader never sees half of another writer's line.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._clock = clock
+        self._last_stage: Stage | None = None
+        self._last_time = float("-inf")
+
+    def report(self, stage: Stage, urgent: bool = False, **figures: Any) -> None:
+        now = self._clock()
+        if not urgent and stage is self._last_stage and now - self._last_time < MIN_INTERVAL_SECONDS:
+            return
+        self._last_stage, self._last_time = stage, now
+        progress = Progress(stage=stage, updated_at=datetime.now(UTC), **figures)
+        line = progress.model_dump_json(by_alias=True, exclude_none=True) + "\n"
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line)

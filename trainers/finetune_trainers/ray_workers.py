@@ -1,0 +1,158 @@
+"""Workers as a Ray Train group: the only module that imports ray. Used by `launch`.
+
+On a laptop Ray is started here, in a temporary folder, and ended again; with RAY_ADDRESS set, the cluster is used that
+is there. Starting Ray takes seconds, so it begins in the background while the model and the data are looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_api.plan import Device, RunPlan
+from finetune_trainers.errors import OutOfMemoryError, TrainerError, classified, first_line
+from finetune_trainers.prepared import PreparedRun
+from finetune_trainers.worker_process import LOG_FILE, train
+
+if TYPE_CHECKING:
+    from finetune_trainers.worker import WorkerResult
+
+__all__ = ["RayWorkers"]
+
+OBJECT_STORE_BYTES = 100 << 20
+"""Nothing large passes through Ray's object store."""
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon the end of the workers is noticed
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+class RayWorkers:
+    """A Ray to run workers on, from the start to the end of the `with` block.
+
+    One thread does everything with Ray and lives as long as the block. Ray's daemons ask the kernel to end with the
+    thread that started them (PR_SET_PDEATHSIG), so that thread must stay; and the main thread stays free for signals.
+    """
+
+    def __init__(self, plan: RunPlan) -> None:
+        self._plan = plan
+        self._address = os.environ.get("RAY_ADDRESS")
+        self._temporary: Path | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
+        self._started: Future[None] | None = None
+
+    def __enter__(self) -> RayWorkers:
+        os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
+        if self._address is None:
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a laptop is not preempted
+            self._temporary = Path(tempfile.mkdtemp(prefix="finetune-ray-", dir="/tmp"))  # socket paths are short
+        self._started = self._thread.submit(self._start)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.submit(_shut_down)
+        self._thread.shutdown(wait=True)
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _start(self) -> None:
+        import ray
+
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self._address is None:
+            workers = self._plan.workers
+            options |= {
+                "address": "local",
+                "num_cpus": workers.world_size,
+                "num_gpus": workers.world_size if workers.device is Device.CUDA else 0,
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "_temp_dir": str(self._temporary),
+            }
+        ray.init(**options)
+        import ray.train.torch  # slow too, so it belongs in the background
+
+    def run(
+        self, prepared: PreparedRun, workdir: Path, wait: Callable[[Future[WorkerResult]], WorkerResult]
+    ) -> WorkerResult:
+        """Train. `wait` is given the future of the result and returns the result, so that the caller decides how its
+        own thread waits. Raises TrainerError."""
+        assert self._started is not None, "run belongs inside the with block"
+        try:
+            self._started.result()
+        except Exception as error:
+            raise TrainerError(f"Ray did not start: {first_line(error)}") from error
+        try:
+            return wait(self._thread.submit(self._fit, prepared, workdir))
+        except Exception as error:
+            raise _first_cause(error) from error
+
+    def _fit(self, prepared: PreparedRun, workdir: Path) -> WorkerResult:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        workers = self._plan.workers
+        on_gpu = workers.device is Device.CUDA
+        own_ray = self._address is None
+        resources = {"CPU": 1.0 if own_ray else max(workers.cpus or 1.0, 1.0)} | ({"GPU": 1.0} if on_gpu else {})
+        storage = workdir / "ray"
+        trainer = TorchTrainer(
+            train,
+            train_loop_config={
+                "plan": self._plan.model_dump_json(by_alias=True),
+                "prepared": prepared.model_dump_json(by_alias=True),
+                "workdir": str(workdir),
+            },
+            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=workers.world_size, use_gpu=on_gpu, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=self._plan.name, storage_path=str(storage), failure_config=FailureConfig(max_failures=0)
+            ),
+        )
+        result = trainer.fit().return_value
+        shutil.rmtree(storage, ignore_errors=True)  # Ray Train's own notes, for restarts that are not made here
+        assert result is not None
+        worker_result: WorkerResult = result
+        return worker_result
+
+
+def _shut_down() -> None:
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+def _first_cause(error: BaseException) -> TrainerError:
+    """What the failure of a group comes from. One worker fails for a reason, the others because it is gone."""
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    by_rank = sorted(failures.items())
+    typed = [failure for _, failure in by_rank if isinstance(failure, TrainerError)]
+    known = [failure for failure in typed if failure.failure_class != TrainerError.failure_class]
+    if known:
+        return known[0]
+    dead = [(rank, failure) for rank, failure in by_rank if not isinstance(failure, TrainerError)]
+    if dead:
+        return _died(*dead[0])
+    return typed[0] if typed else classified(error)
+
+
+def _died(rank: int, error: BaseException) -> TrainerError:
+    ray_exceptions = sys.modules["ray.exceptions"]
+    if isinstance(error, ray_exceptions.OutOfMemoryError):
+        return OutOfMemoryError(f"Worker {rank} was killed because the machine's memory ran out: {first_line(error)}")
+    return TrainerError(
+        f"Worker {rank} died without saying why, as a process does that was killed: by a person, or by the kernel when"
+        f" memory ran out. The end of {LOG_FILE} and the kernel's log may tell. Ray says: {first_line(error)}"
+    )

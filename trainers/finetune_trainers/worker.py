@@ -1,0 +1,186 @@
+"""What one training process does, from the empty process to the artifact. Every rank runs the same function.
+
+Called by `launch`, in a Ray Train worker or in the launcher's own process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetune_api.plan import RunPlan
+from finetune_api.progress import Artifact, Result, Stage
+from finetune_trainers.artifact import write_artifact
+from finetune_trainers.best import BestParameters
+from finetune_trainers.context import WorkerContext, threads_per_worker
+from finetune_trainers.data.batches import TrainBatches, eval_batches
+from finetune_trainers.data.order import TrainOrder
+from finetune_trainers.data.prepare import EvalPrompt, eval_prompts
+from finetune_trainers.engine import Engine, build_engine
+from finetune_trainers.evaluation import evaluate, evaluate_generation
+from finetune_trainers.loop import Evaluator, Loop, LoopResult
+from finetune_trainers.methods.sft import Sft
+from finetune_trainers.model_card import CardFacts
+from finetune_trainers.models import load_model, load_tokenizer
+from finetune_trainers.prepared import PreparedRun
+from finetune_trainers.tracking import Trackers, open_trackers
+from finetune_trainers.tuning import TunedModel, apply_tuning
+
+__all__ = ["WorkerResult", "artifact_folder", "run"]
+
+
+@dataclass
+class WorkerResult:
+    """What a worker hands back to the launcher; rank 0's is used."""
+
+    started_at: float
+    """time.time() when the worker began."""
+    training: LoopResult
+    artifact: Artifact | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def artifact_folder(workdir: Path) -> Path:
+    return workdir / "artifact"
+
+
+def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: Path) -> WorkerResult:
+    """Load, train, write. Raises TrainerError; other exceptions are faults of ours or of the machine."""
+    started_at = time.time()
+    torch.set_num_threads(threads_per_worker(plan.workers.cpus, context.local_world_size))
+    torch.manual_seed(plan.optimization.seed)  # new weights are the same on every rank
+    context.report(Stage.LOADING_MODEL)
+    tuned, engine = _load(plan, prepared, context)
+    torch.manual_seed(plan.optimization.seed + context.rank)  # dropout is not
+    loaded_at = time.time()
+    trackers = open_trackers(plan, workdir, plan.name) if context.rank == 0 else None
+    best = None
+    if plan.evaluation.early_stopping is not None:
+        best = BestParameters(workdir / "best", engine, tuned.trainable, context)
+    loop = Loop(
+        plan,
+        prepared,
+        engine,
+        Sft(_train_batches(plan, prepared, context)),
+        context,
+        trackers=trackers,
+        evaluate=_evaluator(plan, prepared, engine, context, trackers) if prepared.data.eval else None,
+        best=best,
+    )
+    result = Result.FAILED
+    try:
+        training = loop.run()
+        engine.close()
+        exporting_at = time.time()
+        artifact = None
+        if not training.cancelled:
+            context.report(Stage.EXPORTING, step=training.step, total_steps=prepared.total_steps)
+            artifact = _write(plan, prepared, context, workdir, training, _tensors(tuned, engine, training, best))
+        result = Result.CANCELLED if training.cancelled else Result.SUCCEEDED
+    finally:
+        if trackers is not None:
+            trackers.close(result)
+        engine.close()
+    seconds = {
+        Stage.LOADING_MODEL: loaded_at - started_at,
+        **training.seconds,
+        Stage.EXPORTING: time.time() - exporting_at,
+    }
+    return WorkerResult(started_at, training, artifact, {str(stage): value for stage, value in seconds.items()})
+
+
+def _load(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> tuple[TunedModel, Engine]:
+    zero3_config = None
+    if plan.deepspeed.engine == "deepspeed":
+        from finetune_trainers.engine_deepspeed import engine_config, join_group
+
+        join_group(context)
+        if plan.deepspeed.zero_stage == 3:
+            zero3_config = engine_config(plan)
+    model = load_model(prepared.model, plan, context.device, zero3_config)
+    model.train()
+    tuned = apply_tuning(model, plan)
+    return tuned, build_engine(tuned, plan, context)
+
+
+def _train_batches(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> TrainBatches:
+    epochs = plan.optimization.epochs
+    return TrainBatches(
+        prepared.data,
+        TrainOrder(prepared.data.train, plan.optimization.seed),
+        plan.batch,
+        prepared.total_steps,
+        None if epochs is None else epochs * prepared.sequences_per_epoch,
+        context.rank,
+    )
+
+
+def _evaluator(
+    plan: RunPlan,
+    prepared: PreparedRun,
+    engine: Engine,
+    context: WorkerContext,
+    trackers: Trackers | None,
+) -> Evaluator:
+    generation = plan.evaluation.generation
+    tokenizer = None
+    prompts: list[EvalPrompt] = []
+    if generation is not None:
+        tokenizer = load_tokenizer(prepared.model, plan.model.trust_remote_code)
+        prompts = eval_prompts(plan, prepared.model, generation.max_rows)
+
+    def measure(step: int) -> dict[str, float]:
+        batches = eval_batches(prepared.data, plan.batch.micro_batch_size, context.world_size, context.rank)
+        figures = evaluate(engine.module, batches, context)
+        if generation is not None and tokenizer is not None:
+            answers, samples = evaluate_generation(engine.module, tokenizer, prompts, generation, context)
+            figures |= answers
+            if trackers is not None:
+                trackers.log_samples(step, samples)
+        return figures
+
+    return measure
+
+
+def _tensors(
+    tuned: TunedModel, engine: Engine, training: LoopResult, best: BestParameters | None
+) -> Iterator[tuple[str, Tensor]]:
+    """What goes into the artifact: the trained parameters of the best step, or of the last. Frozen ones are the base's.
+
+    Collective: every rank must run it to its end.
+    """
+    if best is None or training.best_step is None or training.best_step == training.step:
+        return engine.parameters(frozenset(tuned.trainable))
+    return best.read()
+
+
+def _write(
+    plan: RunPlan,
+    prepared: PreparedRun,
+    context: WorkerContext,
+    workdir: Path,
+    training: LoopResult,
+    tensors: Iterator[tuple[str, Tensor]],
+) -> Artifact | None:
+    """The artifact, written by rank 0 while all ranks gather."""
+    if context.rank != 0:
+        for _ in tensors:
+            pass
+        return None
+    rate = prepared.learning_rate.peak
+    assert rate is not None
+    step = training.step if training.best_step is None else training.best_step
+    card = CardFacts(
+        data=prepared.data,
+        steps=step,
+        epochs=step * plan.batch.global_batch_size / prepared.sequences_per_epoch,
+        learning_rate=rate,
+        eval=training.eval,
+        metrics=training.metrics,
+    )
+    return write_artifact(artifact_folder(workdir), tensors, prepared.model, plan, card)
