@@ -1,0 +1,86 @@
+"""Every manifest under manifests/samples is valid, planned, and about one idea that its first line names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonschema  # type: ignore[import-untyped]
+import pytest
+
+from finetune_api.manifests import load_manifests, read_documents
+from finetune_api.plan import RunPlan
+from finetune_api.schema import custom_resource_definitions
+from finetune_api.spec import Tuning
+from finetune_api.uris import Scheme, parse_uri
+from finetune_operator.planning import plan_run
+
+SAMPLES = Path(__file__).parent.parent / "manifests" / "samples"
+FILES = sorted(SAMPLES.rglob("*.yaml"))
+MADE_LATER = SAMPLES / "quickstart" / "data"
+"""make_data.py writes it."""
+
+
+def plans_of(file: Path) -> list[RunPlan]:
+    manifests = load_manifests(file)
+    plans = []
+    for loaded in manifests.jobs:
+        reference = loaded.job.spec.runtime_ref
+        plans.append(plan_run(loaded.job, manifests.runtimes[reference.name] if reference else None))
+    return plans
+
+
+def test_there_are_samples() -> None:
+    assert len(FILES) >= 16
+
+
+@pytest.fixture(params=FILES, ids=lambda file: str(file.relative_to(SAMPLES)))
+def file(request: pytest.FixtureRequest) -> Path:
+    assert isinstance(request.param, Path)
+    return request.param
+
+
+def test_a_sample_holds_one_job_named_after_its_file(file: Path) -> None:
+    (loaded,) = load_manifests(file).jobs
+    assert loaded.job.metadata.name == (file.parent.name if file.name == "job.yaml" else file.stem)
+
+
+def test_a_sample_fits_the_schema_that_the_api_server_gets(file: Path) -> None:
+    schemas = {
+        crd["spec"]["names"]["kind"]: crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+        for crd in custom_resource_definitions().values()
+    }
+    for document in read_documents(file.read_text(encoding="utf-8"), str(file)):
+        jsonschema.Draft4Validator(schemas[document["kind"]]).validate(document)
+
+
+def test_a_sample_has_a_plan_that_survives_json(file: Path) -> None:
+    for plan in plans_of(file):
+        assert RunPlan.model_validate_json(plan.model_dump_json(by_alias=True)) == plan
+        batch = plan.batch
+        assert batch.micro_batch_size * batch.gradient_accumulation_steps * batch.world_size == batch.global_batch_size
+
+
+def test_a_sample_says_its_idea_first(file: Path) -> None:
+    first, *_ = file.read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# ")
+    assert len(first) > 40
+
+
+def test_local_data_of_a_sample_is_there(file: Path) -> None:
+    for plan in plans_of(file):
+        for source in (*plan.data.train, *plan.data.eval):
+            uri = parse_uri(source.source)
+            if uri.scheme is Scheme.FILE and MADE_LATER not in Path(uri.path).parents:
+                assert Path(uri.path).is_file(), source.source
+
+
+def test_the_minimal_sample_has_ten_lines() -> None:
+    assert len((SAMPLES / "minimal.yaml").read_text(encoding="utf-8").splitlines()) == 10
+
+
+def test_every_way_of_tuning_and_every_tracker_has_a_sample() -> None:
+    used: set[str] = set()
+    for file in FILES:
+        for loaded in load_manifests(file).jobs:
+            used |= loaded.job.spec.tuning.model_fields_set | loaded.job.spec.tracking.model_fields_set
+    assert used >= {*Tuning.model_fields, "tensorboard", "wandb", "mlflow"}
