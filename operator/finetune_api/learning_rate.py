@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 
 from finetune_api.spec import Tuning
 
@@ -59,7 +60,7 @@ def _interpolate(size: float) -> float:
     table = _PRETRAINING_PEAK
     if size <= table[0][0]:
         return table[0][1]
-    for (low, high_rate), (high, low_rate) in zip(table, table[1:], strict=False):
+    for (low, high_rate), (high, low_rate) in pairwise(table):
         if size <= high:
             share = math.log(size / low) / math.log(high / low)
             return math.exp(math.log(high_rate) + share * math.log(low_rate / high_rate))

@@ -1,4 +1,4 @@
-"""Reads YAML files of FineTuneJobs and FineTuneRuntimes, strictly: what kubectl would refuse or misread is refused here.
+"""Reads YAML files of FineTuneJobs and FineTuneRuntimes, strictly: what kubectl would refuse or misread is refused.
 
 Called by the CLI and the SDK. Several documents may stand in one file, several files in one folder.
 """

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from finetune_api.base import API_VERSION, Contract
 from finetune_api.meta import Metadata
-from finetune_api.spec import OutputUri, Precision
+from finetune_api.spec import Precision
+from finetune_api.spec.fields import OutputUri
 
 __all__ = ["FineTuneRuntime", "FineTuneRuntimeSpec", "RuntimeWorkers"]
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from finetune_api.base import GROUP, VERSION, Contract, Rule
-from finetune_api.job import FineTuneJob, Status
+from finetune_api.job import FineTuneJob
 from finetune_api.meta import NAME_MAX_LENGTH, NAME_PATTERN
 from finetune_api.runtime import FineTuneRuntime
 
@@ -65,8 +65,7 @@ def custom_resource_definitions() -> dict[str, Schema]:
     job = _crd("FineTuneJob", "finetunejobs", ["ftj"], "Namespaced", _object(FineTuneJob, ("spec", "status")))
     job["spec"]["versions"][0]["subresources"] = {"status": {}}
     job["spec"]["versions"][0]["additionalPrinterColumns"] = [
-        {"name": name, "type": kind, "jsonPath": path, "priority": priority}
-        for name, kind, path, priority in _COLUMNS
+        {"name": name, "type": kind, "jsonPath": path, "priority": priority} for name, kind, path, priority in _COLUMNS
     ]
     runtime = _crd("FineTuneRuntime", "finetuneruntimes", ["ftr"], "Cluster", _object(FineTuneRuntime, ("spec",)))
     return {f"{crd['metadata']['name']}.yaml": crd for crd in (job, runtime)}

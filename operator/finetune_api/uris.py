@@ -1,12 +1,12 @@
 """Where things are: one parser for every URI that a job may name.
 
-    hf://org/name              a repository on the Hugging Face Hub
-    s3://bucket/key            an object store
-    gs://bucket/key
-    pvc://claim/path           a folder on a PersistentVolumeClaim of the job's namespace
-    file:///path               this machine; `file://./path` is relative to the manifest's folder
-    package://package/path     a resource inside an installed Python package
-    job://name                 the artifact of another FineTuneJob in the namespace
+hf://org/name              a repository on the Hugging Face Hub
+s3://bucket/key            an object store
+gs://bucket/key
+pvc://claim/path           a folder on a PersistentVolumeClaim of the job's namespace
+file:///path               this machine; `file://./path` is relative to the manifest's folder
+package://package/path     a resource inside an installed Python package
+job://name                 the artifact of another FineTuneJob in the namespace
 """
 
 from __future__ import annotations

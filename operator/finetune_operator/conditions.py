@@ -98,9 +98,7 @@ def _artifacts_published(outcome: Outcome | None) -> Finding:
     if outcome is None:
         return Finding("ArtifactsPublished", "False", "NotYet", "The model is written after training.")
     if not outcome.artifacts:
-        return Finding(
-            "ArtifactsPublished", "False", "NoArtifact", "The run ended before a model was written."
-        )
+        return Finding("ArtifactsPublished", "False", "NoArtifact", "The run ended before a model was written.")
     places = ", ".join(artifact.uri for artifact in outcome.artifacts)
     return Finding("ArtifactsPublished", "True", "Written", f"The trained model is at {places}.")
 

@@ -23,7 +23,6 @@ from finetune_api.plan import (
 from finetune_api.problems import InvalidManifest, shorten
 from finetune_api.runtime import FineTuneRuntime, FineTuneRuntimeSpec
 from finetune_api.spec import FineTuneJobSpec, Precision, Quantization
-
 from finetune_operator.zero import deepspeed_config, reserved_key_problems
 
 __all__ = ["plan_run", "storage_of"]

@@ -11,6 +11,7 @@ from datetime import datetime
 from itertools import islice
 
 from finetune_api.job import JobProgress, Phase, Status
+from finetune_api.plan import RunPlan
 from finetune_api.progress import Outcome, Progress, Result
 from finetune_operator.conditions import TRAINING_STAGES, conditions
 
@@ -26,16 +27,20 @@ def project(
     now: datetime,
     previous: Status | None = None,
     generation: int | None = None,
+    plan: RunPlan | None = None,
 ) -> Status:
     """The status that follows from the last `progress` and, once the run has ended, its `outcome`.
 
-    `previous` is the status as it stands: conditions that did not change keep their transition times.
-    `generation` is the spec's, written into the status so that a reader knows which spec it speaks of.
+    `previous` is the status as it stands: conditions that did not change keep their transition times. `plan` is the
+    run's, for the names of method and tuning. `generation` is the spec's, written into the status so that a reader
+    knows which spec it speaks of.
     """
     failure = outcome.failure if outcome else None
     return Status(
         observed_generation=generation,
         phase=_phase(outcome, progress),
+        method=plan.method.chosen if plan else None,
+        tuning=plan.tuning.chosen if plan else None,
         conditions=conditions(outcome, progress, now, previous.conditions if previous else (), generation),
         progress=_progress(outcome, progress),
         failure=failure.failure_class if failure else None,

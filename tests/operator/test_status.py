@@ -11,7 +11,9 @@ from finetune_api.failures import Failure, FailureClass, Problem
 from finetune_api.job import Phase, Status
 from finetune_api.progress import Artifact, Outcome, Progress, Result, Stage
 from finetune_operator.conditions import find
+from finetune_operator.planning import plan_run
 from finetune_operator.status import project
+from tests.factories import job
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 LATER = NOON + timedelta(minutes=5)
@@ -153,3 +155,8 @@ def test_more_figures_than_a_status_may_hold_are_cut() -> None:
     shown = project(None, progress(metrics={f"m{i}": float(i) for i in range(20)}), NOON).progress
     assert shown is not None
     assert len(shown.metrics) == 16
+
+
+def test_the_status_names_the_method_and_the_tuning_of_the_plan() -> None:
+    status = project(None, None, NOON, plan=plan_run(job()))
+    assert (status.method, status.tuning) == ("sft", "lora")

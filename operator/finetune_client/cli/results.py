@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.failures import EXIT_CODES, INTERRUPTED, Failure, FailureClass
+from finetune_api.plan import RunPlan
 from finetune_api.progress import Artifact, EvalSummary, Outcome, Progress, Result
 from finetune_client.cli.display import duration
 from finetune_client.cli.exits import OK
@@ -37,7 +38,7 @@ class Ending:
 
     outcome: Outcome
     progress: Progress | None = None
-    name: str | None = None
+    plan: RunPlan | None = None
     workdir: Path | None = None
     log: Path | None = None
 
@@ -56,11 +57,11 @@ def as_document(ending: Ending, now: datetime) -> dict[str, Any]:
     outcome = ending.outcome
     summary = outcome.eval or EvalSummary()
     return {
-        "name": ending.name,
+        "name": ending.plan.name if ending.plan else None,
         "result": outcome.result,
         "progress": None,
         "failure": None,
-        **project(outcome, ending.progress, now).to_document(),
+        **project(outcome, ending.progress, now, plan=ending.plan).to_document(),
         "failureDetails": outcome.failure.to_document() if outcome.failure else None,
         "eval": {"lossBefore": summary.loss_before, "lossAfter": summary.loss_after},
         "artifact": outcome.artifacts[0].uri if outcome.artifacts else None,

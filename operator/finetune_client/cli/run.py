@@ -63,19 +63,19 @@ def _run(request: RunRequest, display: Display) -> Ending:
         planned = load_one(request.file, request.job, request.runtimes, overrides)
     except InvalidManifest as invalid:
         return Ending(_refused(FailureClass.USER_ERROR, "the job is not valid", invalid.problems))
-    name = planned.plan.name
+    plan = planned.plan
     if (refusal := _cannot_start(planned)) is not None:
-        return Ending(refusal, name=name)
-    workdir = request.workdir or _new_folder(Path("runs", name), datetime.now(UTC))
-    run = LocalRun(planned.plan, workdir, use_ray=request.use_ray, cache=request.cache)
+        return Ending(refusal, plan=plan)
+    workdir = request.workdir or _new_folder(Path("runs", plan.name), datetime.now(UTC))
+    run = LocalRun(plan, workdir, use_ray=request.use_ray, cache=request.cache)
     try:
         outcome = _follow(run, display)
     except RunFolderTaken as taken:
-        return Ending(_refused(FailureClass.USER_ERROR, str(taken)), name=name)
+        return Ending(_refused(FailureClass.USER_ERROR, str(taken)), plan=plan)
     except OSError as error:
         message = f"the run's folder {workdir} cannot be used: {error.strerror or error}"
-        return Ending(_refused(FailureClass.STORAGE_ERROR, message), name=name)
-    return Ending(outcome, run.latest, name, run.workdir, run.log)
+        return Ending(_refused(FailureClass.STORAGE_ERROR, message), plan=plan)
+    return Ending(outcome, run.latest, plan, run.workdir, run.log)
 
 
 def _follow(run: LocalRun, display: Display) -> Outcome:

@@ -1,0 +1,134 @@
+"""What a user may ask for: the `spec` of a FineTuneJob, block by block.
+
+Every field's docstring is what `kubectl explain` shows. Defaults are those of a careful practitioner; `auto` means
+that planning decides and prints its reason. A field is here only when something runs that obeys it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from finetune_api.base import Contract, Rule
+from finetune_api.spec.cluster import Cluster, DeepSpeed, Offload, RuntimeRef, Workers
+from finetune_api.spec.data import Columns, Data, DataFormat, DataSource
+from finetune_api.spec.method import Method, Sft
+from finetune_api.spec.model import Model
+from finetune_api.spec.outputs import MlflowTracking, Output, TensorBoardTracking, Tracking, WandbTracking
+from finetune_api.spec.training import EarlyStopping, GenerationEval, OptimizerSettings, Precision, Training
+from finetune_api.spec.tuning import Freeze, Full, Lora, Quantization, Tuning, UnfreezeStep
+
+__all__ = [
+    "Cluster",
+    "Columns",
+    "Data",
+    "DataFormat",
+    "DataSource",
+    "DeepSpeed",
+    "EarlyStopping",
+    "FineTuneJobSpec",
+    "Freeze",
+    "Full",
+    "GenerationEval",
+    "Lora",
+    "Method",
+    "MlflowTracking",
+    "Model",
+    "Offload",
+    "OptimizerSettings",
+    "Output",
+    "Precision",
+    "Quantization",
+    "RuntimeRef",
+    "Sft",
+    "TensorBoardTracking",
+    "Tracking",
+    "Training",
+    "Tuning",
+    "UnfreezeStep",
+    "WandbTracking",
+    "Workers",
+]
+
+
+class FineTuneJobSpec(Contract):
+    """What to train, on what data, how, and where."""
+
+    runtime_ref: RuntimeRef | None = None
+    """The platform's pool and defaults."""
+    model: Model
+    """The model to start from."""
+    data: Data
+    """Training and evaluation data."""
+    method: Method
+    """How the model learns."""
+    tuning: Tuning
+    """Which parameters learn."""
+    training: Training
+    """Length, batch, rates, evaluation."""
+    deepspeed: DeepSpeed = Field(default_factory=DeepSpeed)
+    """How the training state is spread."""
+    cluster: Cluster = Field(default_factory=Cluster)
+    """Number and size of workers."""
+    outputs: Annotated[list[Output], Field(max_length=8)] = Field(default_factory=list)
+    """Where the trained model is written. Left out: the run's own folder."""
+    tracking: Tracking = Field(default_factory=Tracking)
+    """Experiment trackers."""
+
+    rules = (
+        Rule(
+            cel="!has(self.cluster.workers.gpus) || type(self.training.microBatchSize) != int"
+            " || self.training.globalBatchSize % (self.training.microBatchSize * self.cluster.workers.replicas"
+            " * (self.cluster.workers.gpus > 0 ? self.cluster.workers.gpus : 1)) == 0",
+            message="training.globalBatchSize must be a multiple of microBatchSize × workers.replicas × workers.gpus",
+            holds=lambda s: s._batch_divides(),
+            field="training.globalBatchSize",
+        ),
+        Rule(
+            cel="!has(self.tuning.lora) || self.tuning.lora.quantization == 'none'"
+            " || !has(self.deepspeed.zeroStage) || self.deepspeed.zeroStage != 3",
+            message="a quantized base cannot be split by zeroStage 3; set deepspeed.zeroStage to 2 or less",
+            holds=lambda s: (
+                s.tuning.lora is None or s.tuning.lora.quantization == "none" or s.deepspeed.zero_stage != 3
+            ),
+            field="deepspeed.zeroStage",
+        ),
+        Rule(
+            cel="self.outputs.all(o, !o.merge) || has(self.tuning.lora)",
+            message="merge is only for tuning.lora; remove it from outputs",
+            holds=lambda s: s.tuning.lora is not None or not any(o.merge for o in s.outputs),
+            field="outputs",
+        ),
+        Rule(
+            cel="self.data.eval.size() > 0"
+            " || !(has(self.training.earlyStopping) || has(self.training.evalEverySteps)"
+            " || has(self.training.generation))",
+            message="evaluation is asked for and data.eval is empty; add a source to data.eval",
+            holds=lambda s: bool(s.data.eval) or not s._wants_evaluation(),
+            field="data.eval",
+        ),
+        *(
+            Rule(
+                cel=f"self.{block} == oldSelf.{block}",
+                message=f"spec.{block} cannot be changed; create another job",
+                field=block,
+            )
+            for block in ("model", "data", "method", "tuning")
+        ),
+        Rule(
+            cel="has(self.runtimeRef) == has(oldSelf.runtimeRef)",
+            message="spec.runtimeRef cannot be added or removed; create another job",
+            field="runtimeRef",
+        ),
+    )
+
+    def _batch_divides(self) -> bool:
+        micro, workers = self.training.micro_batch_size, self.cluster.workers
+        if micro == "auto" or workers.gpus is None:
+            return True  # planning decides, and checks again with the runtime's numbers
+        return self.training.global_batch_size % (micro * workers.replicas * max(workers.gpus, 1)) == 0
+
+    def _wants_evaluation(self) -> bool:
+        training = self.training
+        return any((training.early_stopping, training.eval_every_steps, training.generation))

@@ -1,0 +1,77 @@
+"""What the job runs on, and how ZeRO spreads the training state over it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, WithJsonSchema
+
+from finetune_api.base import Contract, Rule
+from finetune_api.spec.fields import DnsLabel
+
+__all__ = ["Cluster", "DeepSpeed", "Offload", "RuntimeRef", "Workers"]
+
+
+class RuntimeRef(Contract):
+    """Which FineTuneRuntime (the platform's pool and defaults) the job runs on."""
+
+    name: DnsLabel
+    """Name of a FineTuneRuntime. It cannot be changed after the job is created."""
+
+    rules = (Rule(cel="self.name == oldSelf.name", message="runtimeRef.name cannot be changed; create another job"),)
+
+
+class Offload(Contract):
+    """What ZeRO keeps in the host's memory instead of the device's."""
+
+    optimizer: Literal["none", "cpu"] = "none"
+    """Optimizer states and the update. Needs zeroStage 1 or more."""
+    parameters: Literal["none", "cpu"] = "none"
+    """Parameters that are not in use. Needs zeroStage 3."""
+
+
+class DeepSpeed(Contract):
+    """How ZeRO spreads the training state over the workers (Rajbhandari et al. 2019, arXiv 1910.02054)."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """0 copies everything to every device, 1 splits optimizer states, 2 also gradients, 3 also parameters. Left out:
+    0 for one device, 2 for LoRA, 3 for the rest."""
+    offload: Offload = Field(default_factory=Offload)
+    """What goes to the host's memory."""
+    config: Annotated[
+        dict[str, Any], WithJsonSchema({"type": "object", "x-kubernetes-preserve-unknown-fields": True})
+    ] = Field(default_factory=dict)
+    """More keys of DeepSpeed's configuration file. Keys that this job sets itself are refused by name."""
+
+    rules = (
+        Rule(
+            cel="self.offload.optimizer == 'none' || !has(self.zeroStage) || self.zeroStage >= 1",
+            message="offload.optimizer needs zeroStage 1, 2 or 3",
+            holds=lambda d: d.offload.optimizer == "none" or d.zero_stage is None or d.zero_stage >= 1,
+            field="offload",
+        ),
+        Rule(
+            cel="self.offload.parameters == 'none' || (has(self.zeroStage) && self.zeroStage == 3)",
+            message="offload.parameters needs zeroStage 3",
+            holds=lambda d: d.offload.parameters == "none" or d.zero_stage == 3,
+            field="offload",
+        ),
+    )
+
+
+class Workers(Contract):
+    """The processes that train, in groups of equal size."""
+
+    replicas: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Number of workers (pods in a cluster, processes on a laptop)."""
+    gpus: Annotated[int, Field(ge=0, le=16)] | None = None
+    """GPUs of one worker; each runs one training process. 0 trains on the CPU. Left out: the runtime's, or 0."""
+    cpus: Annotated[float, Field(gt=0, le=1024)] | None = None
+    """CPU cores of one worker. Left out: what the runtime says, or the machine's cores shared evenly."""
+
+
+class Cluster(Contract):
+    """What the job runs on."""
+
+    workers: Workers = Field(default_factory=Workers)
+    """The training processes."""
