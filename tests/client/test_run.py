@@ -15,6 +15,8 @@ KEYS = {
     "name",
     "result",
     "phase",
+    "method",
+    "tuning",
     "conditions",
     "progress",
     "artifacts",

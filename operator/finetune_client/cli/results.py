@@ -59,6 +59,8 @@ def as_document(ending: Ending, now: datetime) -> dict[str, Any]:
     return {
         "name": ending.plan.name if ending.plan else None,
         "result": outcome.result,
+        "method": None,
+        "tuning": None,
         "progress": None,
         "failure": None,
         **project(outcome, ending.progress, now, plan=ending.plan).to_document(),
