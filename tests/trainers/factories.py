@@ -17,14 +17,12 @@ from typing import Any
 
 from finetune_api.plan import RunPlan
 from finetune_operator.planning import plan_run
-
 from tests.factories import ABSENT, job
 
 __all__ = ["ABSENT", "WORDS", "tiny_model", "tiny_plan", "write_rows"]
 
-WORDS = (
-    "the a one two cat dog bird sees likes finds red green blue small large house tree river stone and or not why how"
-).split()
+SENTENCE = "the a one two cat dog bird sees likes finds red green blue small house tree river and or why"
+WORDS = SENTENCE.split()
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -90,7 +88,9 @@ def write_rows(path: Path, num_rows: int, seed: int = 0, shortest: int = 2, long
     return path
 
 
-def tiny_plan(model: Path, rows: Path, changes: Mapping[str, Any] | None = None, *, eval_rows: Path | None = None) -> RunPlan:
+def tiny_plan(
+    model: Path, rows: Path, changes: Mapping[str, Any] | None = None, *, eval_rows: Path | None = None
+) -> RunPlan:
     """A plan for one CPU worker, full tuning in fp32; `changes` by dotted path below spec."""
     data: dict[str, Any] = {"train": [{"source": f"file://{rows}"}]}
     if eval_rows is not None:

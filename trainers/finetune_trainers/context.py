@@ -49,10 +49,6 @@ class WorkerContext(Protocol):
         """Every rank's `value`, in order of rank, on every rank."""
         ...
 
-    def all_gather_object(self, value: T) -> list[T]:
-        """Every rank's `value`, by rank, on every rank."""
-        ...
-
     def report(self, stage: Stage, urgent: bool = False, **figures: Any) -> None:
         """Tell the outside how far the run is; only rank 0's reports count."""
         ...
@@ -103,9 +99,6 @@ class SingleProcessContext(_FileSignals):
     def all_gather_object(self, value: T) -> list[T]:
         return [value]
 
-    def all_gather_object(self, value: T) -> list[T]:
-        return [value]
-
 
 class RayTrainContext(_FileSignals):
     """One worker of a Ray Train group, whose torch process group Ray has already set up."""
@@ -144,13 +137,6 @@ class RayTrainContext(_FileSignals):
         boxes: list[Any] = [None] * self.world_size
         dist.all_gather_object(boxes, value)
         return boxes
-
-    def all_gather_object(self, value: T) -> list[T]:
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
 
 
 def threads_per_worker(cpus: float | None, num_workers_here: int) -> int:

@@ -41,7 +41,9 @@ def join_group(context: WorkerContext) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if not dist.is_initialized():
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
-        dist.init_process_group(_backend(context.device), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            _backend(context.device), store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+        )
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -77,14 +79,10 @@ class DeepSpeedEngine:
         self._precision = plan.precision
         self._world_size = context.world_size
         self._is_writer = context.rank == 0
-        self._groups = param_groups(
-            tuned.model, plan.optimization.adamw.weight_decay, opening_fractions(tuned)
-        )
+        self._groups = param_groups(tuned.model, plan.optimization.adamw.weight_decay, opening_fractions(tuned))
         # torch's fused AdamW keeps up with DeepSpeed's own on GPU and CPU, and is compiled already
         self._adamw = torch.optim.AdamW(**adamw_arguments(self._groups, plan.optimization.adamw), fused=True)
-        self._ds, *_ = deepspeed.initialize(
-            model=tuned.model, optimizer=self._adamw, config=engine_config(plan)
-        )
+        self._ds, *_ = deepspeed.initialize(model=tuned.model, optimizer=self._adamw, config=engine_config(plan))
         _restart_bias_correction(self._adamw.state.values())  # some wrappers have made an empty step
         self._is_open = [group.opens_at == 0.0 for group in self._groups]
         self.module: nn.Module = self._ds
@@ -141,9 +139,7 @@ class DeepSpeedEngine:
         return norm / scaling.cur_scale if scaling is not None else norm  # stage 0 measures the scaled gradient
 
     def parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        wanted = [
-            (name, param) for name, param in self._ds.module.named_parameters() if names is None or name in names
-        ]
+        wanted = [(name, param) for name, param in self._ds.module.named_parameters() if names is None or name in names]
         for part in _parts(wanted):
             yield from self._whole(part)
 

@@ -32,9 +32,7 @@ class TorchEngine:
         self._groups = param_groups(self.module, plan.optimization.adamw.weight_decay, opening_fractions(tuned))
         self._params = [param for group in self._groups for param in group.params]
         _use_fp32(self._params)
-        self._optimizer = torch.optim.AdamW(
-            **adamw_arguments(self._groups, plan.optimization.adamw), fused=True
-        )
+        self._optimizer = torch.optim.AdamW(**adamw_arguments(self._groups, plan.optimization.adamw), fused=True)
         self._max_grad_norm = plan.optimization.max_grad_norm
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=plan.precision is Precision.FP16)
         if plan.precision in _AUTOCAST:
@@ -78,4 +76,4 @@ def _use_fp32(params: list[nn.Parameter]) -> None:
 
 def _autocast_forward(module: nn.Module, device: str, dtype: torch.dtype) -> None:
     """Run the module's forward under autocast, wherever it is called from: the loop, evaluation or generate()."""
-    module.forward = torch.autocast(device, dtype)(module.forward)  # type: ignore[method-assign]
+    module.forward = torch.autocast(device, dtype)(module.forward)

@@ -18,7 +18,15 @@ from collections.abc import Sequence
 
 from finetune_api.failures import Failure, FailureClass, Problem
 
-__all__ = ["DataError", "NonFiniteLossError", "OutOfMemoryError", "StorageError", "TrainerError", "UserError", "classified"]
+__all__ = [
+    "DataError",
+    "NonFiniteLossError",
+    "OutOfMemoryError",
+    "StorageError",
+    "TrainerError",
+    "UserError",
+    "classified",
+]
 
 
 class TrainerError(Exception):

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -29,7 +28,7 @@ from finetune_api.learning_rate import auto_learning_rate
 from finetune_api.plan import RunPlan
 from finetune_api.progress import Artifact, Outcome, Result, Stage
 from finetune_trainers.context import STOP_FILE
-from finetune_trainers.errors import classified
+from finetune_trainers.errors import UserError, classified
 from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedRun
 from finetune_trainers.progress import FileSink
 from finetune_trainers.worker_process import LOG_FILE
@@ -50,30 +49,15 @@ def run(plan: RunPlan, workdir: Path, cache: Path, *, use_ray: bool = True) -> O
     Writes plan.json, prepared.json, progress.jsonl, metrics.jsonl, artifact/ and, at the very end, outcome.json.
     Ctrl-C and SIGTERM stop it after the current step, or at once when no step is being made.
     """
-    workdir = workdir.absolute()
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / STOP_FILE).unlink(missing_ok=True)
-    (workdir / "plan.json").write_text(plan.model_dump_json(by_alias=True, indent=2) + "\n")
-    launch = _Launch(plan, workdir, cache)
-    try:
-        outcome = launch.run(use_ray)
-    except KeyboardInterrupt:
-        outcome = Outcome(result=Result.CANCELLED, seconds=launch.seconds)
-    except Exception as error:
-        outcome = _failed(error, launch.seconds)
-    launch.report(Stage.DONE)
-    unfinished = workdir / ".outcome.json"
-    unfinished.write_text(outcome.model_dump_json(by_alias=True, exclude_none=True, indent=2) + "\n")
-    unfinished.replace(workdir / "outcome.json")
-    return outcome
+    return _concluded(_Launch(plan, workdir.absolute(), cache), lambda launch: launch.run(use_ray))
 
 
-def check(plan: RunPlan, workdir: Path, cache: Path) -> PreparedRun:
+def check(plan: RunPlan, workdir: Path, cache: Path) -> Outcome:
     """All that can be known without training: the model's files, every row of the data, steps and learning rate.
 
-    Raises TrainerError with all problems found.
+    Writes prepared.json, progress.jsonl and outcome.json into `workdir`.
     """
-    return _Launch(plan, workdir, cache).prepare()
+    return _concluded(_Launch(plan, workdir.absolute(), cache), lambda launch: launch.check())
 
 
 def count_steps(plan: RunPlan, sequences_per_epoch: int) -> int:
@@ -82,6 +66,22 @@ def count_steps(plan: RunPlan, sequences_per_epoch: int) -> int:
         return plan.optimization.max_steps
     epochs = plan.optimization.epochs or 1
     return max(1, math.ceil(epochs * sequences_per_epoch / plan.batch.global_batch_size))
+
+
+def _concluded(launch: _Launch, work: Callable[[_Launch], Outcome]) -> Outcome:
+    """The outcome of `work`, however it ends, written down as the last thing that the run does."""
+    launch.begin()
+    try:
+        outcome = work(launch)
+    except KeyboardInterrupt:
+        outcome = Outcome(result=Result.CANCELLED, seconds=launch.seconds)
+    except Exception as error:
+        outcome = _failed(error, launch.seconds)
+    launch.report(Stage.DONE)
+    unfinished = launch.workdir / ".outcome.json"
+    unfinished.write_text(outcome.model_dump_json(by_alias=True, exclude_none=True, indent=2) + "\n")
+    unfinished.replace(launch.workdir / "outcome.json")
+    return outcome
 
 
 class _Launch:
@@ -94,13 +94,20 @@ class _Launch:
         self.seconds: dict[str, float] = {}
         self._sink = FileSink(workdir / "progress.jsonl")
 
+    def begin(self) -> None:
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        (self.workdir / STOP_FILE).unlink(missing_ok=True)
+        (self.workdir / "plan.json").write_text(self.plan.model_dump_json(by_alias=True, indent=2) + "\n")
+
     def report(self, stage: Stage, percent: float = 0.0, message: str | None = None) -> None:
         self._sink.report(stage, percent=percent, message=message)
 
     def run(self, use_ray: bool) -> Outcome:
+        world_size = self.plan.workers.world_size
+        if not use_ray and world_size > 1:
+            raise UserError(f"--no-ray trains in one process, and the plan has {world_size}; leave --no-ray out")
         with _ray(self.plan) if use_ray else nullcontext() as ray, _StopRequests(self.workdir) as stops:
             prepared = self.prepare()
-            (self.workdir / "prepared.json").write_text(prepared.model_dump_json(by_alias=True, indent=2) + "\n")
             asked_at = time.time()
             self.report(Stage.STARTING_WORKERS)
             with stops.at_step_boundaries():
@@ -123,6 +130,10 @@ class _Launch:
             seconds=self.seconds,
         )
 
+    def check(self) -> Outcome:
+        prepared = self.prepare()
+        return Outcome(result=Result.SUCCEEDED, total_steps=prepared.total_steps, seconds=self.seconds)
+
     def prepare(self) -> PreparedRun:
         """Everything before the first worker."""
         from finetune_trainers.outputs import check_outputs
@@ -134,7 +145,9 @@ class _Launch:
             model = self._check_model()
         with self._timed(Stage.PREPARING_DATA):
             data = self._prepare_data(model)
-        return self._settle(model, data)
+        prepared = self._settle(model, data)
+        (self.workdir / "prepared.json").write_text(prepared.model_dump_json(by_alias=True, indent=2) + "\n")
+        return prepared
 
     def _check_model(self) -> PreparedModel:
         from finetune_trainers.models import prepare_model  # brings torch and transformers

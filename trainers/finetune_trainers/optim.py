@@ -32,17 +32,17 @@ class ParamGroup:
 def lr_at(step: int, total: int, plan: LearningRatePlan) -> float:
     """The learning rate of optimizer step `step` (0-based) of `total`.
 
-    Warm-up rises linearly over the first ceil(warmup_fraction × total) steps and reaches the peak at its last one,
-    so that the first step already learns; then the schedule falls to min_fraction × peak, which the last step uses.
+    Warm-up rises linearly over the first ceil(warmup_fraction × total) steps; the step after them uses the peak. Then
+    the schedule falls and would reach min_fraction × peak at step `total`, so no step is spent at a rate of zero.
     """
     if plan.peak is None:
         raise ValueError("the learning rate is not resolved yet")
     warmup = math.ceil(plan.warmup_fraction * total)
     if step < warmup:
-        return plan.peak * (step + 1) / warmup
+        return plan.peak * (step + 1) / (warmup + 1)
     if plan.schedule == "constant":
         return plan.peak
-    done = min(max(step - warmup, 0) / max(total - 1 - warmup, 1), 1.0)  # 0 at the peak, 1 at the last step
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)
     shape = 1.0 - done if plan.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return plan.peak * (plan.min_fraction + (1.0 - plan.min_fraction) * shape)
 

@@ -25,10 +25,14 @@ def check_outputs(plan: RunPlan) -> None:
         folder = local_path(output.to).absolute()
         path = f"spec.outputs[{index}].to"
         if folder in seen:
-            problems.append(Problem(path=path, value=output.to, message="is named twice; give each output its own folder"))
+            problems.append(
+                Problem(path=path, value=output.to, message="is named twice; give each output its own folder")
+            )
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             problems.append(
-                Problem(path=path, value=output.to, message="holds something already; name a folder that is not there yet")
+                Problem(
+                    path=path, value=output.to, message="holds something already; name a folder that is not there yet"
+                )
             )
         seen.add(folder)
     if problems:

@@ -13,8 +13,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from finetune_api.plan import Device, RunPlan
 from finetune_trainers.errors import OutOfMemoryError, TrainerError, classified, first_line
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RayWorkers"]
 
+START_ATTEMPTS = 3
+"""Ray gives its daemons 30 seconds, which is not always enough on a busy machine."""
 OBJECT_STORE_BYTES = 100 << 20
 """Nothing large passes through Ray's object store."""
 ENVIRONMENT = {
@@ -45,8 +50,10 @@ class RayWorkers:
     thread that started them (PR_SET_PDEATHSIG), so that thread must stay; and the main thread stays free for signals.
     """
 
-    def __init__(self, plan: RunPlan) -> None:
+    def __init__(self, plan: RunPlan, function: Callable[[dict[str, str]], WorkerResult] = train) -> None:
+        """`function` is what each worker runs; it must be importable there by its name."""
         self._plan = plan
+        self._function = function
         self._address = os.environ.get("RAY_ADDRESS")
         self._temporary: Path | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
@@ -56,21 +63,31 @@ class RayWorkers:
         os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
         if self._address is None:
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a laptop is not preempted
-            self._temporary = Path(tempfile.mkdtemp(prefix="finetune-ray-", dir="/tmp"))  # socket paths are short
         self._started = self._thread.submit(self._start)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._thread.submit(_shut_down)
         self._thread.shutdown(wait=True)
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        self._discard()
 
     def _start(self) -> None:
+        for attempt in range(START_ATTEMPTS):
+            try:
+                self._start_once()
+                break
+            except Exception:
+                self._discard()
+                if attempt + 1 == START_ATTEMPTS:
+                    raise
+        import ray.train.torch  # noqa: F401  # slow too, so it belongs in the background
+
+    def _start_once(self) -> None:
         import ray
 
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self._address is None:
+            self._temporary = Path(tempfile.mkdtemp(prefix="finetune-ray-", dir="/tmp"))  # socket paths are short
             workers = self._plan.workers
             options |= {
                 "address": "local",
@@ -81,7 +98,17 @@ class RayWorkers:
                 "_temp_dir": str(self._temporary),
             }
         ray.init(**options)
-        import ray.train.torch  # slow too, so it belongs in the background
+
+    def _discard(self) -> None:
+        """Remove what a Ray of our own has left: its folder, and daemons of one that did not get up."""
+        if self._temporary is None:
+            return
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if any(str(self._temporary) in argument for argument in process.cmdline()):
+                    process.kill()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary = None
 
     def run(
         self, prepared: PreparedRun, workdir: Path, wait: Callable[[Future[WorkerResult]], WorkerResult]
@@ -108,7 +135,7 @@ class RayWorkers:
         resources = {"CPU": 1.0 if own_ray else max(workers.cpus or 1.0, 1.0)} | ({"GPU": 1.0} if on_gpu else {})
         storage = workdir / "ray"
         trainer = TorchTrainer(
-            train,
+            self._function,  # type: ignore[arg-type]  # what it returns is the result's return_value
             train_loop_config={
                 "plan": self._plan.model_dump_json(by_alias=True),
                 "prepared": prepared.model_dump_json(by_alias=True),
@@ -122,10 +149,9 @@ class RayWorkers:
                 name=self._plan.name, storage_path=str(storage), failure_config=FailureConfig(max_failures=0)
             ),
         )
-        result = trainer.fit().return_value
+        result: Any = trainer.fit()
         shutil.rmtree(storage, ignore_errors=True)  # Ray Train's own notes, for restarts that are not made here
-        assert result is not None
-        worker_result: WorkerResult = result
+        worker_result: WorkerResult = result.return_value  # rank 0's
         return worker_result
 
 

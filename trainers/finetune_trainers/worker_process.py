@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,17 +19,14 @@ from finetune_trainers.prepared import PreparedRun
 if TYPE_CHECKING:
     from finetune_trainers.worker import WorkerResult
 
-__all__ = ["LOG_FILE", "ORDERS", "log_to", "train", "warm_up"]
+__all__ = ["LOG_FILE", "log_to", "train", "warm_up"]
 
 LOG_FILE = "trainer.log"
 """In the run's folder: all that the launcher and the workers print, tracebacks included."""
 
-ORDERS = ("plan", "prepared", "workdir")
-"""Keys of what `train` is given, all strings: two JSON documents and a path."""
-
 
 def train(orders: dict[str, str]) -> WorkerResult:
-    """Run one worker of the group. Raises TrainerError, whatever goes wrong."""
+    """Run one worker of the group. `orders` holds plan and prepared as JSON, and workdir. Raises TrainerError only."""
     import ray.train
 
     workdir = Path(orders["workdir"])
@@ -66,4 +64,5 @@ def log_to(path: Path, who: str) -> None:
         stream=sys.stderr, level=logging.INFO, format=f"%(asctime)s {who} %(levelname)s %(message)s", force=True
     )
     logging.captureWarnings(True)
-
+    # DeepSpeed calls collectives by names that torch has renamed, at every layer of every step
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

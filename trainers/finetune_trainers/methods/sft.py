@@ -43,7 +43,7 @@ def sum_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
     Arithmetic is fp32. When a gradient is wanted, `logits` is overwritten by it: nobody reads logits twice.
     """
-    loss: Tensor = _SumNll.apply(logits, labels)
+    loss: Tensor = _SumNll.apply(logits, labels)  # type: ignore[no-untyped-call]
     return loss
 
 
