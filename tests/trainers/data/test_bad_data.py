@@ -16,8 +16,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from finetune_api.spec import DataSource
 from finetune_trainers.data.faults import MAX_LISTED
-from finetune_trainers.errors import DataError, TrainerError, UserError
+from finetune_trainers.data.sources import find_files
+from finetune_trainers.errors import DataError, StorageError, TrainerError, UserError
 
 USER = {"role": "user", "content": "one two"}
 ASSISTANT = {"role": "assistant", "content": "three four"}
@@ -280,6 +282,14 @@ CASES = [
         changes=source("train.jsonl", format="messages", columns={"text": "body"}),
     ),
     Bad("text that is a number", [{"text": 5}], "must be text, not a number", "train.jsonl:1", path="text", value="5"),
+    Bad(
+        "half of a surrogate pair",
+        b'{"text": "a"}\n{"text": "caf\\ud83d"}\n',
+        "half of a surrogate pair",
+        ROW_2,
+        path="text",
+        value="\\ud83d",
+    ),
     Bad("text that is empty", [{"text": "a"}, {"text": " "}], "is empty", ROW_2, path="text"),
     Bad(
         "a completion that is a list",
@@ -516,16 +526,43 @@ def test_a_row_past_max_rows_is_not_even_read(workshop: Any) -> None:
 def test_a_file_that_may_not_be_read_is_named(workshop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As root every file may be read, so the refusal is made here."""
     workshop.write("train.jsonl", [GOOD])
+
+    def refuse(file: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("finetune_trainers.data.cache._digest", refuse)
+    with pytest.raises(DataError, match=r"train.jsonl: spec.data.train\[0\].source: cannot be read: Permission denied"):
+        workshop.prepare()
+
+
+def test_a_file_that_breaks_off_while_it_is_read_is_named(workshop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    workshop.write("train.jsonl", [GOOD])
     real_open = Path.open
 
     def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
         if self.name == "train.jsonl":
-            raise PermissionError(13, "Permission denied", str(self))
+            raise OSError(5, "Input/output error", str(self))
         return real_open(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(DataError, match=r"train.jsonl: cannot be read: Permission denied"):
+    with pytest.raises(DataError, match=r"train.jsonl: cannot be read: Input/output error"):
         workshop.prepare()
+
+
+def test_a_cache_that_cannot_be_written_is_named(workshop: Any) -> None:
+    workshop.write("train.jsonl", [GOOD])
+    workshop.write("occupied", b"a file")
+    workshop.cache = workshop.folder / "occupied" / "cache"
+    with pytest.raises(StorageError, match="occupied/cache cannot be written"):
+        workshop.prepare()
+
+
+def test_hub_data_without_the_package_that_reads_it_says_what_to_install(
+    workshop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install 'datasets"):
+        find_files(DataSource(source="hf://team/numbers"), "spec.data.train[0]")
 
 
 def test_problems_are_plain_json(workshop: Any) -> None:

@@ -100,14 +100,24 @@ def test_loss_on_all_trains_every_token_but_the_first(workshop: Any) -> None:
     assert trained == [False] + [True] * (len(trained) - 1)
 
 
+NO_STOP = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
 def test_a_template_without_a_stop_token_gets_one_and_a_note(workshop: Any) -> None:
-    workshop.with_template(
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
+    workshop.with_template(NO_STOP)
     ids, trained = only_row(workshop, [{"messages": CHAT[:2]}])
     assert parts(tokenizer_of(workshop), ids, trained) == [" The capital of France is Paris.</s>"]
     assert "end-of-sequence" in workshop.messages[-1][1]
+
+
+def test_an_answer_in_the_middle_is_trained_to_the_last_token_of_its_last_character(workshop: Any) -> None:
+    workshop.with_template(NO_STOP)
+    chat = [CHAT[2], CHAT[3], CHAT[0], CHAT[1]]
+    ids, trained = only_row(workshop, [{"messages": chat}])
+    assert parts(tokenizer_of(workshop), ids, trained)[0] == " Rome \U0001f600"
 
 
 def test_a_template_that_marks_its_answers_is_believed(workshop: Any) -> None:

@@ -70,10 +70,15 @@ class SourceManifest(Contract):
 
 
 def cache_key(files: Sequence[Path], facts: Mapping[str, Any]) -> str:
-    """Digest of the files' contents, in order, and of all `facts` (JSON) that shape what is made of them."""
+    """Digest of the files' contents, in order, and of all `facts` (JSON) that shape what is made of them.
+
+    Raises OSError, with its filename, for a file that cannot be read."""
     key = blake3(json.dumps({"code": CODE_VERSION, **facts}, sort_keys=True).encode())
     for file in files:
-        key.update(_digest(file).encode())
+        try:
+            key.update(_digest(file).encode())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     return key.hexdigest()
 
 

@@ -61,5 +61,6 @@ def shorten(value: Any) -> str:
 
 
 def clip(text: str) -> str:
-    """`text` in at most 80 characters, as it stands."""
+    """`text` in at most 80 characters, as it stands; what cannot be printed is escaped."""
+    text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 1] + "…"

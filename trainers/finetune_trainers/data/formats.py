@@ -97,9 +97,9 @@ class RowFormat:
         value = row.get(name)
         if value is None:
             return ""
-        if not isinstance(value, str):
-            raise RowError("must be text", name, shorten(value))
-        return value if value.strip() else ""
+        if isinstance(value, str) and not value.strip():
+            return ""
+        return _required_text(value, name)
 
 
 def choose_format(source: DataSource, first_row: Any) -> RowFormat:
@@ -265,6 +265,10 @@ def _content(value: Any, path: str) -> str:
 
 def _required_text(value: Any, path: str) -> str:
     if isinstance(value, str) and value.strip():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise RowError("holds half of a surrogate pair, which is no character", path, shorten(value)) from None
         return value
     if value is None:
         raise RowError("is missing; it must be text", path)

@@ -24,7 +24,7 @@ from finetune_trainers.data.prompts import EvalPrompt, eval_prompts
 from finetune_trainers.data.readers import Chunk, read_chunks
 from finetune_trainers.data.sources import DataFiles, find_files
 from finetune_trainers.data.tokenize import RowTokenizer
-from finetune_trainers.errors import DataError
+from finetune_trainers.errors import DataError, StorageError
 from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedSource
 
 __all__ = ["EvalPrompt", "eval_prompts", "prepare_data"]
@@ -95,11 +95,18 @@ class _Preparation:
 
     def _prepare(self, place: _Place) -> PreparedSource | None:
         """One source, from the cache or made now; None when it has faults."""
-        folder = self.cache / "data" / self._key(place)
+        try:
+            folder = self.cache / "data" / self._key(place)
+        except OSError as error:
+            self.faults.add(f"cannot be read: {error.strerror}", file=error.filename, path=f"{place.path}.source")
+            return None
         manifest = read_manifest(folder)
         from_cache = manifest is not None
         if manifest is None:
-            manifest = self._make(place, folder)
+            try:
+                manifest = self._make(place, folder)
+            except OSError as error:  # readers report theirs; what is left is ours
+                raise StorageError(f"the cache {self.cache} cannot be written: {error}") from error
         self.bytes_done += place.files.num_bytes
         if manifest is None:
             return None

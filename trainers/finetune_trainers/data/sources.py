@@ -132,6 +132,8 @@ def _by_glob(pattern: Path, source: DataSource, path: str) -> list[Path]:
 
 
 def _hub_files(uri: Uri, source: DataSource, path: str) -> DataFiles:
+    if importlib.util.find_spec("datasets") is None:
+        raise _refuse(source, path, "needs the Python package datasets to be read: pip install 'datasets>=5.2'")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
