@@ -45,7 +45,7 @@ QUESTIONS = (
     "When would I use `{name}` in Python?",
 )
 
-MAX_ANSWER_CHARACTERS = 320
+MAX_ANSWER_CHARACTERS = 200
 EVAL_SHARE = 0.15
 
 
@@ -137,7 +137,7 @@ def first_paragraphs(docstring: object) -> str:
 
 def is_running_text(paragraph: str, text: str) -> bool:
     """Sentences, not code, lists, tables or a signature."""
-    unusual = re.search(r">>>|\n\s+\S|^\s*[-*+|=]|--|::|->|__|[^\x20-\x7e]|[Dd]eprecated|^\w+\(", paragraph)
+    unusual = re.search(r">>>|\n\s+\S|^\s*[-*+|=]|--|::|->|__|[^\n\x20-\x7e]|[Dd]eprecated|^\w+\(", paragraph)
     return unusual is None and text[:1].isupper() and text[-1:] == "."
 
 
