@@ -58,13 +58,14 @@ def test_export_passes_everything_on(finetune: Any, tmp_path: Path, capfd: pytes
     folder = adapter(tmp_path / "adapter")
     done = finetune("export", folder, "--to", tmp_path / "out", "--merge", "--dtype", "bf16")
     assert done.code == 0
-    asked = capfd.readouterr().out
+    assert done.stdout == f"Written to {tmp_path / 'out'} (model, 2.5 kB)\n"
+    asked = capfd.readouterr().err
     assert f"asked: export --adapter {folder} --to {tmp_path / 'out'} --merge --dtype bf16" in asked
 
 
 def test_export_as_json_says_where_the_model_is(finetune: Any, tmp_path: Path) -> None:
     done = finetune("export", adapter(tmp_path / "adapter"), "--to", tmp_path / "out", "-o", "json")
-    assert done.document["artifact"] == (tmp_path / "out").as_uri()
+    assert done.document == {"artifact": "file:///exported", "kind": "model", "digest": "b3", "bytes": 2500}
 
 
 def test_a_whole_model_has_nothing_to_merge(finetune: Any, tmp_path: Path) -> None:
@@ -83,4 +84,4 @@ def test_export_overwrites_nothing(finetune: Any, tmp_path: Path) -> None:
 def test_chat_passes_the_prompt_on(finetune: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = adapter(tmp_path / "adapter")
     assert finetune("chat", folder, "Who are you?", "--compare-base").code == 0
-    assert f"asked: chat --adapter {folder} --prompt Who are you? --compare-base" in capfd.readouterr().out
+    assert f"asked: chat --adapter {folder} --prompt Who are you? --compare-base" in capfd.readouterr().err

@@ -12,8 +12,10 @@ from pathlib import Path
 from rich.console import Console
 
 from finetune_api.failures import INTERRUPTED
+from finetune_api.progress import Artifact
 from finetune_client import runner
 from finetune_client.cli.exits import INVALID, OK
+from finetune_client.cli.results import size
 
 __all__ = ["FoundArtifact", "chat", "export", "find_artifact"]
 
@@ -56,11 +58,12 @@ def export(source: Path, to: Path, merge: bool, dtype: str | None, as_json: bool
     except ValueError as error:
         return _refuse(str(error), as_json)
     options = ["--to", str(to), *(["--merge"] if merge else []), *(["--dtype", dtype] if dtype else [])]
-    code = _call(["export", *artifact.option, *options], quiet=as_json)
+    code, printed = _call(["export", *artifact.option, *options], capture=True)
+    written = Artifact.model_validate_json(printed.splitlines()[-1]) if code == OK else None
     if as_json:
-        print(json.dumps({"artifact": to.absolute().as_uri() if code == OK else None, "exitCode": code}))
-    elif code == OK:
-        print(f"Written to {to}")
+        print(json.dumps(_as_document(written), indent=2))
+    elif written is not None:
+        print(f"Written to {to} ({written.kind}, {size(written.bytes)})")
     return code
 
 
@@ -71,26 +74,40 @@ def chat(source: Path, prompt: str, compare_base: bool, max_new_tokens: int) -> 
     except ValueError as error:
         return _refuse(str(error), as_json=False)
     options = ["--prompt", prompt, *(["--compare-base"] if compare_base else [])]
-    return _call(["chat", *artifact.option, *options, "--max-new-tokens", str(max_new_tokens)], quiet=False)
+    return _call(["chat", *artifact.option, *options, "--max-new-tokens", str(max_new_tokens)])[0]
 
 
-def _call(arguments: Sequence[str], quiet: bool) -> int:
+def _call(arguments: Sequence[str], capture: bool = False) -> tuple[int, str]:
+    """The exit code of the trainers' command, and what it printed if captured. On stderr it speaks for itself."""
     if missing := runner.missing_packages():
-        return _refuse(
+        Console(stderr=True).print(
             f"this needs packages that are not installed ({', '.join(missing)}); "
             "install the trainers extra: pip install 'finetune-operator[trainers]'",
-            as_json=False,
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
+        return INVALID, ""
+    stdout = subprocess.PIPE if capture else None
     try:
-        stdout = subprocess.DEVNULL if quiet else None
-        code = subprocess.run([*runner.TRAINERS, *arguments], stdin=subprocess.DEVNULL, stdout=stdout).returncode
+        # In our own process group: Ctrl-C reaches it as it reaches us.
+        done = subprocess.run(
+            [*runner.TRAINERS, *arguments], check=False, stdin=subprocess.DEVNULL, stdout=stdout, text=True
+        )
     except KeyboardInterrupt:
-        return INTERRUPTED
-    return INTERRUPTED if code == -signal.SIGINT else max(code, 1) if code < 0 else code
+        return INTERRUPTED, ""
+    code = INTERRUPTED if done.returncode == -signal.SIGINT else done.returncode
+    return (code if code >= 0 else 1), done.stdout or ""
+
+
+def _as_document(artifact: Artifact | None) -> dict[str, str | int | None]:
+    if artifact is None:
+        return {"artifact": None, "kind": None, "digest": None, "bytes": None}
+    return {"artifact": artifact.uri, "kind": artifact.kind, "digest": artifact.digest, "bytes": artifact.bytes}
 
 
 def _refuse(message: str, as_json: bool) -> int:
     Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
     if as_json:
-        print(json.dumps({"artifact": None, "exitCode": INVALID}))
+        print(json.dumps(_as_document(None), indent=2))
     return INVALID

@@ -13,12 +13,12 @@ from typing import Any
 
 from finetune_api.failures import EXIT_CODES, INTERRUPTED, Failure, FailureClass
 from finetune_api.plan import RunPlan
-from finetune_api.progress import Artifact, EvalSummary, Outcome, Progress, Result
+from finetune_api.progress import EvalSummary, Outcome, Progress, Result
 from finetune_client.cli.display import duration
 from finetune_client.cli.exits import OK
 from finetune_operator.status import project
 
-__all__ = ["Ending", "as_document", "as_text", "exit_code_of"]
+__all__ = ["Ending", "as_document", "as_text", "exit_code_of", "size"]
 
 _LOG_LINES = 20
 _LOG_TAIL_BYTES = 16_384
@@ -73,6 +73,16 @@ def as_document(ending: Ending, now: datetime) -> dict[str, Any]:
     }
 
 
+def size(num_bytes: int) -> str:
+    """999 B, 1.5 MB or 16.1 GB."""
+    amount = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"
+
+
 def as_text(ending: Ending) -> str:
     """What a person reads at the end."""
     tellers = {Result.SUCCEEDED: _succeeded, Result.CANCELLED: _stopped, Result.FAILED: _failed}
@@ -89,7 +99,7 @@ def _succeeded(ending: Ending) -> list[str]:
     lines = [f"Done {_after(ending)}{early}."]
     lines += _evaluation(outcome.eval)
     lines += [
-        f"  {'artifact':<10} {artifact.uri} ({artifact.kind}, {_size(artifact)})" for artifact in outcome.artifacts
+        f"  {'artifact':<10} {artifact.uri} ({artifact.kind}, {size(artifact.bytes)})" for artifact in outcome.artifacts
     ]
     if outcome.seconds:
         spent = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in outcome.seconds.items())
@@ -142,12 +152,3 @@ def _after(ending: Ending) -> str:
     step = max(ending.outcome.step, ending.progress.step if ending.progress else 0)
     of = f" of {ending.outcome.total_steps}" if ending.outcome.total_steps is not None else ""
     return f"after {step}{of} steps"
-
-
-def _size(artifact: Artifact) -> str:
-    size = float(artifact.bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
