@@ -32,7 +32,7 @@ from tests.trainers.data.real_tokenizer import real_tokenizer_folder
 
 GOAL = 0.97
 LIMITS = (512, 1024, 2048)
-QUICKSTART_LIMIT = 1024
+QUICKSTART_LIMIT = 512
 MAKE_DATA = Path(__file__).parents[2] / "manifests" / "samples" / "quickstart" / "make_data.py"
 RUNS = 5
 MANY = 1_000_000

@@ -72,3 +72,10 @@ def test_without_packing_every_row_is_a_sequence() -> None:
 def test_no_rows_pack_into_no_sequences() -> None:
     rows, offsets = pack(np.empty(0, dtype=np.int64), CAPACITY, 0)
     assert (len(rows), offsets.tolist()) == (0, [0])
+
+
+def test_few_rows_without_short_ones_are_packed_better_than_best_fit_would() -> None:
+    # Best fit puts 6 and 3 together, then 5, 2 and 2, and has a 2 left over; 6, 2 and 2 leave nothing.
+    rows, offsets = pack(np.array([6, 5, 3, 2, 2, 2]), 10, seed=0)
+    assert len(offsets) - 1 == 2
+    assert sorted(rows.tolist()) == list(range(6))
