@@ -36,7 +36,10 @@ help: ## Say what can be done here
 
 .PHONY: quickstart
 quickstart: $(INSTALLED) ## Fine-tune a real 135M-parameter model here and talk to it
-	@PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/finetune quickstart
+	@$(RUN)/python manifests/samples/quickstart/make_data.py
+	@folder="runs/quickstart/$$(date +%Y%m%d-%H%M%S)"; \
+	$(RUN)/finetune run manifests/samples/quickstart/job.yaml --workdir "$$folder"; \
+	echo; $(RUN)/finetune chat "$$folder" "$$(cat manifests/samples/quickstart/data/question.txt)" --compare-base
 
 .PHONY: install
 install: $(INSTALLED) ## Make .venv with everything in uv.lock
@@ -66,7 +69,7 @@ verify: $(INSTALLED) ## Check that manifests/crd and uv.lock are what generation
 
 .PHONY: bench
 bench: $(INSTALLED) ## Measure (tests/bench/README.md says what); BENCH=name for one
-	$(UV) sync --locked --all-extras --group bench --quiet
+	$(UV) sync --locked --all-extras --quiet
 	$(RUN)/python -m tests.bench $(BENCH)
 
 .PHONY: clean
