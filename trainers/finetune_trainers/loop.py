@@ -114,6 +114,9 @@ class Loop:
         result = self.result
         self._context.report(Stage.TRAINING, total_steps=self._total)
         self._evaluate()
+        if self._stop_was_requested():
+            result.cancelled = True
+            return result
         for step in range(self._total):
             figures = self._timed_step(step)
             result.step = step + 1
@@ -125,6 +128,11 @@ class Loop:
                 result.stopped_early = result.step < self._total
                 break
         return result
+
+    def _stop_was_requested(self) -> bool:
+        """The same answer on every rank. Within a step, the loss's all-reduce carries the question."""
+        request = torch.tensor(float(self._context.should_stop()), device=self._context.device)
+        return self._context.all_reduce_sum(request).item() > 0
 
     def _timed_step(self, step: int) -> dict[str, float]:
         start = self._clock()

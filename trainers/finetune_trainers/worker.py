@@ -31,7 +31,7 @@ from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.tracking import Trackers, open_trackers
 from finetune_trainers.tuning import TunedModel, apply_tuning
 
-__all__ = ["WorkerResult", "artifact_folder", "run"]
+__all__ = ["WorkerResult", "artifact_folder", "load", "run", "train_batches"]
 
 
 @dataclass
@@ -55,7 +55,7 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
     torch.set_num_threads(threads_per_worker(plan.workers.cpus, context.local_world_size))
     torch.manual_seed(plan.optimization.seed)  # new weights are the same on every rank
     context.report(Stage.LOADING_MODEL)
-    tuned, engine = _load(plan, prepared, context)
+    tuned, engine = load(plan, prepared, context)
     torch.manual_seed(plan.optimization.seed + context.rank)  # dropout is not
     loaded_at = time.time()
     trackers = open_trackers(plan, workdir, plan.name) if context.rank == 0 else None
@@ -66,7 +66,7 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
         plan,
         prepared,
         engine,
-        Sft(_train_batches(plan, prepared, context)),
+        Sft(train_batches(plan, prepared, context)),
         context,
         trackers=trackers,
         evaluate=_evaluator(plan, prepared, engine, context, trackers) if prepared.data.eval else None,
@@ -94,7 +94,8 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
     return WorkerResult(started_at, training, artifact, {str(stage): value for stage, value in seconds.items()})
 
 
-def _load(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> tuple[TunedModel, Engine]:
+def load(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> tuple[TunedModel, Engine]:
+    """The model with its tuning, and the engine around it. Collective."""
     zero3_config = None
     if plan.deepspeed.engine == "deepspeed":
         from finetune_trainers.engine_deepspeed import engine_config, join_group
@@ -108,7 +109,8 @@ def _load(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> tuple
     return tuned, build_engine(tuned, plan, context)
 
 
-def _train_batches(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> TrainBatches:
+def train_batches(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> TrainBatches:
+    """This rank's batches of every step."""
     epochs = plan.optimization.epochs
     return TrainBatches(
         prepared.data,

@@ -1,0 +1,330 @@
+"""The loop with an engine that only counts: what happens when, and what ends a training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune_api.plan import RunPlan
+from finetune_api.progress import Stage
+from finetune_trainers.data.batches import Batch, StepBatches
+from finetune_trainers.errors import NonFiniteLossError
+from finetune_trainers.loop import Loop, LoopResult, epoch_ends
+from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedRun
+from tests.trainers.factories import tiny_plan
+
+TOKENS_PER_STEP = 10
+
+
+class CountingEngine:
+    """Loss of step s is what the method says; the model is the number of updates."""
+
+    def __init__(self) -> None:
+        self.module: nn.Module = nn.Identity()
+        self.device = torch.device("cpu")
+        self.num_updates = 0
+        self.num_backwards = 0
+        self.rates: list[float] = []
+        self.done: list[float] = []
+        self.norm = 1.0
+
+    def begin_step(self, learning_rate: float, done: float) -> None:
+        self.rates.append(learning_rate)
+        self.done.append(done)
+
+    def backward(self, loss_sum: Tensor, num_tokens: int) -> None:
+        assert num_tokens == TOKENS_PER_STEP
+        self.num_backwards += 1
+
+    def step(self) -> float | None:
+        if not math.isfinite(self.norm):
+            raise NonFiniteLossError(f"the norm of the gradient is {self.norm}")
+        self.num_updates += 1
+        return self.norm
+
+    def parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        yield "updates", torch.tensor(self.num_updates)
+
+    def close(self) -> None:
+        return None
+
+
+class Losses:
+    """A method whose steps have two micro-batches and the given mean losses."""
+
+    def __init__(self, losses: Mapping[int, float]) -> None:
+        self._losses = losses
+        self._step = 0
+
+    def step(self, step: int) -> StepBatches:
+        self._step = step
+        one = torch.zeros((1, 1), dtype=torch.int64)
+        batch = Batch(one, one, one, torch.tensor([0, 1], dtype=torch.int32), 1, TOKENS_PER_STEP // 2)
+        return StepBatches([batch, batch], TOKENS_PER_STEP, 2 * TOKENS_PER_STEP)
+
+    def loss_sum(self, module: nn.Module, batch: Batch) -> Tensor:
+        return torch.tensor(self._losses.get(self._step, 1.0) * TOKENS_PER_STEP / 2)
+
+
+class Alone:
+    """A context of one that remembers its reports and can be told to stop after a step."""
+
+    rank = local_rank = 0
+    world_size = local_world_size = 1
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.reports: list[dict[str, Any]] = []
+        self.stop_asked = False
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def barrier(self) -> None:
+        return None
+
+    def broadcast_object(self, value: Any) -> Any:
+        return value
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [value]
+
+    def report(self, stage: Stage, urgent: bool = False, **figures: Any) -> None:
+        self.reports.append({"stage": stage, **figures})
+
+    def should_stop(self) -> bool:
+        return self.stop_asked
+
+
+class Kept:
+    """Remembers at which steps the parameters were kept."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def save(self, step: int) -> None:
+        self.steps.append(step)
+
+
+class Figures:
+    """A tracker that keeps everything."""
+
+    def __init__(self) -> None:
+        self.by_step: dict[int, dict[str, float]] = {}
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.by_step.setdefault(step, {}).update(metrics)
+
+
+def plan_of(changes: dict[str, Any] | None = None, evaluated: bool = True) -> RunPlan:
+    rows = Path("/rows.jsonl")
+    return tiny_plan(Path("/model"), rows, changes, eval_rows=rows if evaluated else None)
+
+
+def prepared_of(plan: RunPlan, total_steps: int, sequences_per_epoch: int = 8) -> PreparedRun:
+    model = PreparedModel(
+        folder="",
+        tokenizer_folder="",
+        chat_template=None,
+        num_parameters=1,
+        vocabulary_size=1,
+        max_positions=1,
+        digest="",
+    )
+    return PreparedRun(
+        model=model,
+        data=PreparedData(train=[]),
+        sequences_per_epoch=sequences_per_epoch,
+        total_steps=total_steps,
+        learning_rate=plan.optimization.learning_rate,
+    )
+
+
+class World:
+    """One loop and everything around it. Global batch 4, so an epoch of 8 sequences is two steps."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        changes: dict[str, Any] | None = None,
+        losses: Mapping[int, float] | None = None,
+        eval_losses: list[float] | None = None,
+    ) -> None:
+        self.plan = plan_of(changes)
+        self.engine, self.context, self.kept, self.figures = CountingEngine(), Alone(), Kept(), Figures()
+        self.evaluated_at: list[int] = []
+        self._eval_losses = list(eval_losses or [])
+
+        def evaluate(step: int) -> dict[str, float]:
+            self.evaluated_at.append(step)
+            return {"eval_loss": self._eval_losses.pop(0) if self._eval_losses else 1.0}
+
+        self.loop = Loop(
+            self.plan,
+            prepared_of(self.plan, total_steps),
+            self.engine,
+            Losses(losses or {}),
+            self.context,
+            trackers=self.figures,
+            evaluate=evaluate,
+            best=self.kept if self.plan.evaluation.early_stopping else None,
+        )
+
+    def run(self) -> LoopResult:
+        return self.loop.run()
+
+
+def test_every_step_passes_its_micro_batches_and_updates_once() -> None:
+    world = World(3)
+    result = world.run()
+    assert (result.step, world.engine.num_updates, world.engine.num_backwards) == (3, 3, 6)
+
+
+def test_the_logged_loss_is_the_mean_over_the_tokens_of_the_global_batch() -> None:
+    world = World(2, losses={0: 2.5, 1: 2.0})
+    world.run()
+    assert [world.figures.by_step[step]["loss"] for step in (1, 2)] == pytest.approx([2.5, 2.0])
+
+
+def test_trained_tokens_add_up_over_the_steps() -> None:
+    world = World(3)
+    world.run()
+    assert [world.figures.by_step[step]["num_tokens"] for step in (1, 2, 3)] == [10, 20, 30]
+
+
+def test_only_every_nth_step_is_logged_and_always_the_first_and_the_last() -> None:
+    world = World(5, {"training.logEverySteps": 3, "data.eval": [], "training.maxSteps": 5})
+    world.loop._evaluate_model = None
+    world.loop._evaluated_at = []
+    world.run()
+    assert sorted(world.figures.by_step) == [1, 3, 5]
+
+
+def test_evaluation_comes_before_the_first_step_after_each_epoch_and_at_the_end() -> None:
+    world = World(5)
+    world.run()
+    assert world.evaluated_at == [0, 2, 4, 5]
+
+
+def test_a_step_that_is_due_for_two_reasons_is_evaluated_once() -> None:
+    world = World(4, {"training.evalEverySteps": 1})
+    world.run()
+    assert world.evaluated_at == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("total", "sequences", "batch", "ends"),
+    [
+        (4, 8, 4, {2, 4}),
+        (3, 8, 4, {2}),
+        (6, 10, 4, {3, 5}),  # 2.5 steps an epoch: the epoch is over within the third step
+        (2, 2, 4, {1, 2}),
+        (1, 100, 4, set()),
+    ],
+)
+def test_an_epoch_ends_at_the_step_that_completes_it(total: int, sequences: int, batch: int, ends: set[int]) -> None:
+    assert epoch_ends(total, sequences, batch) == ends
+
+
+def test_a_loss_that_is_not_finite_ends_before_the_update() -> None:
+    world = World(5, losses={2: math.nan})
+    with pytest.raises(NonFiniteLossError, match="the loss is nan at step 3; the update was not made") as caught:
+        world.run()
+    assert (caught.value.step, world.engine.num_updates) == (2, 2)
+
+
+def test_a_gradient_that_is_not_finite_ends_before_the_update() -> None:
+    world = World(5)
+    world.engine.norm = math.inf
+    with pytest.raises(NonFiniteLossError, match="norm of the gradient is inf at step 1") as caught:
+        world.run()
+    assert (caught.value.step, world.engine.num_updates) == (0, 0)
+
+
+def test_the_learning_rate_follows_the_schedule() -> None:
+    world = World(4, {"training.schedule": "linear", "training.warmupFraction": 0.0, "training.learningRate": 0.1})
+    world.run()
+    assert world.engine.rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert world.engine.done == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_a_stop_request_ends_after_the_step_and_says_so() -> None:
+    world = World(10)
+    world.context.stop_asked = True
+    result = world.run()
+    assert (result.cancelled, result.step, world.engine.num_updates) == (True, 0, 0)
+
+
+def test_a_stop_request_during_a_step_lets_it_finish() -> None:
+    world = World(10)
+    begin = world.engine.begin_step
+
+    def ask(learning_rate: float, done: float) -> None:
+        begin(learning_rate, done)
+        world.context.stop_asked = len(world.engine.rates) == 3
+
+    world.engine.begin_step = ask  # type: ignore[method-assign]
+    result = world.run()
+    assert (result.cancelled, result.step, world.engine.num_updates) == (True, 3, 3)
+
+
+EARLY = {"training.earlyStopping": {"patience": 2}, "training.evalEverySteps": 1, "training.maxSteps": 10}
+
+
+def test_without_improvement_training_stops_and_the_best_is_kept() -> None:
+    world = World(10, EARLY, eval_losses=[9.0, 5.0, 4.0, 4.5, 4.1, 1.0])
+    result = world.run()
+    assert (result.step, result.stopped_early, result.best_step) == (4, True, 2)
+    assert world.kept.steps == [1, 2]
+    assert result.eval is not None
+    assert (result.eval.loss_before, result.eval.loss_after) == (9.0, 4.0)
+
+
+def test_a_fall_below_min_delta_does_not_count() -> None:
+    changes = EARLY | {"training.earlyStopping": {"patience": 2, "minDelta": 0.5}}
+    world = World(10, changes, eval_losses=[9.0, 5.0, 4.8, 4.6, 0.0])
+    assert (world.run().step, world.kept.steps) == (3, [1])
+
+
+def test_the_loss_before_training_is_no_candidate() -> None:
+    world = World(2, EARLY | {"training.maxSteps": 2}, eval_losses=[1.0, 5.0, 4.0])
+    result = world.run()
+    assert (result.best_step, world.kept.steps) == (2, [1, 2])
+
+
+def test_running_out_of_patience_at_the_last_step_is_not_early() -> None:
+    world = World(3, EARLY | {"training.maxSteps": 3}, eval_losses=[9.0, 1.0, 2.0, 3.0])
+    result = world.run()
+    assert (result.step, result.stopped_early) == (3, False)
+
+
+def test_without_early_stopping_the_loss_after_is_the_last_one() -> None:
+    world = World(2, {"training.evalEverySteps": 1}, eval_losses=[3.0, 1.0, 2.0])
+    result = world.run()
+    assert result.eval is not None
+    assert (result.eval.loss_before, result.eval.loss_after, result.best_step) == (3.0, 2.0, None)
+
+
+def test_the_time_left_counts_evaluations_too() -> None:
+    world = World(4)
+    ticks = iter(range(1000))
+    world.loop._clock = lambda: float(next(ticks))  # every step and every evaluation takes a second
+    world.run()
+    left = [report["eta_seconds"] for report in world.context.reports if "eta_seconds" in report]
+    assert left[-1] == 0.0
+    first_step = next(r for r in world.context.reports if r.get("step") == 1)
+    assert first_step["eta_seconds"] == pytest.approx(3 + 2)  # three steps, evaluations at 2 and 4
+
+
+def test_progress_says_how_far_and_how_fast() -> None:
+    world = World(4)
+    world.run()
+    last = world.context.reports[-1]
+    assert (last["step"], last["total_steps"], last["percent"], last["epoch"]) == (4, 4, 100.0, 2.0)
+    assert last["tokens_per_second"] > 0
