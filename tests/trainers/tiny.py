@@ -66,7 +66,8 @@ def tiny_model(
     """Write a model folder with tokenizer, and return the model as it is in memory."""
     settings = getattr(transformers, f"{architecture}Config")(**(_SMALL | config))
     torch.manual_seed(7)
-    model: PreTrainedModel = getattr(transformers, f"{architecture}ForCausalLM")(settings).to(dtype)
+    kind = "LMHeadModel" if architecture == "GPT2" else "ForCausalLM"
+    model: PreTrainedModel = getattr(transformers, architecture + kind)(settings).to(dtype)
     with torch.no_grad():  # the initial weights are so small that every logit looks alike
         for parameter in model.parameters():
             parameter.mul_(5.0) if parameter.dim() > 1 else parameter.add_(0.1)

@@ -15,6 +15,7 @@ from finetune_api.failures import Problem
 from finetune_trainers.artifact import ADAPTER_WEIGHTS
 from finetune_trainers.cpu_bf16 import bf16_is_emulated, use_float32_products
 from finetune_trainers.errors import UserError
+from finetune_trainers.tuning import peft_warnings_off
 
 __all__ = ["Answer", "answer"]
 
@@ -74,7 +75,8 @@ def _load(model_folder: Path, adapter_folder: Path | None) -> Any:
     if adapter_folder is not None:
         import peft
 
-        model = peft.PeftModel.from_pretrained(model, str(adapter_folder))
+        with peft_warnings_off():
+            model = peft.PeftModel.from_pretrained(model, str(adapter_folder))
     if model.dtype is torch.bfloat16 and bf16_is_emulated(device):
         use_float32_products(model)
     return model.eval()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -69,8 +70,8 @@ def _convert(path: Path, folder: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(
                 **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
             )
-    except (ValueError, KeyError, IndexError, TypeError, NotImplementedError, OSError, RuntimeError) as error:
-        # the reader checks little: a cut-off file ends in whichever of these its arithmetic reaches
+    except (ValueError, LookupError, TypeError, OSError, RuntimeError, struct.error) as error:
+        # the readers check little: a cut-off file ends in whichever of these their arithmetic reaches
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         problem = Problem(
             path="spec.model.source",

@@ -109,8 +109,8 @@ def check_job(
     plan: RunPlan, model: PreTrainedModel, weights: WeightFiles, tokenizer: PreTrainedTokenizerBase
 ) -> list[Problem]:
     """All that this job asks of this model and cannot have. `model` is on the meta device."""
-    return [
-        *_check_architecture(plan, model),
+    unfit = _check_architecture(plan, model)
+    return unfit or [
         *_check_tensors(plan, model, weights),
         *_check_vocabulary(plan, model, tokenizer),
         *_check_length(plan, model),

@@ -6,7 +6,9 @@ whatever its own random state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -100,6 +102,14 @@ def lora_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[st
     }
 
 
+@contextmanager
+def peft_warnings_off() -> Iterator[None]:
+    """PEFT 0.21 asks transformers for an attribute by its old name, which is not a user's concern."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        yield
+
+
 def _add_adapters(model: nn.Module, lora: Lora, plan: RunPlan) -> TunedModel:
     import peft
 
@@ -119,7 +129,8 @@ def _add_adapters(model: nn.Module, lora: Lora, plan: RunPlan) -> TunedModel:
     own_masters = plan.deepspeed.engine == "torch"
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(plan.optimization.seed)
-        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=own_masters)
+        with peft_warnings_off():
+            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=own_masters)
     if plan.precision is Precision.BF16 and any(isinstance(m, Float32ProductLinear) for m in model.modules()):
         use_float32_products(adapted)
     return TunedModel(adapted, [name for name, p in adapted.named_parameters() if p.requires_grad])
