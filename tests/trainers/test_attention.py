@@ -48,10 +48,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Mistral, a window shorter than a document": {"sliding_window": 5},
     "Qwen3": {"head_dim": 16},
     "Gemma2, capped scores and a window in every other layer": {
-        "head_dim": 8, "sliding_window": 5, "attn_logit_softcapping": 2.0,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "attn_logit_softcapping": 2.0,
     },
     "GptOss, attention sinks": {
-        "head_dim": 8, "sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 1, "tie_word_embeddings": False,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "tie_word_embeddings": False,
     },
 }
 

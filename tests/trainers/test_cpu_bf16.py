@@ -28,9 +28,7 @@ def exact_product(linear: nn.Linear, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("block", [1 << 20, 100], ids=["one block", "blocks of a few rows"])
-def test_the_product_is_the_exact_one_rounded_once(
-    monkeypatch: pytest.MonkeyPatch, block: int, bias: bool
-) -> None:
+def test_the_product_is_the_exact_one_rounded_once(monkeypatch: pytest.MonkeyPatch, block: int, bias: bool) -> None:
     monkeypatch.setattr(cpu_bf16, "BLOCK", block)
     linear, x = layer(torch.bfloat16, bias), values(torch.bfloat16)
     product = linear(x)

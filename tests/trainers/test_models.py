@@ -118,9 +118,7 @@ def hub_repository(cache: Path, monkeypatch: pytest.MonkeyPatch, revision: str, 
     return repository / "snapshots" / commit
 
 
-def test_a_hub_repository_in_the_cache_needs_no_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_repository_in_the_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = hub_repository(tmp_path / "hub", monkeypatch, "v1.0", "f" * 40)
     tiny_model(snapshot)
     plan = plan_for(tmp_path, {"model": {"source": "hf://org/name", "revision": "v1.0"}})

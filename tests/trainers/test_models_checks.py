@@ -207,7 +207,9 @@ def test_a_tokenizer_of_a_larger_model_is_refused(tmp_path: Path) -> None:
 
 JOB_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "sequences longer than the model's positions": (
-        {"method.sft.maxSeqLength": 257}, "spec.method.sft.maxSeqLength", "the model has 256 positions",
+        {"method.sft.maxSeqLength": 257},
+        "spec.method.sft.maxSeqLength",
+        "the model has 256 positions",
     ),
     "LoRA targets that are not there": (
         {"tuning": {"lora": {"targetModules": ["q_proj", "query"]}}},
@@ -230,7 +232,11 @@ JOB_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "matches no parameter",
     ),
     "an unfreeze step whose layers learn already": (
-        {"tuning": {"freeze": {"train": ["model.layers.*"], "unfreeze": [{"at": 0.5, "layers": ["model.layers.1.*"]}]}}},
+        {
+            "tuning": {
+                "freeze": {"train": ["model.layers.*"], "unfreeze": [{"at": 0.5, "layers": ["model.layers.1.*"]}]}
+            }
+        },
         "spec.tuning.freeze.unfreeze[0].layers",
         "learns already before 0.5",
     ),

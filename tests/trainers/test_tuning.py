@@ -37,12 +37,16 @@ def test_full_tuning_trains_every_parameter_once(tmp_path: Path) -> None:
 
 def test_lora_trains_adapters_on_queries_and_values_by_default(tmp_path: Path) -> None:
     result = tuned(tmp_path / "model", {"tuning": {"lora": {}}})
-    assert set(result.trainable) == learning(result.model) == {
-        f"base_model.model.model.layers.{layer}.self_attn.{target}.lora_{side}.default.weight"
-        for layer in range(2)
-        for target in ("q_proj", "v_proj")
-        for side in "AB"
-    }
+    assert (
+        set(result.trainable)
+        == learning(result.model)
+        == {
+            f"base_model.model.model.layers.{layer}.self_attn.{target}.lora_{side}.default.weight"
+            for layer in range(2)
+            for target in ("q_proj", "v_proj")
+            for side in "AB"
+        }
+    )
 
 
 def test_a_new_adapter_changes_no_logit(tmp_path: Path) -> None:
@@ -58,7 +62,10 @@ TARGETS: dict[str, tuple[list[str], set[str]]] = {
         ["all-linear"],
         {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     ),
-    "a wildcard stands for the last part of a name": (["*_proj"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    "a wildcard stands for the last part of a name": (
+        ["*_proj"],
+        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    ),
     "a name may have several parts": (["mlp.up_proj"], {"up_proj"}),
 }
 
@@ -153,4 +160,6 @@ def test_unfreezing_steps_come_in_order_and_name_each_parameter_once(tmp_path: P
     assert set(second) == {"model.embed_tokens.weight", "model.norm.weight"}
     start = set(result.trainable) - set(first) - set(second)
     assert all(name.startswith("model.layers.1.") for name in start)
-    assert learning(result.model) == set(result.trainable)  # an optimizer is made for all; the engine closes the later ones
+    assert learning(result.model) == set(
+        result.trainable
+    )  # an optimizer is made for all; the engine closes the later ones
