@@ -60,12 +60,9 @@ def _backend(device: torch.device) -> str:
 def engine_config(plan: RunPlan) -> dict[str, Any]:
     """The plan's configuration with what the promise of `engine` needs on top of it."""
     config = copy.deepcopy(plan.deepspeed.config)
-    if plan.precision is Precision.BF16:
-        # ZeRO 1 and 2 would otherwise make the update with a NaN gradient
-        config.setdefault("bf16", {}).setdefault("check_grad_overflow", True)
-        if plan.deepspeed.zero_stage >= 2:
-            # gradients of micro-batches are added up in fp32: a bf16 sum loses what is 256 times smaller
-            config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if plan.precision is Precision.BF16 and plan.deepspeed.zero_stage >= 2:
+        # gradients of micro-batches are added up in fp32: a bf16 sum loses what is 256 times smaller
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return config
 
 
