@@ -89,17 +89,12 @@ def _export(options: argparse.Namespace, complaints: TextIO) -> int:
 
 
 def _chat(options: argparse.Namespace, complaints: TextIO) -> int:
-    from finetune_trainers.chat import answers
+    from finetune_trainers.chat import answer
+    from finetune_trainers.exporting import base_of_adapter
 
-    for who, text in answers(
-        options.model,
-        options.adapter,
-        options.prompt,
-        compare_base=options.compare_base,
-        max_new_tokens=options.max_new_tokens,
-        cache=_cache(),
-    ):
-        print(f"--- {who} ---\n{text}" if options.compare_base else text, flush=True)
+    model = options.model or base_of_adapter(options.adapter)
+    [said] = answer(model, options.adapter, [options.prompt], options.compare_base, options.max_new_tokens)
+    print(said.tuned if said.base is None else f"--- base ---\n{said.base}\n--- tuned ---\n{said.tuned}")
     return 0
 
 

@@ -106,9 +106,10 @@ def _succeeded(ending: Ending) -> list[str]:
         lines.append(f"  {'time':<10} {spent}")
     if ending.workdir and outcome.artifacts:
         folder = shlex.quote(str(ending.workdir))
-        lines += ["", "Next:", f'  finetune chat {folder} "A question" --compare-base']
-        merge = " --merge" if outcome.artifacts[0].kind == "adapter" else ""
-        lines.append(f"  finetune export {folder} --to ./model{merge}")
+        is_adapter = ending.plan is not None and ending.plan.tuning.lora is not None
+        lines += ["", "Next:"]
+        lines.append(f'  finetune chat {folder} "A question"' + (" --compare-base" if is_adapter else ""))
+        lines.append(f"  finetune export {folder} --to ./model" + (" --merge" if is_adapter else ""))
     return lines
 
 
