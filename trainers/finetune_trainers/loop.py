@@ -196,7 +196,9 @@ class Loop:
 
     @property
     def _epoch(self) -> float:
-        return self.result.step * self._global_batch_size / self._prepared.sequences_per_epoch
+        """Passes over the data done. The last step of the last epoch may be a small one: it completes the pass."""
+        passes = self.result.step * self._global_batch_size / self._prepared.sequences_per_epoch
+        return min(passes, self._optimization.epochs or math.inf)
 
     def _evaluations(self, plan: RunPlan) -> list[int]:
         """The numbers of steps done at which the model is evaluated, in order; the one before the first is not here."""
