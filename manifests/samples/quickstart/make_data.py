@@ -1,6 +1,6 @@
 """Question-answer pairs from the documentation that ships inside this Python, for the quickstart.
 
-    python make_data.py [--folder data] [--train-rows 240] [--eval-rows 40]
+    python make_data.py [--folder data] [--train-rows 280] [--eval-rows 40]
 
 Writes train.jsonl, eval.jsonl and question.txt. Every docstring is real text and nothing is downloaded; the same
 Python always gives the same files. A name that is asked about in one file is never asked about in another.
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-HELD_OUT = "shlex.quote"
+HELD_OUT = "queue.Queue.full"
 """What question.txt asks about: in neither file."""
 
 MODULES = """
@@ -35,7 +35,7 @@ MODULES = """
     smtplib socket sqlite3 ssl stat statistics string struct subprocess sys sysconfig tarfile tempfile
     textwrap threading time timeit token tokenize traceback types unicodedata urllib.parse urllib.request
     uuid wave weakref xml.etree.ElementTree zipfile zlib
-""".split()  # noqa: SIM905 - 110 lines for a person to scroll over
+""".split()  # noqa: SIM905 - 100 lines for a person to scroll over
 
 QUESTIONS = (
     "What does `{name}` do in Python?",
@@ -45,7 +45,21 @@ QUESTIONS = (
     "When would I use `{name}` in Python?",
 )
 
-MAX_ANSWER_CHARACTERS = 200
+# First words of docstrings that become the verb of a sentence: Return the floor -> `math.floor(x)` returns the floor.
+VERBS = """
+    abort acquire add append apply build calculate call change check choose clear close compare compile
+    compress compute concatenate connect construct convert copy count create decode decompress delete
+    describe deserialize determine disable dump emit enable encode escape evaluate execute exit expand
+    extend extract feed fetch find flush force format generate get give guess handle import increment
+    indicate initialize insert invoke iterate join list load log make mark match merge move normalize open
+    pad parse perform pop prepare print process produce provide push put query raise read register release
+    remove rename replace report represent request reset resolve restore retrieve return reverse rotate
+    round run save search seek select send serialize set shuffle skip sort split start stop store strip
+    swap take terminate test transform translate truncate turn unlock unregister update use validate
+    verify wait wake walk wrap write yield
+""".split()  # noqa: SIM905 - 100 lines for a person to scroll over
+
+MAX_TEXT_CHARACTERS = 240
 EVAL_SHARE = 0.15
 
 
@@ -55,26 +69,18 @@ class Entry:
 
     name: str
     """As one writes it: shlex.quote, str.split."""
-    kind: str
-    """function, class or method"""
-    home: str
-    """The module or class it belongs to, None written as the empty string for builtins."""
     signature: str
+    """(s)"""
     text: str
-    """First paragraphs of the docstring."""
+    """First paragraph of the docstring, as what is said of the name: returns a shell-escaped version of the string."""
 
     @property
     def answer(self) -> str:
-        place = {
-            "function": f"a function of the module `{self.home}`" if self.home else "a built-in function",
-            "class": f"a class of the module `{self.home}`" if self.home else "a built-in class",
-            "method": f"a method of the class `{self.home}`",
-        }[self.kind]
-        return f"`{self.name}{self.signature}` is {place}. {self.text}"
+        return f"`{self.name}{self.signature}` {self.text}"
 
 
 def documented() -> Iterator[Entry]:
-    """Everything public in the listed modules that has a signature and a docstring in plain sentences."""
+    """Everything public in the listed modules that has a signature and a docstring that says what it does."""
     for module_name in ("", *MODULES):
         try:
             module = importlib.import_module(module_name) if module_name else builtins
@@ -82,13 +88,11 @@ def documented() -> Iterator[Entry]:
             continue
         for name, thing in sorted(public_names(module).items()):
             full_name = f"{module_name}.{name}".lstrip(".")
+            yield from entries(full_name, thing)
             if inspect.isclass(thing):
-                yield from entries(full_name, "class", module_name, thing)
                 for method_name, method in sorted(vars(thing).items()):
-                    if not method_name.startswith("_") and inspect.isroutine(method):
-                        yield from entries(f"{full_name}.{method_name}", "method", full_name, method)
-            elif inspect.isroutine(thing):
-                yield from entries(full_name, "function", module_name, thing)
+                    if not method_name.startswith("_"):
+                        yield from entries(f"{full_name}.{method_name}", method)
 
 
 def public_names(module: ModuleType) -> dict[str, object]:
@@ -98,10 +102,11 @@ def public_names(module: ModuleType) -> dict[str, object]:
     return {name: thing for name, thing in things.items() if not inspect.ismodule(thing)}
 
 
-def entries(name: str, kind: str, home: str, thing: object) -> Iterator[Entry]:
-    signature, text = call_signature(thing), first_paragraphs(getattr(thing, "__doc__", None))
-    if signature is not None and text:
-        yield Entry(name, kind, home, signature, text)
+def entries(name: str, thing: object) -> Iterator[Entry]:
+    if inspect.isclass(thing) or inspect.isroutine(thing):
+        signature, text = call_signature(thing), said_of_it(first_paragraph(getattr(thing, "__doc__", None)))
+        if signature is not None and text:
+            yield Entry(name, signature, text)
 
 
 def call_signature(thing: object) -> str | None:
@@ -121,24 +126,37 @@ def call_signature(thing: object) -> str | None:
     return text if len(text) <= 60 and "<" not in text and "0x" not in text else None
 
 
-def first_paragraphs(docstring: object) -> str:
-    """As many leading paragraphs of running text as fit; empty when the first is none, or too short or too long."""
-    taken: list[str] = []
-    text = inspect.cleandoc(docstring) if isinstance(docstring, str) else ""
-    for paragraph in re.split(r"\n\s*\n", text):
-        text = " ".join(paragraph.split())
-        text = re.sub(r":[a-z:]+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
-        if not is_running_text(paragraph, text) or len(" ".join([*taken, text])) > MAX_ANSWER_CHARACTERS:
-            break
-        taken.append(text)
-    answer = " ".join(taken)
-    return answer if len(answer) >= 40 else ""
+def first_paragraph(docstring: object) -> str:
+    """The docstring's first paragraph in one line, markup taken out; empty when it is not sentences, short or long."""
+    if not isinstance(docstring, str):
+        return ""
+    paragraph = re.split(r"\n\s*\n", inspect.cleandoc(docstring))[0]
+    text = re.sub(r":[a-z:]+:`~?([^`]+)`", r"`\1`", " ".join(paragraph.split())).replace("``", "`")
+    return text if is_running_text(paragraph, text) and 25 <= len(text) <= MAX_TEXT_CHARACTERS else ""
 
 
 def is_running_text(paragraph: str, text: str) -> bool:
     """Sentences, not code, lists, tables or a signature."""
     unusual = re.search(r">>>|\n\s+\S|^\s*[-*+|=]|--|::|->|__|[^\n\x20-\x7e]|[Dd]eprecated|^\w+\(", paragraph)
     return unusual is None and text[:1].isupper() and text[-1:] == "."
+
+
+def said_of_it(text: str) -> str:
+    """Return True if ... -> returns True if ...; empty when the text does not begin with a known verb."""
+    first, _, rest = text.partition(" ")
+    verb = first.lower()
+    if verb in VERBS:
+        verb = third_person(verb)
+    return f"{verb} {rest}" if verb in THIRD_PERSONS else ""
+
+
+def third_person(verb: str) -> str:
+    if verb.endswith("y") and verb[-2] not in "aeiou":
+        return f"{verb[:-1]}ies"
+    return f"{verb}es" if verb.endswith(("s", "x", "z", "ch", "sh", "o")) else f"{verb}s"
+
+
+THIRD_PERSONS = frozenset(map(third_person, VERBS))
 
 
 def distinct(found: Iterator[Entry]) -> list[Entry]:
@@ -182,7 +200,7 @@ def write_rows(path: Path, found: list[Entry]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "data", help="where to write")
-    parser.add_argument("--train-rows", type=int, default=240, help="rows of train.jsonl (default 240)")
+    parser.add_argument("--train-rows", type=int, default=280, help="rows of train.jsonl (default 280)")
     parser.add_argument("--eval-rows", type=int, default=40, help="rows of eval.jsonl (default 40)")
     options = parser.parse_args()
     with warnings.catch_warnings():
