@@ -18,13 +18,13 @@ from tests.trainers.tiny import packed_inputs, tiny_model
 LENGTHS = [7, 1, 19, 4]
 
 
-def packed_model(folder: Path, architecture: str = "Llama", **config: Any) -> PreTrainedModel:
+def packed_model(folder: Path, architecture: str = "Llama", **config: Any) -> Any:
     tiny_model(folder, architecture, **config)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=PACKED_ATTENTION)
     return model
 
 
-def reference_model(folder: Path) -> PreTrainedModel:
+def reference_model(folder: Path) -> Any:
     """The same weights with transformers' own eager attention."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     return model
@@ -32,13 +32,13 @@ def reference_model(folder: Path) -> PreTrainedModel:
 
 def separate_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Each document in a forward pass of its own: [1, T, V]."""
-    return torch.cat([model(part).logits for part in input_ids.split(LENGTHS, dim=1)], dim=1)
+    return torch.cat([model(part).logits for part in torch.split(input_ids, LENGTHS, dim=1)], dim=1)
 
 
 def gradients(model: PreTrainedModel, logits: Tensor) -> dict[str, Tensor]:
     weights = torch.linspace(-1, 1, logits.numel()).reshape(logits.shape)
     model.zero_grad()
-    (logits * weights).sum().backward()
+    torch.autograd.backward((logits * weights).sum())
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

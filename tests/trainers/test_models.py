@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -155,11 +154,11 @@ def test_a_gguf_file_is_unpacked_once_with_all_that_it_holds(smollm2_cache: Path
     assert first.num_parameters == 134_515_008
     assert first.max_positions == 8192
     assert first.chat_template is not None
-    written_at = os.stat(first.folder).st_mtime_ns
+    written_at = Path(first.folder).stat().st_mtime_ns
 
     second = prepared(plan, smollm2_cache)
     assert second == first
-    assert os.stat(second.folder).st_mtime_ns == written_at
+    assert Path(second.folder).stat().st_mtime_ns == written_at
     assert [path.name for path in (smollm2_cache / "models").iterdir()] == [Path(first.folder).name]
 
     model = AutoModelForCausalLM.from_pretrained(first.folder)
@@ -167,7 +166,9 @@ def test_a_gguf_file_is_unpacked_once_with_all_that_it_holds(smollm2_cache: Path
     assert model.generation_config.eos_token_id == 2
     tokenizer = AutoTokenizer.from_pretrained(first.folder)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    ids: Any = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
     answer = model.float().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, ids.shape[1] :])
 

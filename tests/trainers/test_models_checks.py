@@ -54,6 +54,11 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def without_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
 def with_remote_code(folder: Path) -> None:
     auto_map = {"AutoConfig": "configuration.Own", "AutoModelForCausalLM": "modeling.Own"}
     edit_json(folder / "config.json", model_type="own_thing", auto_map=auto_map)
@@ -107,7 +112,7 @@ FAULTS = {
         "up_proj.weight in model.safetensors has the shape [3, 3], and config.json says [48, 32]",
     ),
     "it has no tokenizer": Fault(
-        lambda f: [(f / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
+        without_tokenizer,
         "the tokenizer is missing or broken",
     ),
     "its tokenizer is broken": Fault(
@@ -265,6 +270,14 @@ def test_a_job_is_refused_for(tmp_path: Path, name: str) -> None:
     [problem] = problems_of(tmp_path / "model", changes)
     assert problem.path == field
     assert says in problem.message
+
+
+def test_quantization_without_bitsandbytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    tiny_model(tmp_path / "model")
+    [problem] = problems_of(tmp_path / "model", {"tuning": {"lora": {"quantization": "nf4"}}})
+    assert problem.path == "spec.tuning.lora.quantization"
+    assert "pip install 'finetune-operator[quantization]'" in problem.message
 
 
 def test_fp16_on_a_cpu_is_refused_in_a_plan_that_was_not_made_by_planning(tmp_path: Path) -> None:

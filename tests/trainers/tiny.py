@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune_api.plan import RunPlan
@@ -67,13 +68,15 @@ def tiny_model(
     settings = getattr(transformers, f"{architecture}Config")(**(_SMALL | config))
     torch.manual_seed(7)
     kind = "LMHeadModel" if architecture == "GPT2" else "ForCausalLM"
-    model: PreTrainedModel = getattr(transformers, architecture + kind)(settings).to(dtype)
+    model: PreTrainedModel = getattr(transformers, architecture + kind)(settings)
+    nn.Module.to(model, dtype)
     with torch.no_grad():  # the initial weights are so small that every logit looks alike
         for parameter in model.parameters():
             parameter.mul_(5.0) if parameter.dim() > 1 else parameter.add_(0.1)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def plan_for(folder: Path, changes: dict[str, Any] | None = None) -> RunPlan:

@@ -71,7 +71,8 @@ def _with_tokenizer(model_folder: Path, adapter_folder: Path | None) -> Path:
 
 def _load(model_folder: Path, adapter_folder: Path | None) -> Any:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", local_files_only=True).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", local_files_only=True)
+    model.to(device)
     if adapter_folder is not None:
         import peft
 

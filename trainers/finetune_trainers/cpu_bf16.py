@@ -91,7 +91,23 @@ class Float32ProductLinear(nn.Linear):
 
 
 def use_float32_products(model: nn.Module) -> None:
-    """Make every plain nn.Linear under `model` a Float32ProductLinear, in place; its parameters stay as they are."""
+    """Make every plain nn.Linear under `model` a Float32ProductLinear, in place; its parameters stay as they are.
+
+    A layer that bitsandbytes holds in 8 or 4 bits is given fp32 input, which makes it unpack its weight to fp32.
+    """
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Float32ProductLinear
+        elif type(module).__module__.startswith("bitsandbytes."):
+            _give_float32(module)
+
+
+def _give_float32(layer: nn.Module) -> None:
+    forward = layer.forward
+
+    def in_float32(x: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        with torch.autocast("cpu", enabled=False):
+            return cast(Tensor, forward(x.to(dtype).float())).to(dtype)
+
+    layer.forward = in_float32

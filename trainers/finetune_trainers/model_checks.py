@@ -196,18 +196,15 @@ def _check_device(plan: RunPlan) -> list[Problem]:
         problems.append(Problem(path="spec.training.precision", value="fp16", message=message))
     lora = plan.tuning.lora
     if lora is not None and lora.quantization is not Quantization.NONE:
-        problems += _check_quantization(lora.quantization, on_cpu)
+        problems += _check_quantization(lora.quantization)
     return problems
 
 
-def _check_quantization(quantization: Quantization, on_cpu: bool) -> list[Problem]:
-    field = "spec.tuning.lora.quantization"
-    if on_cpu:
-        return [Problem(path=field, value=quantization, message="needs a GPU; set none")]
-    if importlib.util.find_spec("bitsandbytes") is None:
-        message = "needs the package bitsandbytes: pip install 'finetune-operator[quantization]', or set none"
-        return [Problem(path=field, value=quantization, message=message)]
-    return []
+def _check_quantization(quantization: Quantization) -> list[Problem]:
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        return []
+    message = "needs the package bitsandbytes: pip install 'finetune-operator[quantization]', or set none"
+    return [Problem(path="spec.tuning.lora.quantization", value=quantization, message=message)]
 
 
 def _check_tuning(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:

@@ -115,7 +115,7 @@ def load_model(
     quantization = plan.tuning.lora.quantization if plan.tuning.lora is not None else Quantization.NONE
     if quantization is not Quantization.NONE:
         arguments |= {
-            "quantization_config": _bitsandbytes(quantization, arguments["dtype"]),
+            "quantization_config": _bitsandbytes(quantization, _compute_dtype(arguments["dtype"], device)),
             "device_map": {"": device},
         }
     zero3 = None
@@ -132,6 +132,10 @@ def load_model(
     if plan.precision is Precision.BF16 and bf16_is_emulated(device):
         use_float32_products(loaded)
     return loaded
+
+
+def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    return torch.float32 if dtype is torch.bfloat16 and bf16_is_emulated(device) else dtype
 
 
 def _bitsandbytes(quantization: Quantization, compute_dtype: torch.dtype) -> Any:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finetune_api.plan import RunPlan
-from finetune_api.spec import Freeze, Lora, Precision, Quantization
+from finetune_api.spec import Freeze, Lora, Precision
 from finetune_trainers.cpu_bf16 import Float32ProductLinear, use_float32_products
 
 __all__ = [
@@ -113,8 +113,6 @@ def peft_warnings_off() -> Iterator[None]:
 def _add_adapters(model: nn.Module, lora: Lora, plan: RunPlan) -> TunedModel:
     import peft
 
-    if lora.quantization is not Quantization.NONE:
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = sorted({name for names in lora_targets(model, lora.target_modules).values() for name in names})
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
