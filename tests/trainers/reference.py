@@ -28,7 +28,7 @@ __all__ = ["metrics_of", "train"]
 
 def train(plan: RunPlan, prepared: PreparedRun) -> list[dict[str, float]]:
     """loss and grad_norm of each step."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
         prepared.model.folder, dtype=torch.float32, attn_implementation="eager"
     )
     if plan.tuning.lora is not None:
@@ -48,7 +48,7 @@ def train(plan: RunPlan, prepared: PreparedRun) -> list[dict[str, float]]:
         for group in optimizer.param_groups:
             group["lr"] = _rate(plan, step, prepared.total_steps)
         loss = _mean_loss(model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(trained, plan.optimization.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()

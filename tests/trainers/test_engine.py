@@ -48,7 +48,7 @@ class Trained:
         for place, batch in enumerate(batches.micro_batches, start=1):
             loss = self.method.loss_sum(engine.module, batch)
             if place == len(batches.micro_batches):
-                loss.register_hook(lambda grad: grad * poison)
+                loss.register_hook(lambda grad: grad * poison)  # type: ignore[no-untyped-call]
             engine.backward(loss, batches.num_trained_tokens)
         return engine.step()
 
