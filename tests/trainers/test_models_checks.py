@@ -87,6 +87,16 @@ FAULTS = {
         lambda f: edit_json(f / "config.json", model_type="mamba", architectures=["MambaForCausalLM"]),
         "cannot keep packed documents apart",
     ),
+    "it is an encoder": Fault(
+        lambda f: edit_json(f / "config.json", model_type="bert", architectures=["BertLMHeadModel"]),
+        "BertLMHeadModel reads in both directions",
+    ),
+    "it counts positions its own way": Fault(
+        lambda f: edit_json(
+            f / "config.json", model_type="roberta", architectures=["RobertaForCausalLM"], is_decoder=True
+        ),
+        "RobertaForCausalLM counts positions its own way",
+    ),
     "it needs its own code": Fault(with_remote_code, "set trustRemoteCode: true", "spec.model.trustRemoteCode"),
     "it has no weights": Fault(
         lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors and no model.safetensors.index.json"

@@ -130,6 +130,10 @@ def _check_architecture(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:
         message = f"{name} has recurrent or chunked layers, which cannot keep packed documents apart"
     elif not model._supports_attention_backend:
         message = f"{name} brings its own attention, which cannot keep packed documents apart"
+    elif any(getattr(module, "is_causal", True) is False for module in model.modules()):
+        message = f"{name} reads in both directions"
+    elif any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        message = f"{name} counts positions its own way, which cannot keep packed documents apart"
     else:
         return []
     return [
