@@ -94,6 +94,7 @@ class RayWorkers:
                 "num_cpus": workers.world_size,
                 "num_gpus": workers.world_size if workers.device is Device.CUDA else 0,
                 "include_dashboard": False,
+                "_node_ip_address": "127.0.0.1",  # nobody outside this machine can reach a laptop's Ray
                 "object_store_memory": OBJECT_STORE_BYTES,
                 "_temp_dir": str(self._temporary),
             }
