@@ -19,7 +19,7 @@ from finetune_trainers.prepared import PreparedRun
 if TYPE_CHECKING:
     from finetune_trainers.worker import WorkerResult
 
-__all__ = ["LOG_FILE", "log_to", "train", "warm_up"]
+__all__ = ["LOG_FILE", "log_to", "train"]
 
 LOG_FILE = "trainer.log"
 """In the run's folder: all that the launcher and the workers print, tracebacks included."""
@@ -42,13 +42,6 @@ def train(orders: dict[str, str]) -> WorkerResult:
     except BaseException as error:
         logging.getLogger(__name__).exception("The worker failed")
         raise classified(error) from None
-
-
-def warm_up(device: str) -> None:
-    """Import what a worker needs, in a process that will become one."""
-    if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import finetune_trainers.worker  # noqa: F401
 
 
 def log_to(path: Path, who: str) -> None:
