@@ -37,8 +37,13 @@ class BestParameters:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         write_tensors(unfinished, tensors, shard_bytes=SHARD_BYTES)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        # The older best is deleted last: whatever happens in between, one of the two is on disk and whole.
+        older = self._folder.with_name(f".{self._folder.name}-older")
+        if self._folder.exists():
+            shutil.rmtree(older, ignore_errors=True)
+            self._folder.rename(older)
         unfinished.rename(self._folder)
+        shutil.rmtree(older, ignore_errors=True)
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """(name, CPU tensor) of what was saved last."""
