@@ -8,15 +8,14 @@ package://package/path  a file or folder inside an installed package, which is n
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from pathlib import Path
 
 from finetune_api.failures import Problem
 from finetune_api.uris import Scheme, Uri, parse_uri
 from finetune_trainers.errors import UserError
+from finetune_trainers.places import claim_folder, package_folder
 
-__all__ = ["local_path", "locate_model", "package_folder"]
+__all__ = ["local_path", "locate_model"]
 
 _SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 """What a causal model consists of. Weights of other frameworks and pickles stay where they are."""
@@ -28,7 +27,11 @@ def locate_model(source: str, field: str, revision: str | None = None, remote_co
     if uri.scheme is Scheme.HF:
         return _hub_snapshot(uri, source, field, revision, remote_code)
     if uri.scheme is Scheme.PACKAGE:
-        path = package_folder(uri.authority, source, field) / uri.path
+        folder = package_folder(uri.authority)
+        if folder is None:
+            top = uri.authority.split(".")[0]
+            raise _refused(field, source, f"the Python package {top} is not installed here; pip install it")
+        path = folder / uri.path
         where = f"the installed package {uri.authority} has no such file or folder"
     elif uri.scheme is Scheme.PVC:
         path = local_path(source)
@@ -48,19 +51,7 @@ def local_path(source: str) -> Path:
     uri = parse_uri(source, (Scheme.FILE, Scheme.PVC))
     if uri.scheme is Scheme.FILE:
         return Path(uri.path)
-    return Path(os.environ.get("FINETUNE_PVC_ROOT", "/mnt/pvc")) / uri.authority / uri.path
-
-
-def package_folder(package: str, source: str, field: str) -> Path:
-    """Folder of an installed package, found without running any of its code."""
-    top, *inner = package.split(".")
-    try:
-        spec = importlib.util.find_spec(top)  # of a top-level name: nothing is imported
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise _refused(field, source, f"the Python package {top} is not installed here; pip install it")
-    return Path(next(iter(spec.submodule_search_locations)), *inner)
+    return claim_folder(uri.authority) / uri.path
 
 
 def _hub_snapshot(uri: Uri, source: str, field: str, revision: str | None, remote_code: bool) -> Path:

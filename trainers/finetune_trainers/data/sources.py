@@ -12,7 +12,6 @@ All files of one source are of one kind, so that a stray file is noticed and not
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +20,7 @@ from finetune_api.failures import Problem
 from finetune_api.spec import DataSource
 from finetune_api.uris import Scheme, Uri, parse_uri
 from finetune_trainers.errors import DataError
+from finetune_trainers.places import claim_folder, package_folder
 
 __all__ = ["DataFiles", "FileKind", "HubSplit", "find_files"]
 
@@ -93,16 +93,15 @@ def _place(uri: Uri, source: DataSource, path: str) -> Path:
     if uri.scheme is Scheme.FILE:
         return Path(uri.path)
     if uri.scheme is Scheme.PVC:
-        claim = Path(os.environ.get("FINETUNE_PVC_ROOT", "/mnt/pvc")) / uri.authority
+        claim = claim_folder(uri.authority)
         if not claim.is_dir():
             raise _refuse(source, path, f"names a claim that is not mounted at {claim}")
         return claim / uri.path
-    top, *below = uri.authority.split(".")
-    # Only the top-level name is looked up: asking for a dotted name would import its parents.
-    spec = importlib.util.find_spec(top)
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder(uri.authority)
+    if folder is None:
+        top = uri.authority.split(".")[0]
         raise _refuse(source, path, f"names the Python package {top!r}, which is not installed here")
-    return Path(next(iter(spec.submodule_search_locations))).joinpath(*below, uri.path)
+    return folder / uri.path
 
 
 def _in_folder(folder: Path, source: DataSource, path: str) -> list[Path]:
