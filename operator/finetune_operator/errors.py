@@ -90,6 +90,6 @@ _BY_STATUS: dict[int, type[ApiError]] = {
 
 
 def api_error(status: int, reason: str, message: str, retry_after: float | None = None) -> ApiError:
-    """The error for an answer: its class follows from the HTTP status, and from the reason where 409 means two things."""
+    """The error for an answer, by its HTTP status, and by the reason where 409 means two things."""
     kind = AlreadyExists if reason == "AlreadyExists" else _BY_STATUS.get(status, ApiError)
     return kind(status, reason, message, retry_after)
