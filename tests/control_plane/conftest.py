@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.control_plane.build import BuildError, program_path
-from tests.control_plane.server import ApiError, Client, control_plane, wait_until
+from tests.cluster.build import BuildError, program_path
+from tests.cluster.server import ApiError, Client, control_plane, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"

@@ -183,7 +183,16 @@ UPDATE_ROWS = [
             "data": {"eval": [{"source": _FILE}]},
             "method": {"sft": {"packing": False}},
             "tuning": {"lora": {"rank": 8}},
+            "training": {"seed": 1},
+            "deepspeed": {"zeroStage": 1},
+            "managedBy": "example.com/other",
         }.items()
+    ),
+    UpdateRow(
+        "FineTuneJobSpec",
+        "spec.cluster can be changed only while the job is suspended; set suspend to true first",
+        "spec.cluster",
+        {"cluster": {"workers": {"replicas": 4}}},
     ),
     UpdateRow("FineTuneJobSpec", _ADD_OR_REMOVE, "spec.runtimeRef", {"runtimeRef": {"name": "pool"}}),
     UpdateRow(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.control_plane.conftest import JOBS, Store
-from tests.control_plane.server import ApiError, Client, wait_until
+from tests.cluster.server import ApiError, Client, wait_until
 from tests.factories import job_document
 
 pytestmark = pytest.mark.control_plane

@@ -6,7 +6,7 @@ import pytest
 
 from tests.control_plane.conftest import JOBS, Store
 from tests.control_plane.rules import UPDATE_ROWS, UpdateRow
-from tests.control_plane.server import ApiError, Client
+from tests.cluster.server import ApiError, Client
 from tests.factories import job_document
 
 pytestmark = pytest.mark.control_plane
@@ -21,8 +21,8 @@ def test_a_change_is_refused_with_our_message(api: Client, stored_job: Store, ro
     assert [(field, row.message in text) for field, text in refused.value.causes] == [(row.path, True)]
 
 
-def test_the_number_of_workers_may_change(api: Client, stored_job: Store) -> None:
-    stored_job(job_document(name="grows"))
+def test_the_number_of_workers_may_change_while_the_job_is_suspended(api: Client, stored_job: Store) -> None:
+    stored_job(job_document({"suspend": True}, "grows"))
     changed = api.merge(f"{JOBS}/grows", {"spec": {"cluster": {"workers": {"replicas": 4}}}})
     assert changed["spec"]["cluster"]["workers"]["replicas"] == 4
     assert changed["metadata"]["generation"] == 2

@@ -19,7 +19,7 @@ from finetune_api.runtime import FineTuneRuntime
 from tests.control_plane.conftest import JOBS, RUNTIMES, Store
 from tests.control_plane.limits import EXAMPLES, Breach, breaches, fields_of, fields_set, spec_schema
 from tests.control_plane.rules import RULE_ROWS, UPDATE_ROWS, RuleRow, rules_of_the_contract
-from tests.control_plane.server import ApiError, Client
+from tests.cluster.server import ApiError, Client
 from tests.factories import job_document, with_changes
 
 pytestmark = pytest.mark.control_plane

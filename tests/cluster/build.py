@@ -1,6 +1,6 @@
 """Builds the programs that the control plane tests start, from pinned Go modules, once per machine.
 
-    python -m tests.control_plane.build            builds what is missing and prints where it is
+    python -m tests.cluster.build            builds what is missing and prints where it is
 
 Each folder of `wrappers/` is a Go module that only names programs and pins everything they are made of
 (go.mod, go.sum). A built program lives in a cache outside the work tree (FINETUNE_TOOLS_CACHE, or one in

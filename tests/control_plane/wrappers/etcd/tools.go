@@ -1,8 +1,0 @@
-//go:build tools
-
-// Package tools names the programs that the control plane tests build, so that go mod tidy keeps what they need.
-package tools
-
-import (
-	_ "go.etcd.io/etcd/server/v3"
-)
