@@ -28,6 +28,18 @@ class FailureClass(StrEnum):
     """A worker ran out of device or host memory."""
     STORAGE_ERROR = "StorageError"
     """Files could not be read or written."""
+    PREEMPTED = "Preempted"
+    """The platform took a pod away for something else."""
+    NODE_LOST = "NodeLost"
+    """A node, or the network to it, went away."""
+    START_TIMEOUT = "StartTimeout"
+    """The trainers did not start in time: no machines, no image, no volume."""
+    HANG = "Hang"
+    """The trainers reported nothing for too long."""
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    """The job took longer than it may."""
+    DEPENDENCY_FAILED = "DependencyFailed"
+    """A job whose artifact is needed has failed, or is not what it should be."""
     UNKNOWN = "Unknown"
     """Anything else; the log has the traceback."""
 
@@ -39,7 +51,14 @@ EXIT_CODES: dict[FailureClass, int] = {
     FailureClass.NON_FINITE_LOSS: 4,
     FailureClass.OUT_OF_MEMORY: 5,
     FailureClass.STORAGE_ERROR: 6,
+    FailureClass.PREEMPTED: 7,
+    FailureClass.NODE_LOST: 8,
+    FailureClass.START_TIMEOUT: 9,
+    FailureClass.HANG: 10,
+    FailureClass.DEADLINE_EXCEEDED: 11,
+    FailureClass.DEPENDENCY_FAILED: 12,
 }
+"""Of the trainers, and of `finetune run`; the trainers themselves end with the codes up to 6."""
 INTERRUPTED = 130
 """Exit code of a run that a person or the platform stopped: 128 + SIGINT, as shells have it."""
 

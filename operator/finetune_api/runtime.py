@@ -8,8 +8,8 @@ from pydantic import Field
 
 from finetune_api.base import API_VERSION, Contract
 from finetune_api.meta import Metadata
-from finetune_api.spec import Precision
-from finetune_api.spec.fields import OutputUri
+from finetune_api.spec import Head, Pods, Precision, Scheduling
+from finetune_api.spec.fields import ImageName, Memory, OutputUri
 
 __all__ = ["FineTuneRuntime", "FineTuneRuntimeSpec", "RuntimeWorkers"]
 
@@ -21,6 +21,8 @@ class RuntimeWorkers(Contract):
     """GPUs of a worker, unless the job says otherwise."""
     cpus: Annotated[float, Field(gt=0, le=1024)] | None = None
     """CPU cores of a worker, unless the job says otherwise."""
+    memory: Memory | None = None
+    """Memory of a worker, unless the job says otherwise. Left out: 32Gi for each GPU, 8Gi without."""
     max_replicas: Annotated[int, Field(ge=1, le=1024)] | None = None
     """The most workers that a job may ask for."""
 
@@ -32,6 +34,22 @@ class FineTuneRuntimeSpec(Contract):
     """What this pool is and who may use it."""
     workers: RuntimeWorkers = Field(default_factory=RuntimeWorkers)
     """Size and number of workers."""
+    head: Head = Field(default_factory=Head)
+    """Size of the pod that leads the workers."""
+    image: ImageName | None = None
+    """Container image with the trainers, unless the job names one."""
+    ray_version: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$", max_length=20)] | None = None
+    """Version of Ray in the image."""
+    gpu_resource: Annotated[str, Field(min_length=1, max_length=253)] = "nvidia.com/gpu"
+    """Name under which the nodes of the pool offer their GPUs."""
+    pods: Pods = Field(default_factory=Pods)
+    """What is added to every pod on this pool: node labels, tolerations, NCCL settings, volumes."""
+    scheduling: Scheduling = Field(default_factory=Scheduling)
+    """Queue, scheduler and topology of jobs that do not say."""
+    network_policy: bool = True
+    """Let only the pods of the same job, and the operator of Ray, reach a job's Ray ports."""
+    ray_token_auth: bool = True
+    """Make Ray ask for a token that only the job's pods have. Needs Ray 2.52 or newer in the image."""
     storage: OutputUri | None = None
     """Where runs keep their files; each job gets a folder of its own below it."""
     precision: Precision = Precision.AUTO

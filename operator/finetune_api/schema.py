@@ -49,14 +49,16 @@ _KEEP = (
 _COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("Method", "string", ".status.method", 0),
     ("Tuning", "string", ".status.tuning", 0),
+    ("GPUs", "integer", ".status.resolved.gpus", 0),
     ("Phase", "string", ".status.phase", 0),
     ("Step", "integer", ".status.progress.step", 0),
     ("Steps", "integer", ".status.progress.totalSteps", 0),
-    ("Workers", "integer", ".spec.cluster.workers.replicas", 0),
-    ("GPUs", "integer", ".spec.cluster.workers.gpus", 0),
+    ("Restarts", "integer", ".status.restarts", 0),
+    ("Age", "date", ".metadata.creationTimestamp", 0),
+    ("Queue", "string", ".spec.scheduling.queue", 1),
     ("Loss", "string", ".status.progress.metrics.loss", 1),
     ("ETA", "integer", ".status.progress.etaSeconds", 1),
-    ("Age", "date", ".metadata.creationTimestamp", 0),
+    ("RayJob", "string", ".status.rayJob", 1),
 )
 
 

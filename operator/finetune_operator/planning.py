@@ -6,6 +6,8 @@ its reason, and what cannot be is refused here, before any resource is asked for
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from finetune_api.failures import Problem
 from finetune_api.job import FineTuneJob
 from finetune_api.learning_rate import auto_learning_rate, parameters_in_name, parse_parameters
@@ -21,8 +23,10 @@ from finetune_api.plan import (
     WorkersPlan,
 )
 from finetune_api.problems import InvalidManifest, shorten
+from finetune_api.progress import Artifact
 from finetune_api.runtime import FineTuneRuntime, FineTuneRuntimeSpec
-from finetune_api.spec import FineTuneJobSpec, Precision, Quantization
+from finetune_api.spec import FineTuneJobSpec, Model, Precision, Quantization
+from finetune_api.uris import Scheme, parse_uri
 from finetune_operator.zero import deepspeed_config, reserved_key_problems
 
 __all__ = ["plan_run", "storage_of"]
@@ -31,12 +35,20 @@ _TOKENS_PER_MICRO_BATCH = {Device.CPU: 2048, Device.CUDA: 16384}
 """What `microBatchSize: auto` fills: enough to keep the device busy, small enough to leave memory for the model."""
 
 
-def plan_run(job: FineTuneJob, runtime: FineTuneRuntime | None = None) -> RunPlan:
+def plan_run(
+    job: FineTuneJob,
+    runtime: FineTuneRuntime | None = None,
+    *,
+    artifacts: Mapping[str, Artifact] | None = None,
+    micro_batch_size: int | None = None,
+) -> RunPlan:
     """Decide everything that `job` leaves open. `runtime` is the one that the job names, or None when it names none.
 
-    Raises InvalidManifest with a Problem for each thing that cannot be.
+    `artifacts` are the models that other jobs wrote, by the jobs' names, for a source such as job://name; without
+    them such a source stays as it is. `micro_batch_size` takes the place of the job's own: an attempt before this one
+    ran out of memory. Raises InvalidManifest with a Problem for each thing that cannot be.
     """
-    return _Planner(job, runtime).plan()
+    return _Planner(job, runtime, artifacts, micro_batch_size).plan()
 
 
 def storage_of(job: FineTuneJob, runtime: FineTuneRuntimeSpec) -> str | None:
@@ -49,8 +61,16 @@ def storage_of(job: FineTuneJob, runtime: FineTuneRuntimeSpec) -> str | None:
 class _Planner:
     """One planning: collects decisions and problems as it goes down the list."""
 
-    def __init__(self, job: FineTuneJob, runtime: FineTuneRuntime | None) -> None:
+    def __init__(
+        self,
+        job: FineTuneJob,
+        runtime: FineTuneRuntime | None,
+        artifacts: Mapping[str, Artifact] | None,
+        micro_batch_size: int | None,
+    ) -> None:
         self.job = job
+        self.artifacts = artifacts
+        self.micro_batch_size = micro_batch_size
         self.spec: FineTuneJobSpec = job.spec
         self.runtime = runtime.spec if runtime else FineTuneRuntimeSpec()
         self.decisions: list[Decision] = []
@@ -58,6 +78,7 @@ class _Planner:
 
     def plan(self) -> RunPlan:
         spec = self.spec
+        model = self._model()
         workers = self._workers()
         precision = self._precision(workers)
         zero_stage = self._zero_stage(workers)
@@ -69,7 +90,7 @@ class _Planner:
             name=self.job.metadata.name,
             namespace=self.job.metadata.namespace,
             storage=storage_of(self.job, self.runtime),
-            model=spec.model,
+            model=model,
             data=spec.data,
             method=spec.method,
             tuning=spec.tuning,
@@ -87,6 +108,26 @@ class _Planner:
             tracking=spec.tracking,
             decisions=self.decisions,
         )
+
+    def _model(self) -> Model:
+        """The model's block, with the place of another job's model in the place of its name."""
+        model = self.spec.model
+        uri = parse_uri(model.source)
+        if uri.scheme is not Scheme.JOB or self.artifacts is None:
+            return model
+        artifact = self.artifacts.get(uri.authority)
+        if artifact is None:
+            self._refuse("model.source", model.source, "names a job that has written no model yet")
+            return model
+        if artifact.kind != "model":
+            self._refuse(
+                "model.source",
+                model.source,
+                f"wrote an adapter and not a whole model; give {uri.authority} an output with merge: true",
+            )
+            return model
+        self._decide("model.source", artifact.uri, f"what {model.source} wrote")
+        return model.model_copy(update={"source": artifact.uri})
 
     def _workers(self) -> WorkersPlan:
         asked, pool = self.spec.cluster.workers, self.runtime.workers
@@ -160,7 +201,10 @@ class _Planner:
             )
             per_process = max(per_process, 1)
         micro = self.spec.training.micro_batch_size
-        if micro == "auto":
+        if self.micro_batch_size is not None:
+            micro = max(d for d in _divisors(per_process) if d <= max(1, self.micro_batch_size))
+            self._decide("training.microBatchSize", micro, "an attempt with a larger one ran out of memory")
+        elif micro == "auto":
             micro = self._auto_micro_batch(per_process, workers.device)
         elif not rest and per_process % micro:
             self._refuse(

@@ -13,6 +13,7 @@ from finetune_api.failures import Problem
 from finetune_api.job import FineTuneJob
 from finetune_api.plan import Device, RunPlan
 from finetune_api.problems import InvalidManifest
+from finetune_api.progress import Artifact
 from finetune_api.runtime import FineTuneRuntime
 from finetune_operator.planning import plan_run
 from tests.factories import job, job_document, runtime
@@ -387,3 +388,38 @@ def test_every_valid_job_is_planned_exactly_or_refused_with_problems(changes: Ch
     assert batch.global_batch_size == asked.spec.training.global_batch_size
     assert planned.precision != "auto"
     assert RunPlan.model_validate_json(planned.model_dump_json()) == planned
+
+
+def model_artifact(**changes: Any) -> Artifact:
+    return Artifact.model_validate(
+        {"uri": "file:///models/first", "kind": "model", "digest": "d", "bytes": 1} | changes
+    )
+
+
+def test_another_jobs_model_takes_the_place_of_its_name() -> None:
+    after = job({"model.source": "job://first"})
+    assert plan_run(after).model.source == "job://first"
+    assert plan_run(after, artifacts={"first": model_artifact()}).model.source == "file:///models/first"
+
+
+@pytest.mark.parametrize(
+    ("artifacts", "right"),
+    [
+        ({}, "has written no model yet"),
+        ({"first": model_artifact(kind="adapter")}, "give first an output with merge: true"),
+    ],
+)
+def test_another_jobs_model_must_be_there_and_whole(artifacts: dict[str, Artifact], right: str) -> None:
+    with pytest.raises(InvalidManifest) as refused:
+        plan_run(job({"model.source": "job://first"}), artifacts=artifacts)
+    [problem] = refused.value.problems
+    assert problem.path == "spec.model.source"
+    assert right in problem.message
+
+
+@pytest.mark.parametrize(("asked", "micro"), [(4, 4), (3, 2), (64, 32)])
+def test_after_out_of_memory_the_micro_batch_is_the_given_one_or_the_next_smaller_divisor(
+    asked: int, micro: int
+) -> None:
+    batch = plan_run(job({"training.globalBatchSize": 32, "training.microBatchSize": 16}), micro_batch_size=asked).batch
+    assert (batch.micro_batch_size, batch.gradient_accumulation_steps) == (micro, 32 // micro)

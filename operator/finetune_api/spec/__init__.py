@@ -11,15 +11,29 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.base import Contract, Rule
-from finetune_api.spec.cluster import Cluster, DeepSpeed, Offload, RuntimeRef, Workers
+from finetune_api.spec.cluster import Cluster, DeepSpeed, Head, Offload, RuntimeRef, Workers
 from finetune_api.spec.data import Columns, Data, DataFormat, DataSource
+from finetune_api.spec.lifecycle import (
+    MANAGER,
+    Action,
+    Backoff,
+    FailurePolicy,
+    FailureRule,
+    Lifecycle,
+    Scheduling,
+    Topology,
+)
 from finetune_api.spec.method import Method, Sft
 from finetune_api.spec.model import Model
 from finetune_api.spec.outputs import MlflowTracking, Output, TensorBoardTracking, Tracking, WandbTracking
+from finetune_api.spec.pods import EnvVar, KeyOf, Pods, Toleration, Volume
 from finetune_api.spec.training import EarlyStopping, GenerationEval, OptimizerSettings, Precision, Training
 from finetune_api.spec.tuning import Freeze, Full, Lora, Quantization, Tuning, UnfreezeStep
 
 __all__ = [
+    "MANAGER",
+    "Action",
+    "Backoff",
     "Cluster",
     "Columns",
     "Data",
@@ -27,10 +41,16 @@ __all__ = [
     "DataSource",
     "DeepSpeed",
     "EarlyStopping",
+    "EnvVar",
+    "FailurePolicy",
+    "FailureRule",
     "FineTuneJobSpec",
     "Freeze",
     "Full",
     "GenerationEval",
+    "Head",
+    "KeyOf",
+    "Lifecycle",
     "Lora",
     "Method",
     "MlflowTracking",
@@ -38,15 +58,20 @@ __all__ = [
     "Offload",
     "OptimizerSettings",
     "Output",
+    "Pods",
     "Precision",
     "Quantization",
     "RuntimeRef",
+    "Scheduling",
     "Sft",
     "TensorBoardTracking",
+    "Toleration",
+    "Topology",
     "Tracking",
     "Training",
     "Tuning",
     "UnfreezeStep",
+    "Volume",
     "WandbTracking",
     "Workers",
 ]
@@ -75,6 +100,16 @@ class FineTuneJobSpec(Contract):
     """Where the trained model is written. Left out: the run's own folder."""
     tracking: Tracking = Field(default_factory=Tracking)
     """Experiment trackers."""
+    scheduling: Scheduling = Field(default_factory=Scheduling)
+    """Who decides when and where it runs."""
+    failure_policy: FailurePolicy = Field(default_factory=FailurePolicy)
+    """What happens when an attempt fails."""
+    lifecycle: Lifecycle = Field(default_factory=Lifecycle)
+    """How long it may take, and what is kept."""
+    suspend: bool = False
+    """Stop training and give the cluster back; false again goes on with a new attempt."""
+    managed_by: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", max_length=128)] = MANAGER
+    """Who looks after the job. The operator leaves a job alone that names another."""
 
     rules = (
         Rule(
@@ -114,7 +149,12 @@ class FineTuneJobSpec(Contract):
                 message=f"spec.{block} cannot be changed; create another job",
                 field=block,
             )
-            for block in ("model", "data", "method", "tuning")
+            for block in ("model", "data", "method", "tuning", "training", "deepspeed", "managedBy")
+        ),
+        Rule(
+            cel="self.cluster == oldSelf.cluster || self.suspend || oldSelf.suspend",
+            message="spec.cluster can be changed only while the job is suspended; set suspend to true first",
+            field="cluster",
         ),
         Rule(
             cel="has(self.runtimeRef) == has(oldSelf.runtimeRef)",

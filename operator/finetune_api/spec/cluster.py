@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, WithJsonSchema
 
 from finetune_api.base import Contract, Rule
-from finetune_api.spec.fields import DnsLabel
+from finetune_api.spec.fields import DnsLabel, ImageName, Memory
+from finetune_api.spec.pods import Pods
 
-__all__ = ["Cluster", "DeepSpeed", "Offload", "RuntimeRef", "Workers"]
+__all__ = ["Cluster", "DeepSpeed", "Head", "Offload", "RuntimeRef", "Workers"]
 
 
 class RuntimeRef(Contract):
@@ -68,6 +69,17 @@ class Workers(Contract):
     """GPUs of one worker; each runs one training process. 0 trains on the CPU. Left out: the runtime's, or 0."""
     cpus: Annotated[float, Field(gt=0, le=1024)] | None = None
     """CPU cores of one worker. Left out: what the runtime says, or the machine's cores shared evenly."""
+    memory: Memory | None = None
+    """Memory of one worker pod, such as 64Gi. Left out: the runtime's. A laptop does not limit it."""
+
+
+class Head(Contract):
+    """The pod that runs the Ray cluster's head and the driver: it trains nothing."""
+
+    cpus: Annotated[float, Field(gt=0, le=1024)] | None = None
+    """CPU cores. Left out: the runtime's, or 2."""
+    memory: Memory | None = None
+    """Memory. Left out: the runtime's, or 8Gi."""
 
 
 class Cluster(Contract):
@@ -75,3 +87,11 @@ class Cluster(Contract):
 
     workers: Workers = Field(default_factory=Workers)
     """The training processes."""
+    head: Head = Field(default_factory=Head)
+    """The pod that leads them."""
+    image: ImageName | None = None
+    """Container image with the trainers. Left out: the runtime's, or the operator's default."""
+    ray_version: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$", max_length=20)] | None = None
+    """Version of Ray in the image. Left out: the runtime's, or the operator's default."""
+    pods: Pods = Field(default_factory=Pods)
+    """What is added to every pod."""

@@ -12,10 +12,23 @@ from pydantic_core import CoreSchema, core_schema
 from finetune_api.base import Rule
 from finetune_api.uris import Scheme, parse_uri
 
-__all__ = ["DataUri", "DnsLabel", "Glob", "LearningRate", "MicroBatchSize", "ModelUri", "OutputUri", "only_for_hub"]
+__all__ = [
+    "DataUri",
+    "DnsLabel",
+    "Glob",
+    "ImageName",
+    "LearningRate",
+    "Memory",
+    "MicroBatchSize",
+    "ModelUri",
+    "OutputUri",
+    "TokenizerUri",
+    "only_for_hub",
+]
 
 
-MODEL_SCHEMES = (Scheme.HF, Scheme.FILE, Scheme.PVC, Scheme.PACKAGE)
+TOKENIZER_SCHEMES = (Scheme.HF, Scheme.FILE, Scheme.PVC, Scheme.PACKAGE)
+MODEL_SCHEMES = (*TOKENIZER_SCHEMES, Scheme.JOB)
 DATA_SCHEMES = (Scheme.HF, Scheme.FILE, Scheme.PVC, Scheme.PACKAGE)
 OUTPUT_SCHEMES = (Scheme.FILE, Scheme.PVC)
 _URI_LENGTH = 1024
@@ -41,10 +54,14 @@ class UriOf:
 
 
 ModelUri = Annotated[str, UriOf(MODEL_SCHEMES)]
+TokenizerUri = Annotated[str, UriOf(TOKENIZER_SCHEMES)]
 DataUri = Annotated[str, UriOf(DATA_SCHEMES)]
 OutputUri = Annotated[str, UriOf(OUTPUT_SCHEMES)]
 DnsLabel = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
 Glob = Annotated[str, Field(min_length=1, max_length=200)]
+ImageName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][-a-zA-Z0-9._/:@]*$", max_length=512)]
+Memory = Annotated[str, Field(pattern=r"^[1-9][0-9]*(Mi|Gi|Ti)$", max_length=16)]
+"""A Kubernetes quantity in binary units."""
 
 
 def _micro_batch_size(value: object) -> int | str:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import Contract
-from finetune_api.spec.fields import ModelUri, only_for_hub
+from finetune_api.spec.fields import ModelUri, TokenizerUri, only_for_hub
 
 __all__ = ["Model"]
 
@@ -17,10 +17,11 @@ class Model(Contract):
 
     source: ModelUri
     """Where the model is: hf://org/name, a folder in Hugging Face layout or a single GGUF file by file:///path,
-    pvc://claim/path or package://python_package/path. A GGUF file is dequantized once, before training."""
+    pvc://claim/path or package://python_package/path, or the model that another job of the namespace wrote, by
+    job://name: this job then waits for that one. A GGUF file is dequantized once, before training."""
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Branch, tag or commit of an hf:// source. Pin a commit to make the job repeatable."""
-    tokenizer: ModelUri | None = None
+    tokenizer: TokenizerUri | None = None
     """Where the tokenizer is, when it is not beside the model."""
     chat_template: Literal["tokenizer", "chatml", "plain"] = "tokenizer"
     """`tokenizer` uses the template that the tokenizer brings. `chatml` and `plain` are stored templates for a
