@@ -1,0 +1,280 @@
+"""What others write, read into types: RayJobs by KubeRay, pods by the kubelet, the progress ConfigMap by the trainers.
+
+Total: no document makes these functions raise, whatever it holds. What is missing, of the wrong type or beyond belief
+reads as absent. `observe` and the policies see these types and never a raw status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from finetune_api.base import Contract
+from finetune_api.progress import Outcome, Progress
+from finetune_operator import names
+
+__all__ = [
+    "ATTEMPT_KEY",
+    "OUTCOME_KEY",
+    "PROGRESS_KEY",
+    "PodState",
+    "RayJobState",
+    "Report",
+    "project_pod",
+    "read_pod",
+    "read_ray_job",
+    "read_report",
+]
+
+Document = dict[str, Any]
+C = TypeVar("C", bound=Contract)
+
+PROGRESS_KEY = "progress.json"
+OUTCOME_KEY = "outcome.json"
+ATTEMPT_KEY = "attempt"
+"""Keys of the progress ConfigMap; `attempt` tells which attempt the other two speak of."""
+
+_JOB_ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+_DEPLOYMENT_ENDED = frozenset({"Complete", "Failed", "ValidationFailed"})
+_STARTING = frozenset({"ContainerCreating", "PodInitializing"})
+"""Reasons for waiting that are no trouble."""
+_CONDITIONS = frozenset({"DisruptionTarget", "PodScheduled", "Ready"})
+_LARGEST = 1 << 53
+"""No run counts further; a number above it was not written by the trainers, and would not fit into a status."""
+
+
+@dataclass(frozen=True)
+class RayJobState:
+    """A RayJob as KubeRay has it."""
+
+    name: str
+    uid: str
+    owner_uid: str | None
+    """Of the object that controls it."""
+    attempt: int | None
+    created_at: datetime | None
+    suspended: bool
+    """spec.suspend: it waits in a queue, or was taken out of the cluster again."""
+    deployment_status: str
+    job_status: str
+    reason: str
+    message: str
+    started_at: datetime | None
+    ended_at: datetime | None
+    deleting: bool
+
+    @property
+    def finished(self) -> bool:
+        """Nothing will come of it any more. KubeRay itself does not count ValidationFailed among its ends."""
+        return self.deployment_status in _DEPLOYMENT_ENDED or self.job_status in _JOB_ENDED
+
+    @property
+    def succeeded(self) -> bool:
+        """Its entrypoint ended with 0. A deployment that is Complete may also have been stopped."""
+        return self.job_status == "SUCCEEDED"
+
+    @property
+    def running(self) -> bool:
+        """Its cluster is up and the entrypoint has been handed over."""
+        return self.deployment_status == "Running" and not self.finished
+
+
+@dataclass(frozen=True)
+class PodState:
+    """A pod of a job as the kubelet and the control plane have it."""
+
+    name: str
+    attempt: int | None
+    role: str
+    """names.HEAD, names.WORKER, or empty for a pod of somebody else's making."""
+    phase: str
+    node: str | None
+    reason: str
+    """The pod's own, such as Evicted."""
+    message: str
+    waiting_reason: str | None
+    """Why a container does not start, such as ImagePullBackOff; the ordinary reasons only when there is no other."""
+    terminated_reason: str | None
+    """Why a container ended, such as OOMKilled: of the first that failed, otherwise of one that ended well."""
+    exit_code: int | None
+    """Of that container."""
+    disruption: str | None
+    """Who takes the pod away: the reason of condition DisruptionTarget."""
+    unschedulable: str | None
+    """What the scheduler says when no node will do."""
+    ready: bool
+    deleting: bool
+
+    @property
+    def failed(self) -> bool:
+        """The pod, or a container in it, ended in a way that was not meant."""
+        return self.phase == "Failed" or (self.exit_code is not None and self.exit_code != 0)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the trainers wrote last."""
+
+    attempt: int | None = None
+    progress: Progress | None = None
+    outcome: Outcome | None = None
+
+
+def read_ray_job(document: Document) -> RayJobState:
+    """The state of a RayJob; an empty one for a document that is none."""
+    metadata, status = _at(document, "metadata"), _at(document, "status")
+    return RayJobState(
+        name=_text(metadata, "name"),
+        uid=_text(metadata, "uid"),
+        owner_uid=_owner(metadata),
+        attempt=names.attempt_of(_at(metadata, "labels")),
+        created_at=_time(metadata, "creationTimestamp"),
+        suspended=_at(document, "spec", "suspend") is True,
+        deployment_status=_text(status, "jobDeploymentStatus"),
+        job_status=_text(status, "jobStatus"),
+        reason=_text(status, "reason"),
+        message=_text(status, "message"),
+        started_at=_time(status, "startTime"),
+        ended_at=_time(status, "endTime"),
+        deleting=_text(metadata, "deletionTimestamp") != "",
+    )
+
+
+def read_pod(document: Document) -> PodState:
+    """The state of a pod, whole or projected; an empty one for a document that is none."""
+    metadata, status = _at(document, "metadata"), _at(document, "status")
+    labels = _at(metadata, "labels")
+    conditions = {_text(condition, "type"): condition for condition in _items(status, "conditions")}
+    ended = _ended_container(status)
+    disruption, scheduled = conditions.get("DisruptionTarget"), conditions.get("PodScheduled")
+    return PodState(
+        name=_text(metadata, "name"),
+        attempt=names.attempt_of(labels),
+        role=_text(labels, names.ROLE_LABEL),
+        phase=_text(status, "phase"),
+        node=_text(document, "spec", "nodeName") or None,
+        reason=_text(status, "reason"),
+        message=_text(status, "message"),
+        waiting_reason=_waiting(status),
+        terminated_reason=_text(ended, "reason") or None,
+        exit_code=_whole(ended, "exitCode"),
+        disruption=_text(disruption, "reason") or None if _text(disruption, "status") == "True" else None,
+        unschedulable=_text(scheduled, "message") or None if _text(scheduled, "status") == "False" else None,
+        ready=_text(conditions.get("Ready"), "status") == "True",
+        deleting=_text(metadata, "deletionTimestamp") != "",
+    )
+
+
+def project_pod(document: Document) -> Document:
+    """The pod with only what `read_pod` and a store need: a tenth of the whole. Its state reads the same."""
+    metadata, status = _at(document, "metadata"), _at(document, "status")
+    kept = ("name", "namespace", "uid", "resourceVersion", "labels", "ownerReferences", "deletionTimestamp")
+    statuses = ("containerStatuses", "initContainerStatuses")
+    return {
+        "metadata": _only(metadata, *kept),
+        "spec": _only(_at(document, "spec"), "nodeName"),
+        "status": _only(status, "phase", "reason", "message")
+        | {
+            "conditions": [
+                _only(condition, "type", "status", "reason", "message")
+                for condition in _items(status, "conditions")
+                if _text(condition, "type") in _CONDITIONS
+            ]
+        }
+        | {
+            key: [_only(container, "name", "state", "lastState") for container in _items(status, key)]
+            for key in statuses
+        },
+    }
+
+
+def read_report(config_map: Document | None) -> Report:
+    """What the progress ConfigMap holds; what cannot be read in it is left out."""
+    data = _at(config_map, "data")
+    progress, outcome = _model(Progress, data, PROGRESS_KEY), _model(Outcome, data, OUTCOME_KEY)
+    if progress is not None and not _believable(
+        progress.step, progress.total_steps, progress.tokens_per_second, progress.eta_seconds
+    ):
+        progress = None
+    if progress is not None and progress.updated_at.tzinfo is None:
+        progress = progress.model_copy(update={"updated_at": progress.updated_at.replace(tzinfo=UTC)})
+    if outcome is not None and not _believable(
+        outcome.step, outcome.total_steps, *(artifact.bytes for artifact in outcome.artifacts)
+    ):
+        outcome = None
+    return Report(names.attempt_from(_at(data, ATTEMPT_KEY)), progress, outcome)
+
+
+def _at(value: Any, *path: str) -> Any:
+    """What is at `path` below `value`, or None."""
+    for step in path:
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
+
+
+def _text(value: Any, *path: str) -> str:
+    found = _at(value, *path)
+    return found if isinstance(found, str) else ""
+
+
+def _whole(value: Any, key: str) -> int | None:
+    found = _at(value, key)
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def _items(value: Any, key: str) -> Iterator[Any]:
+    found = _at(value, key)
+    return iter(found if isinstance(found, list) else ())
+
+
+def _time(value: Any, key: str) -> datetime | None:
+    """A time as the API writes it; one without a zone is taken for UTC, so that it can be compared."""
+    try:
+        found = datetime.fromisoformat(_text(value, key))
+    except ValueError:
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _only(value: Any, *keys: str) -> Document:
+    return {key: value[key] for key in keys if key in value} if isinstance(value, dict) else {}
+
+
+def _owner(metadata: Any) -> str | None:
+    owners = (owner for owner in _items(metadata, "ownerReferences") if _at(owner, "controller") is True)
+    return next((_text(owner, "uid") or None for owner in owners), None)
+
+
+def _containers(status: Any) -> list[Any]:
+    """Ray's container, the others, and those that ran before them."""
+    listed = sorted(_items(status, "containerStatuses"), key=lambda one: _text(one, "name") != names.RAY_CONTAINER)
+    return [*listed, *_items(status, "initContainerStatuses")]
+
+
+def _ended_container(status: Any) -> Any:
+    """How the container ended that tells most: one that failed, then one that failed before it was started again."""
+    states = [_at(one, when, "terminated") for when in ("state", "lastState") for one in _containers(status)]
+    ended = [state for state in states if isinstance(state, dict)]
+    failed = (state for state in ended if _whole(state, "exitCode") not in (None, 0))
+    main = (_at(one, "state", "terminated") for one in _items(status, "containerStatuses"))
+    return next(failed, None) or next((state for state in main if isinstance(state, dict)), None)
+
+
+def _waiting(status: Any) -> str | None:
+    reasons = [_text(one, "state", "waiting", "reason") for one in _containers(status)]
+    given = [reason for reason in reasons if reason]
+    return next((reason for reason in given if reason not in _STARTING), given[0] if given else None)
+
+
+def _model(kind: type[C], data: Any, key: str) -> C | None:
+    """ValueError covers what pydantic says of wrong contents and of JSON that is none."""
+    try:
+        return kind.model_validate_json(_text(data, key))
+    except ValueError:
+        return None
+
+
+def _believable(*numbers: float | None) -> bool:
+    return all(number is None or 0 <= number <= _LARGEST for number in numbers)
