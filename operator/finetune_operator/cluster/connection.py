@@ -1,0 +1,247 @@
+"""One API server over HTTP: where it is, whether to trust it, who we are, and JSON there and back.
+
+`cluster.kubernetes` speaks through it and `__main__` opens it. How to reach a cluster is read by the official client:
+kubeconfigs with all their ways to log in, and a pod's service account with its rotating token. The requests are
+aiohttp's own: the client's models would turn each document into objects and back, and refuse fields they do not know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from kubernetes.aio import config as kubernetes_config
+from kubernetes.aio.client import Configuration
+
+from finetune_operator.errors import ApiError, Unreachable, api_error
+from finetune_operator.metrics import Metrics
+
+__all__ = ["JSON", "Connection", "Unusable", "connect"]
+
+JSON = "application/json"
+
+_CONNECTIONS = 100  # HTTP/1.1: a request has one to itself, a watch for as long as it lasts
+_CONNECT_SECONDS = 10.0
+_LOGIN_SECONDS = 10.0  # between two attempts to log in anew
+_READ_AT_ONCE = 1 << 18
+_LONGEST_MESSAGE = 2000
+_log = logging.getLogger(__name__)
+
+
+class Unusable(ValueError):
+    """What should say how to reach the cluster does not; the message names the file and what is wrong."""
+
+
+@asynccontextmanager
+async def connect(
+    kubeconfig: Path | None = None, context: str | None = None, metrics: Metrics | None = None
+) -> AsyncIterator[Connection]:
+    """A connection as `kubeconfig` says, or $KUBECONFIG, the pod's service account, or ~/.kube/config.
+
+    Raises Unusable. Nothing is asked of the server yet.
+    """
+    login = _Login(kubeconfig, context)
+    await login.load()
+    connector = aiohttp.TCPConnector(limit=_CONNECTIONS, ssl=login.tls or True)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=timeout, trust_env=True, read_bufsize=_READ_AT_ONCE
+    ) as session:
+        yield Connection(session, login, metrics or Metrics())
+
+
+class Connection:
+    """Sends requests, counts them, and turns every way to fail into one of `errors`."""
+
+    def __init__(self, session: aiohttp.ClientSession, login: _Login, metrics: Metrics) -> None:
+        """Made by `connect`."""
+        self._session = session
+        self._login = login
+        self._metrics = metrics
+
+    @property
+    def host(self) -> str:
+        """The server's address, as its metrics have it."""
+        return str(self._login.configuration.host)
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Any = None,
+        content_type: str = JSON,
+        seconds: float = 30,
+    ) -> Any:
+        """The JSON that answers; Unreachable when it takes longer than `seconds`."""
+        timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=_CONNECT_SECONDS)
+        async with self._answered(method, method, path, query, body, content_type, timeout) as response:
+            return _parsed(await response.read())
+
+    async def lines(self, path: str, query: Mapping[str, str]) -> AsyncGenerator[Any, None]:
+        """Each line of an answer that comes as long as the server likes, as JSON. However long a line is."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
+        async with self._answered("WATCH", "GET", path, query, None, JSON, timeout) as response:
+            parts: list[bytes] = []
+            async for chunk in response.content.iter_any():
+                *ends, rest = chunk.split(b"\n")
+                for end in ends:
+                    line, parts = b"".join([*parts, end]), []
+                    if line:
+                        yield _parsed(line)
+                if rest:
+                    parts.append(rest)
+
+    @asynccontextmanager
+    async def _answered(
+        self,
+        verb: str,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None,
+        body: Any,
+        content_type: str,
+        timeout: aiohttp.ClientTimeout,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """An answer below 400. Asks again once after a new login where the server no longer knows us."""
+        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        try:
+            for is_last in (False, True):
+                headers = {"Accept": JSON, **({"Content-Type": content_type} if data is not None else {})}
+                headers |= await self._login.headers()
+                options = self._login.options()
+                begun_at = asyncio.get_running_loop().time()
+                async with self._session.request(
+                    method, self.host + path, params=query, data=data, headers=headers, timeout=timeout, **options
+                ) as response:
+                    self._metrics.request_seconds.labels(verb, self.host).observe(
+                        asyncio.get_running_loop().time() - begun_at
+                    )
+                    self._metrics.requests.labels(str(response.status), method, self.host).inc()
+                    if response.status == HTTPStatus.UNAUTHORIZED and not is_last and await self._login.renew():
+                        continue
+                    if response.status >= HTTPStatus.BAD_REQUEST:
+                        raise _refusal(response, await response.read())
+                    yield response
+                    return
+        except (aiohttp.ClientError, OSError) as error:
+            # TimeoutError is an OSError. One raised in the caller's block comes through here too, as it should:
+            # reading on is part of the request.
+            self._metrics.requests.labels("<error>", method, self.host).inc()
+            raise Unreachable(f"{method} {path}: {str(error) or type(error).__name__}") from error
+
+
+class _Login:
+    """What the official client makes of a kubeconfig or a service account, read again when it no longer serves."""
+
+    def __init__(self, kubeconfig: Path | None, context: str | None) -> None:
+        self._file = kubeconfig or _kubeconfig_from_environment()
+        self._context = context
+        self._lock = asyncio.Lock()
+        self._loaded_at = 0.0
+        self.configuration: Any = None
+        self.tls: ssl.SSLContext | None = None
+
+    async def load(self) -> None:
+        """Raises Unusable."""
+        where = str(self._file) if self._file else "the pod's service account"
+        if self._file is not None and not self._file.is_file():
+            raise Unusable(f"{self._file} is not there; name a kubeconfig with --kubeconfig or $KUBECONFIG")
+        configuration: Any = Configuration()
+        try:
+            if self._file is None:
+                kubernetes_config.load_incluster_config(client_configuration=configuration)
+            else:
+                await kubernetes_config.load_kube_config(
+                    str(self._file), self._context, client_configuration=configuration, persist_config=False
+                )
+            self._trust(configuration)
+        except Exception as error:  # a malformed file makes the client raise whatever its code stumbles over
+            raise Unusable(f"{where} does not say how to reach a cluster: {error}") from error
+        self.configuration = configuration
+        self._loaded_at = asyncio.get_running_loop().time()
+
+    async def renew(self) -> bool:
+        """Reads everything anew, unless that was just done; whether asking again is worth it."""
+        refused_at = asyncio.get_running_loop().time()
+        async with self._lock:
+            if self._loaded_at > refused_at:
+                return True
+            if refused_at - self._loaded_at < _LOGIN_SECONDS:
+                return False
+            try:
+                await self.load()
+            except Unusable as error:
+                _log.warning("could not log in anew: %s", error)
+                return False
+            return True
+
+    async def headers(self) -> dict[str, str]:
+        """Who we are. A service account's token is read again every minute: the kubelet replaces it."""
+        token = await self.configuration.get_api_key_with_prefix("BearerToken")
+        return {"Authorization": token} if token else {}
+
+    def options(self) -> dict[str, Any]:
+        """How to get there, for each request."""
+        configuration = self.configuration
+        options = {
+            "proxy": configuration.proxy,
+            "proxy_headers": configuration.proxy_headers,
+            "server_hostname": configuration.tls_server_name,
+        }
+        return {name: value for name, value in options.items() if value}
+
+    def _trust(self, configuration: Any) -> None:
+        """Certificates go into the context that is in use, so that a renewed one holds for new connections."""
+        if not str(configuration.host).startswith("https"):
+            return
+        if self.tls is None:
+            self.tls = ssl.create_default_context(cafile=configuration.ssl_ca_cert, cadata=configuration.ca_cert_data)
+        elif configuration.ssl_ca_cert:
+            self.tls.load_verify_locations(cafile=configuration.ssl_ca_cert)
+        if configuration.cert_file:
+            self.tls.load_cert_chain(configuration.cert_file, configuration.key_file)
+        if not configuration.verify_ssl:
+            self.tls.check_hostname = False
+            self.tls.verify_mode = ssl.CERT_NONE
+
+
+def _kubeconfig_from_environment() -> Path | None:
+    """None for a pod's own service account."""
+    if named := os.environ.get("KUBECONFIG"):
+        return Path(named)
+    return None if os.environ.get("KUBERNETES_SERVICE_HOST") else Path.home() / ".kube" / "config"
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise Unreachable(f"something that is no API server answered: {text[:200]!r}") from None
+
+
+def _refusal(response: aiohttp.ClientResponse, text: bytes) -> ApiError:
+    """The error for an answer of 400 and above, which is a Status unless something on the way has answered."""
+    try:
+        status = json.loads(text)
+    except ValueError:
+        status = None
+    status = status if isinstance(status, dict) else {"message": text.decode(errors="replace").strip()}
+    message = str(status.get("message") or response.reason)[:_LONGEST_MESSAGE]
+    return api_error(response.status, str(status.get("reason") or response.reason), message, _retry_after(response))
+
+
+def _retry_after(response: aiohttp.ClientResponse) -> float | None:
+    """Seconds; the API server never writes the other form, a date."""
+    text = response.headers.get("Retry-After", "")
+    return float(text) if text.isdigit() else None
