@@ -59,13 +59,16 @@ test: lint type verify ## Everything that must hold: lint, type, verify, then th
 	$(RUN)/python -m tests.lanes $(PYTEST_ARGS)
 
 .PHONY: generate
-generate: $(INSTALLED) ## Write manifests/crd from the models of finetune_api
+generate: $(INSTALLED) ## Write the CRDs, the chart's README and schema, and manifests/base from what they follow from
 	$(RUN)/python -m finetune_api.schema manifests/crd
+	$(RUN)/python -m helm.generator
+	helm="$$($(RUN)/python -m tests.cluster.build helm)"; $(RUN)/python -m helm.generator --helm "$${helm#helm }"
 
 .PHONY: verify
-verify: $(INSTALLED) ## Check that manifests/crd and uv.lock are what generation would write
+verify: $(INSTALLED) ## Check that uv.lock, the CRDs and the chart are what generation would write
 	@$(UV) lock --check --quiet || { echo 'uv.lock does not follow from pyproject.toml: run "$(UV) lock" and commit it.' >&2; exit 1; }
 	$(RUN)/python -m finetune_api.schema manifests/crd --check
+	$(RUN)/python -m helm.generator --check
 
 .PHONY: bench
 bench: $(INSTALLED) ## Measure (tests/bench/README.md says what); BENCH=name for one

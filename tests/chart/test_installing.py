@@ -1,0 +1,150 @@
+"""Helm installs, upgrades and uninstalls the chart on a real API server, which judges every object of it.
+
+ServiceMonitor and PrometheusRule are left out: their CRDs belong to the Prometheus operator. No controller runs, so the
+pods are only asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.chart.rendering import MATRIX, NAMESPACE, RELEASE, Helm
+from tests.cluster.client import ApiError, Client
+from tests.cluster.server import Server
+from tests.factories import job_document
+
+pytestmark = pytest.mark.control_plane
+
+Document = dict[str, Any]
+
+JOBS = "/apis/finetune-operator.io/v1alpha1/namespaces/default/finetunejobs"
+RUNTIMES = "/apis/finetune-operator.io/v1alpha1/finetuneruntimes"
+ROLES = "/apis/rbac.authorization.k8s.io/v1/namespaces/default/roles"
+LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
+NOT_SERVED = {"ServiceMonitor", "PrometheusRule"}
+
+
+@pytest.fixture(scope="module")
+def on_server(helm: Helm, bare_server: Server) -> Helm:
+    """Helm, acting on the server."""
+    return helm.on(bare_server.kubeconfig)
+
+
+@pytest.fixture(scope="module")
+def installed(on_server: Helm, bare_server: Server) -> Iterator[Client]:
+    """The chart as it is installed for the first time, with a runtime, into a namespace of the strictest level."""
+    client = bare_server.client
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    client.create("/api/v1/namespaces", {"metadata": {"name": NAMESPACE, "labels": labels}})
+    for name in ("team-a", "team-b"):
+        client.create("/api/v1/namespaces", {"metadata": {"name": name}})
+    # Made by a controller in a real cluster; pods that name no account run as it.
+    client.create(f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts", {"metadata": {"name": "default"}})
+    on_server.release("install", {"defaultRuntime": {"enabled": True}})
+    yield client
+    on_server.run("uninstall", RELEASE, "--namespace", NAMESPACE, "--ignore-not-found")
+
+
+@pytest.fixture(scope="module")
+def operator(installed: Client, bare_server: Server) -> Client:
+    """A client with the rights of the operator's service account."""
+    path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/finetune-operator/token"
+    asked = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+    token = installed.create(path, asked)["status"]["token"]
+    return Client(bare_server.url, token, bare_server.client.tls)
+
+
+def path_of(client: Client, document: Document) -> str:
+    """Where the server has an object, as it says itself."""
+    version = document["apiVersion"]
+    root = f"/apis/{version}" if "/" in version else f"/api/{version}"
+    (kind,) = (
+        one for one in client.get(root)["resources"] if one["kind"] == document["kind"] and "/" not in one["name"]
+    )
+    metadata = document["metadata"]
+    inside = f"/namespaces/{metadata['namespace']}" if kind["namespaced"] else ""
+    return f"{root}{inside}/{kind['name']}/{metadata['name']}"
+
+
+def refused(act: Any) -> int:
+    """The status with which the server refuses."""
+    with pytest.raises(ApiError) as caught:
+        act()
+    return caught.value.code
+
+
+def role(name: str, resource: str) -> Document:
+    """A Role as the operator makes one for a trainer."""
+    rules = [{"apiGroups": [""], "resources": [resource], "resourceNames": ["mine"], "verbs": ["get", "patch"]}]
+    return {"metadata": {"name": name}, "rules": rules}
+
+
+@pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
+def test_the_server_takes_every_object(helm: Helm, installed: Client, values: Document) -> None:
+    for document in helm.template(values).documents:
+        if document["kind"] not in NOT_SERVED:
+            query = "?dryRun=All&fieldManager=tests&force=true&fieldValidation=Strict"
+            installed.request(
+                "PATCH", path_of(installed, document) + query, document, content_type="application/apply-patch+yaml"
+            )
+
+
+def test_a_runtime_can_come_with_the_crds(installed: Client) -> None:
+    assert installed.get(f"{RUNTIMES}/default")["spec"]["workers"]["gpus"] == 8
+
+
+def test_the_pods_fit_the_strictest_level_of_pod_security(helm: Helm, installed: Client) -> None:
+    template = helm.template().one("Deployment")["spec"]["template"]
+    pod = {"metadata": {"name": "judged"}, "spec": template["spec"]}
+    assert installed.create(f"/api/v1/namespaces/{NAMESPACE}/pods?dryRun=All", pod)
+    pod["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
+    assert refused(lambda: installed.create(f"/api/v1/namespaces/{NAMESPACE}/pods?dryRun=All", pod)) == 403
+
+
+def test_the_operator_can_write_a_status_and_not_the_job(installed: Client, operator: Client) -> None:
+    job = installed.create(JOBS, job_document({}, "judged"))
+    written = operator.replace(f"{JOBS}/judged/status", job | {"status": {"phase": "Running"}})
+    assert written["status"]["phase"] == "Running"
+    assert refused(lambda: operator.merge(f"{JOBS}/judged", {"spec": {"suspend": True}})) == 403
+    operator.delete(f"{JOBS}/judged")
+
+
+def test_the_operator_can_let_a_trainer_patch_its_progress_and_nothing_else(operator: Client) -> None:
+    assert operator.create(f"{ROLES}?dryRun=All", role("progress", "configmaps"))
+    assert refused(lambda: operator.create(f"{ROLES}?dryRun=All", role("secrets", "secrets"))) == 403
+
+
+def test_the_operator_may_not_look_at_secrets(operator: Client) -> None:
+    for path in ("/api/v1/secrets", "/api/v1/namespaces/default/secrets/any"):
+        assert refused(lambda path=path: operator.get(path)) == 403
+
+
+def test_the_operator_may_update_its_own_lease_only(operator: Client, installed: Client) -> None:
+    for name in ("finetune-operator", "another"):
+        (operator if name == "finetune-operator" else installed).create(LEASES, {"metadata": {"name": name}})
+    assert operator.replace(f"{LEASES}/finetune-operator", operator.get(f"{LEASES}/finetune-operator"))
+    assert refused(lambda: operator.get(f"{LEASES}/another")) == 403
+
+
+def test_who_may_edit_a_namespace_has_a_role_for_jobs(installed: Client) -> None:
+    named = {one["metadata"]["name"] for one in installed.items("/apis/rbac.authorization.k8s.io/v1/clusterroles")}
+    assert {f"{NAMESPACE}:finetune-operator:{who}" for who in ("editor", "viewer")} <= named
+
+
+def test_an_upgrade_changes_what_was_asked_for_and_uninstalling_keeps_the_jobs(
+    on_server: Helm, installed: Client
+) -> None:
+    kept = installed.create(JOBS, job_document({}, "kept"))
+    values = {"defaultRuntime": {"enabled": True, "spec": {"workers": {"gpus": 4}}}, "replicas": 3}
+    on_server.release("upgrade", values)
+    deployment = f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments/finetune-operator"
+    assert installed.get(deployment)["spec"]["replicas"] == 3
+    assert installed.get(f"{RUNTIMES}/default")["spec"]["workers"]["gpus"] == 4
+    on_server.run("uninstall", RELEASE, "--namespace", NAMESPACE)
+    assert installed.find(deployment) is None
+    assert installed.get(f"{JOBS}/kept")["metadata"]["uid"] == kept["metadata"]["uid"]
+    on_server.release("install", {"defaultRuntime": {"enabled": True}})
+    assert installed.get(f"{JOBS}/kept")["metadata"]["uid"] == kept["metadata"]["uid"]
