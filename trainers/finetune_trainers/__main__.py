@@ -1,6 +1,6 @@
 """The trainers' command line.
 
-    python -m finetune_trainers [run] --plan FILE [--workdir DIR] [--no-ray]    train
+    python -m finetune_trainers [run] --plan FILE [--workdir DIR] [--[no-]ray]  train
     python -m finetune_trainers check --plan FILE [--workdir DIR]               the model and all data, nothing trained
     python -m finetune_trainers export (--adapter DIR | --model DIR) --to DIR [--merge] [--dtype bf16]
     python -m finetune_trainers chat (--adapter DIR | --model DIR) --prompt TEXT [--compare-base]
@@ -106,7 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     for verb in (run, check):
         verb.add_argument("--plan", type=Path, required=True, help="a RunPlan as JSON")
         verb.add_argument("--workdir", type=Path, help="folder for the run's files")
-    run.add_argument("--no-ray", dest="ray", action="store_false", help="train in this process, without Ray")
+    run.add_argument(
+        "--ray",
+        action=argparse.BooleanOptionalAction,
+        help="train in Ray's workers, or in this process; left out: in Ray's when there are several, or a cluster",
+    )
     export = verbs.add_parser("export", help="write an artifact somewhere else")
     chat = verbs.add_parser("chat", help="ask a trained model")
     for verb in (export, chat):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -43,8 +44,11 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def run(plan: RunPlan, workdir: Path, cache: Path, *, use_ray: bool = True) -> Outcome:
+def run(plan: RunPlan, workdir: Path, cache: Path, *, use_ray: bool | None = None) -> Outcome:
     """Train as `plan` says, in `workdir`. `cache` holds unpacked models and tokenized data from run to run.
+
+    `use_ray` None: a single process on one machine needs no Ray, whose start costs more than its imports; several
+    processes, or a Ray cluster named by RAY_ADDRESS, do.
 
     Writes plan.json, prepared.json, progress.jsonl, metrics.jsonl, artifact/ and, at the very end, outcome.json.
     Ctrl-C and SIGTERM stop it after the current step, or at once when no step is being made.
@@ -102,8 +106,10 @@ class _Launch:
     def report(self, stage: Stage, percent: float = 0.0, message: str | None = None) -> None:
         self._sink.report(stage, percent=percent, message=message)
 
-    def run(self, use_ray: bool) -> Outcome:
+    def run(self, use_ray: bool | None) -> Outcome:
         world_size = self.plan.workers.world_size
+        if use_ray is None:
+            use_ray = world_size > 1 or "RAY_ADDRESS" in os.environ
         if not use_ray and world_size > 1:
             raise UserError(f"--no-ray trains in one process, and the plan has {world_size}; leave --no-ray out")
         with _ray(self.plan) if use_ray else nullcontext() as ray, _StopRequests(self.workdir) as stops:

@@ -14,12 +14,14 @@ import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from finetune_api.plan import Device, RunPlan
+from finetune_trainers import ray_warm
 from finetune_trainers.errors import OutOfMemoryError, TrainerError, classified, first_line
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.worker_process import LOG_FILE, train
@@ -41,6 +43,8 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+SHORTCUTS_FOR = "2.60."
+"""The versions of Ray whose internals `ray_lean` and `ray_warm` know. With any other, starting takes longer."""
 
 
 class RayWorkers:
@@ -55,14 +59,17 @@ class RayWorkers:
         self._plan = plan
         self._function = function
         self._address = os.environ.get("RAY_ADDRESS")
+        self._shortcuts = self._address is None and version("ray").startswith(SHORTCUTS_FOR)
         self._temporary: Path | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
         self._started: Future[None] | None = None
 
     def __enter__(self) -> RayWorkers:
-        os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
+        settings = dict(ENVIRONMENT)
         if self._address is None:
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a laptop is not preempted
+            settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a laptop is not preempted
+            settings |= ray_warm.SETTINGS if self._shortcuts else {}
+        os.environ.update({key: os.environ.get(key, value) for key, value in settings.items()})
         self._started = self._thread.submit(self._start)
         return self
 
@@ -80,7 +87,10 @@ class RayWorkers:
                 self._discard()
                 if attempt + 1 == START_ATTEMPTS:
                     raise
-        import ray.train.torch  # noqa: F401  # slow too, so it belongs in the background
+        if own := self._warm_environment():
+            with suppress(Exception):  # it saves seconds, and nothing depends on it
+                ray_warm.prestart_group(self._plan.workers.world_size, own)
+        self._trainer_class()  # importing Ray Train is slow too, so it belongs in the background
 
     def _start_once(self) -> None:
         import ray
@@ -88,6 +98,7 @@ class RayWorkers:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self._address is None:
             self._temporary = Path(tempfile.mkdtemp(prefix="finetune-ray-", dir="/tmp"))  # socket paths are short
+            os.environ.update(ray_warm.controller_seat(self._temporary) if self._shortcuts else {})
             workers = self._plan.workers
             options |= {
                 "address": "local",
@@ -99,6 +110,25 @@ class RayWorkers:
                 "_temp_dir": str(self._temporary),
             }
         ray.init(**options)
+
+    def _warm_environment(self) -> dict[str, str]:
+        """What workers that are started ahead of time have in their environment; nothing where none are.
+
+        On GPUs none are: a process must not look for them before Ray has given it its own.
+        """
+        if not self._shortcuts or self._plan.workers.device is Device.CUDA:
+            return {}
+        modules = ray_warm.warm_modules(self._plan.deepspeed.engine == "deepspeed", self._plan.tuning.lora is not None)
+        return {"DS_ACCELERATOR": "cpu", ray_warm.WARM_UP: modules}
+
+    def _trainer_class(self) -> Any:
+        if self._shortcuts:
+            from finetune_trainers.ray_lean import LeanTorchTrainer
+
+            return LeanTorchTrainer
+        from ray.train.torch import TorchTrainer
+
+        return TorchTrainer
 
     def _discard(self) -> None:
         """Remove what a Ray of our own has left: its folder, and daemons of one that did not get up."""
@@ -128,15 +158,15 @@ class RayWorkers:
 
     def _fit(self, prepared: PreparedRun, workdir: Path) -> WorkerResult:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchConfig
 
         workers = self._plan.workers
         on_gpu = workers.device is Device.CUDA
         own_ray = self._address is None
         resources = {"CPU": 1.0 if own_ray else max(workers.cpus or 1.0, 1.0)} | ({"GPU": 1.0} if on_gpu else {})
         storage = workdir / "ray"
-        trainer = TorchTrainer(
-            self._function,  # type: ignore[arg-type]  # what it returns is the result's return_value
+        trainer = self._trainer_class()(
+            self._function,  # what it returns is the result's return_value
             train_loop_config={
                 "plan": self._plan.model_dump_json(by_alias=True),
                 "prepared": prepared.model_dump_json(by_alias=True),
@@ -147,7 +177,10 @@ class RayWorkers:
                 num_workers=workers.world_size, use_gpu=on_gpu, resources_per_worker=resources
             ),
             run_config=RunConfig(
-                name=self._plan.name, storage_path=str(storage), failure_config=FailureConfig(max_failures=0)
+                name=self._plan.name,
+                storage_path=str(storage),
+                failure_config=FailureConfig(max_failures=0),
+                worker_runtime_env={"env_vars": self._warm_environment()},  # type: ignore[call-arg]
             ),
         )
         result: Any = trainer.fit()

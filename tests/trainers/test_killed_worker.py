@@ -1,0 +1,102 @@
+"""A worker that is killed under Ray Train: the run ends with a failure that names it, and nothing is left running."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from finetune_api.failures import FailureClass
+from finetune_api.progress import Outcome, Progress, Result, Stage
+from finetune_trainers import launch
+from tests.trainers.conftest import SmallWorld
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
+
+STEPS = 100_000
+"""More than can be made before the kill."""
+
+
+def training_workers() -> Iterator[psutil.Process]:
+    """The processes of Ray Train's group below this one."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                yield process
+        except psutil.Error:
+            continue  # gone in between
+
+
+class Killer(threading.Thread):
+    """Kills one worker as soon as the run in `workdir` has made a step."""
+
+    def __init__(self, workdir: Path) -> None:
+        super().__init__(daemon=True)
+        self._metrics = workdir / "metrics.jsonl"
+        self.killed: int | None = None
+        self.born = 0.0
+        """When the killed worker's process was started, in seconds since the epoch."""
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            if self._metrics.exists() and '"grad_norm"' in self._metrics.read_text():
+                victim = max(training_workers(), key=lambda process: process.pid)
+                self.killed, self.born = victim.pid, victim.create_time()
+                victim.kill()
+                return
+            time.sleep(0.1)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run whose worker was killed."""
+
+    outcome: Outcome
+    killer: Killer
+    workdir: Path
+
+
+@pytest.fixture(scope="module")
+def ended(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    workdir = tmp_path_factory.mktemp("killed")
+    plan = small_world.plan(
+        {
+            "training.maxSteps": STEPS,
+            "training.globalBatchSize": 4,
+            "deepspeed.zeroStage": 2,
+            "cluster.workers": {"replicas": 2, "cpus": 1},
+        }
+    )
+    killer = Killer(workdir)
+    killer.start()
+    outcome = launch.run(plan, workdir, small_world.cache)
+    killer.join(timeout=10)
+    return Ended(outcome, killer, workdir)
+
+
+def test_the_run_fails_and_says_that_a_worker_died(ended: Ended) -> None:
+    outcome = ended.outcome
+    assert ended.killer.killed is not None
+    assert outcome.result is Result.FAILED
+    assert outcome.failure is not None
+    assert outcome.failure.failure_class is FailureClass.UNKNOWN
+    assert "died without saying why" in outcome.failure.message
+
+
+def test_no_worker_and_no_daemon_of_rays_is_left(ended: Ended) -> None:
+    left = [process.name() for process in psutil.Process().children(recursive=True) if process.is_running()]
+    assert [name for name in left if "ray" in name.lower() or name in ("gcs_server", "raylet")] == []
+
+
+def test_workers_were_started_and_warm_before_they_were_asked_for(ended: Ended) -> None:
+    """A shortcut through Ray's internals, which another version of Ray may close without a word."""
+    lines = (ended.workdir / "progress.jsonl").read_text().splitlines()
+    reports = [Progress.model_validate_json(line) for line in lines]
+    asked = next(report.updated_at for report in reports if report.stage is Stage.STARTING_WORKERS)
+    assert ended.killer.born < asked.timestamp()

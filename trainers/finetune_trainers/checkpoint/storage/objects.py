@@ -1,0 +1,172 @@
+"""A bucket as a storage: S3, what speaks like it, and GCS, through obstore (the Rust library object_store).
+
+Large files go up as multipart uploads, several parts at once, each with a SHA-256 that the store checks; they appear
+when the upload is completed, whole. `create` is a conditional put. obstore repeats a request that failed on its
+way, with growing and jittered pauses; `resilient` repeats what it gives up.
+
+Parts of an upload whose writer died cannot be listed through obstore: a bucket needs a lifecycle rule that aborts
+incomplete multipart uploads, as its vendor recommends anyway. They are invisible and cost space, nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from finetune_trainers.checkpoint.storage.errors import (
+    StorageConflictError,
+    StorageDeniedError,
+    StorageError,
+    StorageFullError,
+    StorageMissingError,
+    StorageTornError,
+    StorageUnavailableError,
+)
+from finetune_trainers.checkpoint.storage.protocol import Parts, Stored
+
+__all__ = ["ObjectStorage"]
+
+_PART_BYTES = 16 << 20
+_PARTS_AT_ONCE = 8
+_REQUESTS_AT_ONCE = 32
+_SAYS_FULL = ("StorageFull", "QuotaExceeded", "InsufficientStorage", "507 ", "NoSpaceLeft")
+
+
+class ObjectStorage:
+    """Objects below one prefix of a bucket. `store` is an obstore store of the bucket."""
+
+    def __init__(self, store: Any, prefix: str, uri: str, exclusive: bool = True) -> None:
+        """`exclusive`: whether the store honours conditional puts; `opening` finds out."""
+        self._store = store
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self._uri = uri
+        self._exclusive = exclusive
+        self._slots = threading.BoundedSemaphore(_REQUESTS_AT_ONCE)
+
+    @property
+    def uri(self) -> str:
+        return self._uri
+
+    @property
+    def exclusive(self) -> bool:
+        return self._exclusive
+
+    def write(self, name: str, parts: Parts, size: int) -> None:
+        import obstore
+
+        self._request(
+            name,
+            lambda key: obstore.put(
+                self._store,
+                key,
+                iter(parts()),
+                use_multipart=size > _PART_BYTES,
+                chunk_size=_PART_BYTES,
+                max_concurrency=_PARTS_AT_ONCE,
+            ),
+        )
+
+    def create(self, name: str, data: bytes) -> None:
+        import obstore
+
+        if not self._exclusive and self.size(name) is not None:
+            raise StorageConflictError(f"{name} is there already")
+        mode: Any = "create" if self._exclusive else "overwrite"
+        self._request(name, lambda key: obstore.put(self._store, key, data, mode=mode, use_multipart=False))
+
+    def replace(self, name: str, data: bytes) -> None:
+        import obstore
+
+        self._request(name, lambda key: obstore.put(self._store, key, data, use_multipart=False))
+
+    def read(self, name: str) -> bytes:
+        import obstore
+
+        return self._request(name, lambda key: bytes(obstore.get(self._store, key).bytes()))
+
+    def read_range(self, name: str, start: int, end: int) -> memoryview:
+        import obstore
+
+        if start == end:
+            return memoryview(b"")
+        data = self._request(name, lambda key: memoryview(obstore.get_range(self._store, key, start=start, end=end)))
+        if len(data) != end - start:
+            raise StorageTornError(f"{name}: bytes [{start}, {end}) are wanted and it ends at {start + len(data)}")
+        return data
+
+    def size(self, name: str) -> int | None:
+        import obstore
+
+        try:
+            return int(self._request(name, lambda key: obstore.head(self._store, key))["size"])
+        except StorageMissingError:
+            return None
+
+    def list(self, prefix: str) -> Iterator[Stored]:
+        import obstore
+
+        pages = iter(obstore.list(self._store, self._prefix + prefix, chunk_size=1000))
+        while (page := self._request(prefix, lambda _: next(pages, None))) is not None:
+            for item in page:
+                yield Stored(item["path"][len(self._prefix) :], int(item["size"]))
+
+    def delete(self, names: Sequence[str]) -> None:
+        import obstore
+
+        for first in range(0, len(names), 1000):
+            keys = [self._prefix + name for name in names[first : first + 1000]]
+            try:
+                self._request(names[first], lambda _, keys=keys: obstore.delete(self._store, keys))  # type: ignore[misc]
+            except StorageMissingError:
+                continue
+
+    def prune(self, folder: str) -> None:
+        """A bucket has no folders."""
+
+    def discard_unfinished(self, older_than_seconds: float) -> Sequence[str]:
+        return ()
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def _request(self, name: str, call: Callable[[str], Any]) -> Any:
+        with self._slots, _named(name):
+            return call(self._prefix + name)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """obstore's errors become StorageErrors that name the object."""
+    from obstore import exceptions
+
+    try:
+        yield
+    except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
+        raise StorageConflictError(f"{name} is there already") from error
+    except FileNotFoundError as error:
+        raise StorageMissingError(f"{name}: there is no such object") from error
+    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+        raise StorageDeniedError(f"{name}: {_brief(error)}") from error
+    except (
+        exceptions.NotSupportedError,
+        exceptions.InvalidPathError,
+        exceptions.UnknownConfigurationKeyError,
+    ) as error:
+        raise StorageDeniedError(f"{name}: {_brief(error)}") from error
+    except (exceptions.BaseError, OSError) as error:
+        raise _kind(error)(f"{name}: {_brief(error)}") from error
+
+
+def _kind(error: Exception) -> type[StorageError]:
+    """By the store's words: object_store has no error of its own for a bucket that is full."""
+    text = str(error)
+    if any(word in text for word in _SAYS_FULL):
+        return StorageFullError
+    return StorageTornError if "BadDigest" in text or "XAmzContentSHA256Mismatch" in text else StorageUnavailableError
+
+
+def _brief(error: Exception) -> str:
+    """The first line; obstore appends the whole chain of causes, request headers included."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:500]

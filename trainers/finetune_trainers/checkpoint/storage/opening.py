@@ -1,0 +1,83 @@
+"""A URI -> a storage that is ready to use: with retries, and after a look at what the store can do.
+
+file:///folder         this machine's disk
+pvc://claim/folder     a folder below where the claim is mounted: <pvc root>/<claim>
+s3://bucket/prefix     credentials, region and endpoint as AWS programs take them (AWS_ACCESS_KEY_ID, AWS_REGION,
+                       AWS_ENDPOINT_URL, ...), a profile or an instance's role
+gs://bucket/prefix     GOOGLE_APPLICATION_CREDENTIALS, or the instance's account
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from finetune_api.uris import Scheme, Uri, parse_uri
+from finetune_trainers.checkpoint.storage.errors import StorageConflictError, StorageDeniedError
+from finetune_trainers.checkpoint.storage.objects import ObjectStorage
+from finetune_trainers.checkpoint.storage.posix import PosixStorage
+from finetune_trainers.checkpoint.storage.protocol import Storage
+from finetune_trainers.checkpoint.storage.resilient import ResilientStorage
+
+__all__ = ["SCHEMES", "open_storage", "refuses_to_overwrite"]
+
+SCHEMES = (Scheme.FILE, Scheme.PVC, Scheme.S3, Scheme.GS)
+
+_RETRIES = {
+    "max_retries": 8,
+    "retry_timeout": timedelta(minutes=3),
+    "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=20), "base": 2},
+}
+_REQUESTS = {"connect_timeout": timedelta(seconds=10), "read_timeout": timedelta(seconds=60), "timeout": "10 minutes"}
+
+
+def open_storage(text: str, pvc_root: str = "/mnt/pvc", options: Mapping[str, Any] | None = None) -> Storage:
+    """The storage at a URI. `options` are obstore's for the bucket (`endpoint`, `access_key_id`, ...), over the
+    environment's.
+
+    A bucket is asked whether its conditional puts hold, which takes three requests and write access. Raises
+    StorageError when it cannot be reached, ValueError for a URI of another scheme.
+    """
+    uri = parse_uri(text, SCHEMES)
+    if uri.scheme is Scheme.FILE:
+        if not uri.path.startswith("/"):
+            raise ValueError(f"{text} is relative; a place for checkpoints is named by its whole path, file:///...")
+        return ResilientStorage(PosixStorage(uri.path))
+    if uri.scheme is Scheme.PVC:
+        return ResilientStorage(PosixStorage(f"{pvc_root}/{uri.authority}/{uri.path}".rstrip("/")))
+    store = _bucket(uri, options or {})
+    exclusive = refuses_to_overwrite(ObjectStorage(store, uri.path, str(uri)))
+    return ResilientStorage(ObjectStorage(store, uri.path, str(uri), exclusive))
+
+
+def refuses_to_overwrite(storage: Storage) -> bool:
+    """Whether the store honours a conditional put, found by trying: some that speak like S3 ignore the condition."""
+    name = f"probe-{secrets.token_hex(8)}"
+    try:
+        storage.create(name, b"1")
+    except StorageDeniedError as error:
+        if "conditional" in error.message.lower() or "not implemented" in error.message.lower():
+            return False
+        raise
+    try:
+        storage.create(name, b"2")
+    except StorageConflictError:
+        return True
+    finally:
+        storage.delete([name])
+    return False
+
+
+def _bucket(uri: Uri, options: Mapping[str, Any]) -> Any:
+    try:
+        from obstore import store
+    except ImportError:
+        raise StorageDeniedError(
+            f"{uri}: buckets need the package obstore; install finetune-operator[trainers]"
+        ) from None
+    common: Any = {"client_options": _REQUESTS, "retry_config": _RETRIES}
+    if uri.scheme is Scheme.GS:
+        return store.GCSStore(uri.authority, **common, **options)
+    return store.S3Store(uri.authority, **{"checksum_algorithm": "SHA256", **common, **options})
