@@ -1,0 +1,90 @@
+"""What a job waits for: the artifacts of other jobs that its URIs name by job://name.
+
+A chain (fine-tune, then a reward model from it, then PPO) is so many FineTuneJobs that are all created at once. Each
+waits until the one it names has written its model, and fails with that one's reason when it fails. A name that no job
+has is waited for too: `kubectl apply` of a folder creates jobs in any order.
+
+`dependency_names` is also what the handlers index jobs by, so that the end of one wakes those that wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.progress import Artifact
+
+__all__ = ["Dependencies", "dependency_names", "resolve"]
+
+_PREFIX = "job://"
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """What became of the jobs that a job names. It can start when nothing is waiting and nothing has failed."""
+
+    artifacts: Mapping[str, Artifact] = field(default_factory=dict)
+    """By the other job's name."""
+    waiting: tuple[str, ...] = ()
+    """A sentence for each job that has not ended yet."""
+    failed: tuple[str, ...] = ()
+    """A sentence for each job that ended without a model."""
+
+
+def dependency_names(job: Any) -> tuple[str, ...]:
+    """Names of the jobs whose artifacts `job`, a raw FineTuneJob, needs. Total."""
+    source = _at(job, "spec", "model", "source")
+    return (source.removeprefix(_PREFIX),) if isinstance(source, str) and source.startswith(_PREFIX) else ()
+
+
+def resolve(names: Iterable[str], jobs: Mapping[str, Any]) -> Dependencies:
+    """What became of the jobs called `names`; `jobs` are the raw FineTuneJobs by name, None where there is none."""
+    artifacts: dict[str, Artifact] = {}
+    waiting: list[str] = []
+    failed: list[str] = []
+    for name in names:
+        other = jobs.get(name)
+        written = _artifacts(other)
+        if other is None:
+            waiting.append(f"job://{name}: there is no FineTuneJob of that name in this namespace.")
+        elif (failure := _condition(other, "Failed")) is not None:
+            failed.append(f"job://{name} failed: {_reason(failure)}")
+        elif _condition(other, "Complete") is None:
+            waiting.append(f"job://{name} is {_at(other, 'status', 'phase') or 'Pending'}.")
+        elif not written:
+            failed.append(f"job://{name} succeeded without writing a model.")
+        else:
+            artifacts[name] = next((one for one in written if one.kind == "model"), written[0])
+    return Dependencies(artifacts, tuple(waiting), tuple(failed))
+
+
+def _condition(job: Any, name: str) -> Any:
+    """The condition of that type, when it holds."""
+    listed = _at(job, "status", "conditions")
+    held = (one for one in (listed if isinstance(listed, list) else ()) if _at(one, "status") == "True")
+    return next((one for one in held if _at(one, "type") == name), None)
+
+
+def _reason(condition: Any) -> str:
+    reason, message = _at(condition, "reason"), _at(condition, "message")
+    return ": ".join(str(part) for part in (reason, message) if part) or "no reason is known"
+
+
+def _artifacts(job: Any) -> list[Artifact]:
+    listed = _at(job, "status", "artifacts")
+    found = []
+    for one in listed if isinstance(listed, list) else ():
+        try:
+            found.append(Artifact.model_validate(one))
+        except ValidationError:
+            continue
+    return found
+
+
+def _at(value: Any, *path: str) -> Any:
+    for step in path:
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
