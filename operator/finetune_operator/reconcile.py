@@ -1,0 +1,220 @@
+"""One pass over one job: observe, decide, act, report.
+
+`handlers` calls it for each key that its watches name, `local` does so on a laptop. What is decided stands in `decide`;
+here is only what keeps a decision from being made on old news, and what happens when the cluster says no.
+
+- Nothing is decided on a job that is older than our own last write to its status: the watch will bring the newer one.
+- A RayJob that the watch does not show is looked up before anybody concludes that it was deleted.
+- A name that is taken is looked at: ours, and merely not seen yet, or somebody else's.
+- Objects are created first and the status, which tells of them, written after. A pass that is cut off between the two
+  is made good by the next, which finds the objects by their names.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from finetune_operator.cluster.protocol import Cluster, Document
+from finetune_operator.decide import Create, Decision, decide
+from finetune_operator.errors import AlreadyExists, ApiError, NotFound
+from finetune_operator.events import EventRecorder
+from finetune_operator.kinds import FINETUNE_JOB, RAY_JOB, Key
+from finetune_operator.logs import about
+from finetune_operator.metrics import Metrics
+from finetune_operator.observe import World, observe
+from finetune_operator.refusals import KUBERAY_MISSING, Refusal, name_taken, refusal_of, refused_status
+from finetune_operator.settings import Settings
+from finetune_operator.transitions import count_transition
+
+__all__ = ["Reconciler"]
+
+PROGRESS_SECONDS = 15.0
+"""At least so long between two writes of a status in which only progress differs."""
+
+_WATCH_SECONDS = 5.0  # the watch names the key when it brings the job; this is for the case that it does not
+_LOOKS = 3  # the world, with a RayJob that was not seen yet, and once more
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Memory:
+    """What was last written to a job's status: from which version, and when."""
+
+    replaced: str = ""
+    written_at: datetime | None = None
+
+
+class Reconciler:
+    """Brings one job at a time to what it should be."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        worlds: Callable[[Key], World | None],
+        clock: Callable[[], datetime],
+        settings: Settings,
+        metrics: Metrics | None = None,
+        *,
+        knows_ray_jobs: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`worlds` gives what was seen of a job, None where there is none. `knows_ray_jobs`: KubeRay is installed."""
+        self._cluster = cluster
+        self._worlds = worlds
+        self._clock = clock
+        self._settings = settings
+        self._metrics = metrics or Metrics()
+        self._knows_ray_jobs = knows_ray_jobs
+        self._events = EventRecorder(cluster, clock, settings.pod_name)
+        self._memories: dict[Key, _Memory] = {}
+
+    async def reconcile(self, key: Key) -> float | None:
+        """One pass. In how many seconds to look again; None for when something changes. Raises ClusterError."""
+        world = self._worlds(key)
+        if world is None:
+            self._memories.pop(key, None)
+            return None
+        if _version(world.job) == self._memories.setdefault(key, _Memory()).replaced:
+            return _WATCH_SECONDS
+        with about(namespace=key.namespace, job=key.name, attempt=_attempt(world.job).get("number")):
+            return await self._pass(key, await self._with_present_attempt(world))
+
+    async def _pass(self, key: Key, world: World) -> float | None:
+        for _ in range(_LOOKS):
+            decision = decide(world.job, observe(world), self._clock(), self._settings)
+            try:
+                unseen = await self._create(world, decision.create)
+            except _Refused as refused:
+                return await self._report_refusal(key, world.job, decision, refused.refusal)
+            if unseen is None:
+                return await self._carry_out(key, world.job, decision)
+            world = _with_ray_job(world, unseen)
+        raise AssertionError("a RayJob that the world shows is not created")
+
+    async def _with_present_attempt(self, world: World) -> World:
+        """The world, in which the RayJob of an attempt that has not ended is missing only if it is really gone."""
+        attempt = _attempt(world.job)
+        name = attempt.get("rayJob")
+        if not name or attempt.get("endedAt") or name in _names(world.children.get(RAY_JOB, ())):
+            return world
+        there = await self._cluster.get(RAY_JOB, Key(_namespace(world.job), name))
+        return world if there is None else _with_ray_job(world, there)
+
+    async def _create(self, world: World, wanted: Sequence[Create]) -> Document | None:
+        """Creates what is wanted, in order. Returns a RayJob that turned out to be there and was not in the world."""
+        if not self._knows_ray_jobs() and any(one.kind == RAY_JOB for one in wanted):
+            raise _Refused(KUBERAY_MISSING)
+        for one in wanted:
+            metadata = one.document["metadata"]
+            try:
+                await self._cluster.create(one.kind, one.document)
+                _log.info("created %s %s", one.kind.name, metadata["name"])
+            except AlreadyExists:
+                there = await self._cluster.get(one.kind, Key(_namespace(world.job), metadata["name"]))
+                if there is None:
+                    raise  # it was just being deleted: soon again
+                if one.kind == RAY_JOB and metadata["name"] not in _names(world.children.get(RAY_JOB, ())):
+                    return there
+                if not _is_owned(there, world.job) or there["metadata"].get("deletionTimestamp"):
+                    raise _Refused(name_taken(one.kind, there, world.job["metadata"]["name"])) from None
+            except ApiError as error:
+                refusal = refusal_of(error, one.kind, metadata["name"])
+                if refusal is None:
+                    raise
+                raise _Refused(refusal) from error
+        return None
+
+    async def _carry_out(self, key: Key, job: Document, decision: Decision) -> float | None:
+        wait = self._until_progress_is_due(key, job, decision)
+        if wait is not None:
+            return _sooner(decision.requeue_after, wait)
+        for one in decision.delete:
+            _log.info("deleting %s %s", one.kind.name, one.key.name)
+            await self._cluster.delete(one.kind, one.key, one.uid)
+        if decision.status is not None:
+            await self._write_status(key, job, decision.status)
+        for event in decision.events:
+            await self._events.record(job, event.type, event.reason, event.message)
+        return decision.requeue_after
+
+    async def _report_refusal(self, key: Key, job: Document, decision: Decision, refusal: Refusal) -> float:
+        _log.warning("%s: %s", refusal.reason, refusal.message)
+        status = refused_status(job.get("status"), decision.status, refusal, job, self._clock())
+        if status is not None:
+            await self._write_status(key, job, status)
+            await self._events.record(job, "Warning", refusal.reason, refusal.message)
+        return refusal.wait
+
+    async def _write_status(self, key: Key, job: Document, status: Document) -> None:
+        """Raises Conflict where the job has changed: the next pass decides anew."""
+        try:
+            written = await self._cluster.replace_status(FINETUNE_JOB, {**job, "status": status})
+        except NotFound:
+            return  # deleted meanwhile, and what it owned goes with it
+        memory = self._memories.setdefault(key, _Memory())
+        # A server that finds nothing changed leaves the version as it is; there is nothing newer to wait for then.
+        memory.replaced = _version(job) if _version(written) != _version(job) else ""
+        memory.written_at = self._clock()
+        count_transition(self._metrics, job, status)
+
+    def _until_progress_is_due(self, key: Key, job: Document, decision: Decision) -> float | None:
+        """Seconds until a status that only brings news of progress may be written; None for now."""
+        written_at = self._memories[key].written_at
+        if decision.status is None or decision.delete or decision.events or written_at is None:
+            return None
+        left = PROGRESS_SECONDS - (self._clock() - written_at).total_seconds()
+        if left <= 0 or _without_progress(decision.status) != _without_progress(job.get("status") or {}):
+            return None
+        return left
+
+
+class _Refused(Exception):
+    """An object that the job needs was not created."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+def _without_progress(status: Document) -> Document:
+    """What a person would call a change of state."""
+    return {
+        **{name: value for name, value in status.items() if name != "progress"},
+        "attempts": [{**attempt, "step": None} for attempt in status.get("attempts") or []],
+        "conditions": [{**condition, "message": None} for condition in status.get("conditions") or []],
+    }
+
+
+def _attempt(job: Document) -> Document:
+    """The last attempt in the status; empty where there is none."""
+    attempts: list[Document] = (job.get("status") or {}).get("attempts") or [{}]
+    return attempts[-1]
+
+
+def _with_ray_job(world: World, ray_job: Document) -> World:
+    seen = [one for one in world.children.get(RAY_JOB, ()) if one["metadata"]["name"] != ray_job["metadata"]["name"]]
+    return replace(world, children={**world.children, RAY_JOB: [*seen, ray_job]})
+
+
+def _names(documents: Sequence[Document]) -> set[Any]:
+    return {document["metadata"]["name"] for document in documents}
+
+
+def _is_owned(document: Document, job: Document) -> bool:
+    owners = document["metadata"].get("ownerReferences") or ()
+    return any(owner.get("controller") and owner.get("uid") == job["metadata"].get("uid") for owner in owners)
+
+
+def _namespace(job: Document) -> str:
+    return str(job["metadata"].get("namespace") or "")
+
+
+def _version(document: Document) -> str:
+    return str(document["metadata"].get("resourceVersion") or "")
+
+
+def _sooner(first: float | None, second: float) -> float:
+    return second if first is None else min(first, second)
