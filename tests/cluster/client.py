@@ -63,8 +63,8 @@ class Client:
         """PATCH by JSON merge patch: what `body` leaves out stays, null removes."""
         return self.request("PATCH", path, body, content_type="application/merge-patch+json")
 
-    def apply(self, path: str, body: dict[str, Any]) -> Any:
-        """PATCH by server-side apply, as field manager "tests", which wins every conflict."""
+    def apply(self, path: str, body: dict[str, Any] | str) -> Any:
+        """PATCH by server-side apply, as field manager "tests", which wins every conflict. A string is YAML."""
         # JSON is YAML. The server takes objects this way that are too large for an annotation, as KubeRay's CRDs are.
         query = "fieldManager=tests&force=true"
         return self.request("PATCH", f"{path}?{query}", body, content_type="application/apply-patch+yaml")
@@ -81,20 +81,21 @@ class Client:
         self,
         method: str,
         path: str,
-        body: dict[str, Any] | None = None,
+        body: dict[str, Any] | str | None = None,
         content_type: str = "application/json",
         accept: str = "application/json",
     ) -> Any:
         """Raises ApiError for every answer of 400 and above."""
         headers = {"Authorization": f"Bearer {self.token}", "Accept": accept, "Content-Type": content_type}
-        data = None if body is None else json.dumps(body).encode()
+        text = body if isinstance(body, str | None) else json.dumps(body)
+        data = None if text is None else text.encode()
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, context=self.tls, timeout=60) as answer:
-                text = answer.read().decode()
+                told: str = answer.read().decode()
         except urllib.error.HTTPError as error:
             raise ApiError(error.code, _status(error.read().decode())) from None
-        return json.loads(text) if text[:1] in "{[" else text
+        return json.loads(told) if told[:1] in ("{", "[") else told
 
 
 def write_kubeconfig(file: Path, url: str, token: str, ca_file: Path) -> Path:

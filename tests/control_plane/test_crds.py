@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.client import ApiError, Client
+from tests.cluster.processes import wait_until
 from tests.control_plane.conftest import JOBS, Store
-from tests.cluster.server import ApiError, Client, wait_until
 from tests.factories import job_document
 
 pytestmark = pytest.mark.control_plane

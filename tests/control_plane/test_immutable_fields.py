@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.cluster.client import ApiError, Client
 from tests.control_plane.conftest import JOBS, Store
 from tests.control_plane.rules import UPDATE_ROWS, UpdateRow
-from tests.cluster.server import ApiError, Client
 from tests.factories import job_document
 
 pytestmark = pytest.mark.control_plane

@@ -16,10 +16,10 @@ from finetune_api.failures import Problem
 from finetune_api.job import FineTuneJob
 from finetune_api.problems import InvalidManifest, validate_document
 from finetune_api.runtime import FineTuneRuntime
+from tests.cluster.client import ApiError, Client
 from tests.control_plane.conftest import JOBS, RUNTIMES, Store
 from tests.control_plane.limits import EXAMPLES, Breach, breaches, fields_of, fields_set, spec_schema
 from tests.control_plane.rules import RULE_ROWS, UPDATE_ROWS, RuleRow, rules_of_the_contract
-from tests.cluster.server import ApiError, Client
 from tests.factories import job_document, with_changes
 
 pytestmark = pytest.mark.control_plane

@@ -11,8 +11,8 @@ from finetune_api.base import Contract
 from finetune_api.job import FineTuneJob
 from finetune_api.manifests import read_documents
 from finetune_api.runtime import FineTuneRuntime
+from tests.cluster.client import Client
 from tests.control_plane.conftest import JOBS, ROOT, RUNTIMES
-from tests.cluster.server import Client
 from tests.factories import job_document, runtime_document
 
 pytestmark = pytest.mark.control_plane

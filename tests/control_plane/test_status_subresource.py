@@ -10,8 +10,8 @@ from finetune_api.failures import Failure, FailureClass, Problem
 from finetune_api.job import Status
 from finetune_api.progress import Artifact, EvalSummary, Outcome, Progress, Result, Stage
 from finetune_operator.status import project
+from tests.cluster.client import ApiError, Client
 from tests.control_plane.conftest import JOBS, Store
-from tests.cluster.server import ApiError, Client
 from tests.factories import job_document
 
 pytestmark = pytest.mark.control_plane

@@ -1,0 +1,54 @@
+"""What a person sees who types kubectl: samples are taken, fields explained, progress shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune_api.spec.training import Training
+from tests.cluster.client import Client
+from tests.cluster.tools import Tool, ToolFailed
+from tests.control_plane.conftest import JOBS, ROOT, Store
+from tests.factories import job_document
+
+pytestmark = pytest.mark.control_plane
+
+SAMPLES = sorted((ROOT / "manifests" / "samples").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", SAMPLES, ids=lambda file: str(file.relative_to(ROOT / "manifests" / "samples")))
+def test_a_sample_is_applied_and_applied_again_without_a_change(kubectl: Tool, namespace: str, file: Path) -> None:
+    first, second = (kubectl("apply", "-n", namespace, "-f", file).splitlines() for _ in range(2))
+    kubectl("delete", "-n", namespace, "-f", file, "--wait=false")  # a runtime belongs to no namespace
+    assert {line.rpartition(" ")[2] for line in first} == {"created"}
+    assert {line.rpartition(" ")[2] for line in second} == {"unchanged"}
+
+
+def test_a_misspelt_field_is_refused_by_name(kubectl: Tool, namespace: str) -> None:
+    document = job_document({"training": {"epocs": 2}})
+    with pytest.raises(ToolFailed, match=r'unknown field "spec.training.epocs"'):
+        kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(document))
+
+
+def test_explain_gives_the_docstrings_of_the_models(kubectl: Tool) -> None:
+    told = " ".join(kubectl("explain", "finetunejob.spec.training").split())
+    for name, field in Training.model_fields.items():
+        assert field.description is not None, name
+        assert " ".join(field.description.split()) in told
+
+
+def test_get_shows_the_columns(kubectl: Tool, stored_job: Store, api: Client) -> None:
+    stored = stored_job(job_document(name="shown"))
+    status = {"method": "sft", "tuning": "lora", "phase": "Running", "progress": {"step": 3, "totalSteps": 9}}
+    api.replace(f"{JOBS}/shown/status", stored | {"status": status})
+    head, row = kubectl("get", "ftj", "shown").splitlines()
+    assert head.split()[:4] == ["NAME", "METHOD", "TUNING", "PHASE"]
+    assert row.split()[:4] == ["shown", "sft", "lora", "Running"]
+    assert head.split()[-1] == "AGE"
+    assert len(kubectl("get", "ftj", "shown", "-o", "wide").splitlines()[0].split()) > len(head.split())
+
+
+def test_runtimes_have_a_short_name(kubectl: Tool) -> None:
+    assert "ftr" in kubectl("api-resources", "--api-group=finetune-operator.io", "--no-headers")
