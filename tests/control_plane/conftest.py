@@ -34,7 +34,7 @@ from tests.cluster.kuberay import KubeRay, define_ray
 from tests.cluster.kuberay import kuberay as start_kuberay
 from tests.cluster.kueue import kueue as start_kueue
 from tests.cluster.pods import Kwok, kwok
-from tests.cluster.processes import Started
+from tests.cluster.processes import Started, wait_until
 from tests.cluster.programs import PROGRAMS
 from tests.cluster.server import Server, control_plane
 from tests.cluster.tools import Tool, helm_tool, kubectl_tool
@@ -92,9 +92,11 @@ def controllers(server: Server, stored_crds: dict[str, dict[str, Any]], built: B
 
 @pytest.fixture
 def namespace(api: Client, controllers: Started) -> Iterator[str]:
-    """Deleted afterwards with all that is in it; nobody waits for that."""
+    """Its service account is there, so pods may be created. Deleted afterwards with all that is in it, unattended."""
     name = f"test-{secrets.token_hex(4)}"
     api.create("/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    account = f"/api/v1/namespaces/{name}/serviceaccounts/default"
+    wait_until(lambda: api.find(account), "the namespace's service account", controllers)
     yield name
     api.delete(f"/api/v1/namespaces/{name}")
 

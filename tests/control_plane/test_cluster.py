@@ -48,7 +48,6 @@ def test_a_deleted_namespace_ends_with_all_that_is_in_it(api: Client, namespace:
 def test_a_program_may_do_what_its_service_account_may(
     api: Client, server: Server, namespace: str, kubectl: Tool, tmp_path: Path
 ) -> None:
-    wait_until(lambda: api.find(f"/api/v1/namespaces/{namespace}/serviceaccounts/default"), "the account")
     as_account = kubectl_tool(kubectl.program, server.kubeconfig_of(namespace, "default"), tmp_path)
     with pytest.raises(ToolFailed, match=f"system:serviceaccount:{namespace}:default"):
         as_account("get", "secrets", "-n", namespace)
@@ -56,7 +55,6 @@ def test_a_program_may_do_what_its_service_account_may(
 
 def test_pods_run_where_there_is_room_and_end_as_they_are_told(api: Client, namespace: str, nodes: Kwok) -> None:
     path = f"/api/v1/namespaces/{namespace}/pods"
-    wait_until(lambda: api.find(f"/api/v1/namespaces/{namespace}/serviceaccounts/default"), "the account")
     api.create(path, pod("fits", **{"nvidia.com/gpu": "8"}))
     api.create(path, pod("too-large", **{"nvidia.com/gpu": "9"}))
     wait_until(lambda: api.get(f"{path}/fits")["status"]["phase"] == "Running", "the pod to run", nodes.process)

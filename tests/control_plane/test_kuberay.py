@@ -148,12 +148,13 @@ def queue(api: Client, namespace: str, gpus: int) -> str:
 def test_kueue_holds_a_job_back_until_there_is_quota(
     api: Client, namespace: str, kuberay: KubeRay, nodes: Kwok, kueue: Started
 ) -> None:
-    name = queue(api, namespace, gpus=1)
-    for job in ("first", "second"):
-        document = ray_job(job, suspend=True, shutdownAfterJobFinishes=True)
-        document["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": name}
-        api.create(f"{RAY}/{namespace}/rayjobs", document)
-    wait_until(lambda: kuberay.ray.running(namespace, "first"), "the first job to run", kueue)
+    label = {"kueue.x-k8s.io/queue-name": queue(api, namespace, gpus=1)}
+    first, second = (ray_job(name, suspend=True, shutdownAfterJobFinishes=True) for name in ("first", "second"))
+    for job in (first, second):
+        job["metadata"]["labels"] = label
+        api.create(f"{RAY}/{namespace}/rayjobs", job)
+        wait_until(lambda: kuberay.ray.running(namespace, "first"), "the first job to run", kueue)
+    wait_until(lambda: len(api.items(f"{QUEUES}/namespaces/{namespace}/workloads")) == 2, "both to be queued", kueue)
     assert api.get(f"{RAY}/{namespace}/rayjobs/second")["spec"]["suspend"]
     kuberay.ray.end(namespace, "first")
     wait_until(lambda: kuberay.ray.running(namespace, "second"), "the second job to run", kueue)
