@@ -1,0 +1,152 @@
+"""Which volumes a job's pods mount, and where in them the run keeps its files.
+
+Head and workers are different pods: what the driver prepares (tokenized data, unpacked models) and what rank 0 writes
+must lie where all of them see it. That is the runtime's `storage`, a claim that many nodes can mount at once.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune_api.plan import RunPlan
+from finetune_api.runtime import FineTuneRuntimeSpec
+from finetune_api.spec import Pods
+from finetune_api.uris import Scheme, Uri, parse_uri
+from finetune_operator import names
+from finetune_operator.resources.config_map import PLAN_KEY
+from finetune_operator.resources.metadata import Document, Owner
+
+__all__ = ["PLAN_FOLDER", "PVC_ROOT", "SCRATCH", "Mounts", "Places", "mounts", "places"]
+
+PVC_ROOT = "/mnt/pvc"
+"""Each claim is a folder below it."""
+PLAN_FOLDER = "/etc/finetune"
+SCRATCH = "/var/finetune"
+"""A folder of each pod's own, which goes with the pod; it is also the home folder."""
+_SHARED_MEMORY = "/dev/shm"
+_TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
+_TOKEN_SECONDS = 3600
+_OURS = frozenset({PLAN_FOLDER, SCRATCH, _TOKEN_FOLDER})
+_SHARED_CACHE = ".cache"
+"""Below the runtime's storage, for all jobs on the claim: no namespace, which comes next there, starts with a dot."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where one attempt keeps its files, as the containers see them."""
+
+    workdir: str
+    cache: str
+
+
+@dataclass
+class Mounts:
+    """Volumes of a pod, and where its container mounts them."""
+
+    volumes: list[Document] = field(default_factory=list)
+    volume_mounts: list[Document] = field(default_factory=list)
+
+    def add(self, name: str, source: Document, path: str, read_only: bool = False) -> None:
+        """Mount `source` at `path`, once: where something is mounted already it stays."""
+        if any(mount["mountPath"] == path for mount in self.volume_mounts):
+            return
+        known = next((volume["name"] for volume in self.volumes if _source(volume) == source), None)
+        if known is None:
+            self.volumes.append({"name": name, **source})
+        mount: Document = {"name": known or name, "mountPath": path}
+        if read_only:
+            mount["readOnly"] = True
+        self.volume_mounts.append(mount)
+
+
+def places(plan: RunPlan, runtime: FineTuneRuntimeSpec, attempt: int) -> Places:
+    """The working folder of one attempt, and the cache that attempts and jobs share.
+
+    Without storage that pods share both are the pod's own, which only a run in one pod can use.
+    """
+    storage, root = _folder(plan.storage), _folder(runtime.storage)
+    return Places(
+        workdir=posixpath.join(storage, f"attempt-{attempt}") if storage else posixpath.join(SCRATCH, "run"),
+        cache=posixpath.join(root or storage or SCRATCH, _SHARED_CACHE),
+    )
+
+
+def mounts(
+    owner: Owner, plan: RunPlan, runtime: FineTuneRuntimeSpec, pods: list[Pods], attempt: int, shared_memory: str
+) -> Mounts:
+    """Everything that a pod of the attempt mounts. `pods` are additions, the most particular first.
+
+    A person's own mount of a claim or of /dev/shm stands in the place of ours; plan, scratch and token do not move.
+    """
+    result = Mounts()
+    plan_map = {"name": names.plan_config_map(owner.name, attempt), "items": [{"key": PLAN_KEY, "path": PLAN_KEY}]}
+    result.add("plan", {"configMap": plan_map}, PLAN_FOLDER, read_only=True)
+    result.add("scratch", {"emptyDir": {}}, SCRATCH)
+    result.add("token", {"projected": {"sources": _token_sources()}}, _TOKEN_FOLDER, read_only=True)
+    added = [volume for one in pods for volume in one.volumes]
+    for number, volume in enumerate(added):
+        path = posixpath.normpath(volume.mount_path)
+        if path in _OURS:
+            continue
+        if volume.claim is not None:
+            result.add(f"added-{number}", _claim(volume.claim), path, volume.read_only)
+        elif volume.secret is not None:
+            result.add(f"added-{number}", {"secret": {"secretName": volume.secret}}, path, read_only=True)
+        else:
+            result.add(f"added-{number}", {"configMap": {"name": volume.config_map}}, path, read_only=True)
+    for number, claim in enumerate(_claims(plan, runtime)):
+        result.add(f"claim-{number}", _claim(claim), posixpath.join(PVC_ROOT, claim))
+    result.add("shared-memory", {"emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}}, _SHARED_MEMORY)
+    return result
+
+
+def _token_sources() -> list[Document]:
+    """A token for the API server that is renewed each hour, and the authority to know the server by.
+
+    Any worker may turn out to be rank 0, and the driver on the head reports what comes before and after training: so
+    every pod has it, and it opens nothing but the job's progress.
+    """
+    return [
+        {"serviceAccountToken": {"path": "token", "expirationSeconds": _TOKEN_SECONDS}},
+        {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
+    ]
+
+
+def _claim(name: str) -> Document:
+    return {"persistentVolumeClaim": {"claimName": name}}
+
+
+def _source(volume: Document) -> Document:
+    return {key: value for key, value in volume.items() if key != "name"}
+
+
+def _folder(storage: str | None) -> str | None:
+    """A URI of storage as a folder of the containers; None for places that are no folder."""
+    uri = _uri(storage)
+    if uri is None or uri.scheme not in (Scheme.PVC, Scheme.FILE):
+        return None
+    return uri.path if uri.scheme is Scheme.FILE else posixpath.join(PVC_ROOT, uri.authority, uri.path)
+
+
+def _claims(plan: RunPlan, runtime: FineTuneRuntimeSpec) -> list[str]:
+    """Every claim that the plan names, each once, in order. What planning wrote down for people names none."""
+    document = plan.model_copy(update={"decisions": []}).to_document()
+    uris = (_uri(text) for text in [*_texts(document), runtime.storage or ""])
+    return sorted({uri.authority for uri in uris if uri is not None and uri.scheme is Scheme.PVC})
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(inner)
+
+
+def _uri(text: str | None) -> Uri | None:
+    try:
+        return parse_uri(text) if text else None
+    except ValueError:
+        return None
