@@ -19,14 +19,22 @@ from datetime import datetime
 from typing import Any
 
 from finetune_operator.cluster.protocol import Cluster, Document
-from finetune_operator.decide import Create, Decision, decide
-from finetune_operator.errors import AlreadyExists, ApiError, NotFound
+from finetune_operator.decide import decide
+from finetune_operator.decision import Create, Decision
+from finetune_operator.errors import AlreadyExists, ApiError, Conflict, NotFound
 from finetune_operator.events import EventRecorder
-from finetune_operator.kinds import FINETUNE_JOB, RAY_JOB, Key
+from finetune_operator.kinds import FINETUNE_JOB, RAY_JOB, Key, Kind
 from finetune_operator.logs import about
 from finetune_operator.metrics import Metrics
 from finetune_operator.observe import World, observe
-from finetune_operator.refusals import KUBERAY_MISSING, Refusal, name_taken, refusal_of, refused_status
+from finetune_operator.refusals import (
+    KUBERAY_MISSING,
+    Refusal,
+    is_left_over,
+    name_taken,
+    refusal_of,
+    refused_status,
+)
 from finetune_operator.settings import Settings
 from finetune_operator.transitions import count_transition
 
@@ -36,7 +44,7 @@ PROGRESS_SECONDS = 15.0
 """At least so long between two writes of a status in which only progress differs."""
 
 _WATCH_SECONDS = 5.0  # the watch names the key when it brings the job; this is for the case that it does not
-_LOOKS = 3  # the world, with a RayJob that was not seen yet, and once more
+_LOOKS = 12  # one more for each object that turns out to be there
 _log = logging.getLogger(__name__)
 
 
@@ -91,8 +99,8 @@ class Reconciler:
                 return await self._report_refusal(key, world.job, decision, refused.refusal)
             if unseen is None:
                 return await self._carry_out(key, world.job, decision)
-            world = _with_ray_job(world, unseen)
-        raise AssertionError("a RayJob that the world shows is not created")
+            world = _with_child(world, *unseen)
+        raise AssertionError("what the world shows is not created")
 
     async def _with_present_attempt(self, world: World) -> World:
         """The world, in which the RayJob of an attempt that has not ended is missing only if it is really gone."""
@@ -101,31 +109,44 @@ class Reconciler:
         if not name or attempt.get("endedAt") or name in _names(world.children.get(RAY_JOB, ())):
             return world
         there = await self._cluster.get(RAY_JOB, Key(_namespace(world.job), name))
-        return world if there is None else _with_ray_job(world, there)
+        return world if there is None else _with_child(world, RAY_JOB, there)
 
-    async def _create(self, world: World, wanted: Sequence[Create]) -> Document | None:
-        """Creates what is wanted, in order. Returns a RayJob that turned out to be there and was not in the world."""
+    async def _create(self, world: World, wanted: Sequence[Create]) -> tuple[Kind, Document] | None:
+        """Creates what is wanted, in order. Returns what turned out to be there and must be decided on first."""
         if not self._knows_ray_jobs() and any(one.kind == RAY_JOB for one in wanted):
             raise _Refused(KUBERAY_MISSING)
         for one in wanted:
-            metadata = one.document["metadata"]
+            name = one.document["metadata"]["name"]
             try:
                 await self._cluster.create(one.kind, one.document)
-                _log.info("created %s %s", one.kind.name, metadata["name"])
+                _log.info("created %s %s", one.kind.name, name)
             except AlreadyExists:
-                there = await self._cluster.get(one.kind, Key(_namespace(world.job), metadata["name"]))
-                if there is None:
-                    raise  # it was just being deleted: soon again
-                if one.kind == RAY_JOB and metadata["name"] not in _names(world.children.get(RAY_JOB, ())):
-                    return there
-                if not _is_owned(there, world.job) or there["metadata"].get("deletionTimestamp"):
-                    raise _Refused(name_taken(one.kind, there, world.job["metadata"]["name"])) from None
+                unseen = await self._holder(world, one.kind, name)
+                if unseen is not None:
+                    return one.kind, unseen
             except ApiError as error:
-                refusal = refusal_of(error, one.kind, metadata["name"])
+                refusal = refusal_of(error, one.kind, name)
                 if refusal is None:
                     raise
                 raise _Refused(refusal) from error
         return None
+
+    async def _holder(self, world: World, kind: Kind, name: str) -> Document | None:
+        """Who has a name that the job needs. None: the job itself, and that is fine; raises _Refused: another.
+
+        Returned is what the world does not show and `decide` must know of: a RayJob of ours, which is an attempt, or
+        an object of somebody else.
+        """
+        there = await self._cluster.get(kind, Key(_namespace(world.job), name))
+        if there is None:
+            raise Conflict(409, "Conflict", f"{kind.name} {name} was there, and is gone")
+        is_ours = _is_owned(there, world.job)
+        is_news = name not in _names(world.children.get(kind, ()))
+        if is_news and not is_left_over(there, world.job) and (kind == RAY_JOB or not is_ours):
+            return there
+        if is_ours and not there["metadata"].get("deletionTimestamp"):
+            return None
+        raise _Refused(name_taken(kind, there, world.job))
 
     async def _carry_out(self, key: Key, job: Document, decision: Decision) -> float | None:
         wait = self._until_progress_is_due(key, job, decision)
@@ -194,9 +215,10 @@ def _attempt(job: Document) -> Document:
     return attempts[-1]
 
 
-def _with_ray_job(world: World, ray_job: Document) -> World:
-    seen = [one for one in world.children.get(RAY_JOB, ()) if one["metadata"]["name"] != ray_job["metadata"]["name"]]
-    return replace(world, children={**world.children, RAY_JOB: [*seen, ray_job]})
+def _with_child(world: World, kind: Kind, document: Document) -> World:
+    name = document["metadata"]["name"]
+    seen = [one for one in world.children.get(kind, ()) if one["metadata"]["name"] != name]
+    return replace(world, children={**world.children, kind: [*seen, document]})
 
 
 def _names(documents: Sequence[Document]) -> set[Any]:

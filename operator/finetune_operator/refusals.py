@@ -12,9 +12,9 @@ from datetime import datetime
 from typing import Any
 
 from finetune_operator.errors import ApiError, Forbidden, NotFound
-from finetune_operator.kinds import RAY_JOB, Kind
+from finetune_operator.kinds import FINETUNE_JOB, RAY_JOB, Kind
 
-__all__ = ["KUBERAY_MISSING", "Refusal", "name_taken", "refusal_of", "refused_status"]
+__all__ = ["KUBERAY_MISSING", "Refusal", "is_left_over", "name_taken", "refusal_of", "refused_status"]
 
 Document = dict[str, Any]
 
@@ -58,13 +58,19 @@ def refusal_of(error: ApiError, kind: Kind, name: str) -> Refusal | None:
     return None
 
 
-def name_taken(kind: Kind, there: Document, job_name: str) -> Refusal:
-    """An object that is not the job's has the name that one of the job's must have."""
+def is_left_over(there: Document, job: Document) -> bool:
+    """Whether an object is on its way out: being deleted, or of a job that had this job's name before."""
     metadata = there["metadata"]
     owners: Iterable[Document] = metadata.get("ownerReferences") or ()
-    of_an_earlier_job = any(one.get("kind") == "FineTuneJob" and one.get("name") == job_name for one in owners)
-    what = f"{kind.name} {metadata['name']}"
-    if metadata.get("deletionTimestamp") or of_an_earlier_job:
+    namesakes = (one.get("uid") for one in owners if one.get("kind") == FINETUNE_JOB.name)
+    earlier = (uid for uid in namesakes if uid != job["metadata"].get("uid"))
+    return metadata.get("deletionTimestamp") is not None or next(earlier, None) is not None
+
+
+def name_taken(kind: Kind, there: Document, job: Document) -> Refusal:
+    """An object that is not the job's has the name that one of the job's must have."""
+    what = f"{kind.name} {there['metadata']['name']}"
+    if is_left_over(there, job):
         return Refusal("NameTaken", f"{what} is left from an earlier job and must be deleted first.", wait=2)
     return Refusal("NameTaken", f"{what} exists and is not this job's: delete it, or give the job another name.", 60)
 

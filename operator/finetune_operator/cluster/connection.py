@@ -117,10 +117,10 @@ class Connection:
         data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
         try:
             for is_last in (False, True):
+                begun_at = asyncio.get_running_loop().time()
                 headers = {"Accept": JSON, **({"Content-Type": content_type} if data is not None else {})}
                 headers |= await self._login.headers()
                 options = self._login.options()
-                begun_at = asyncio.get_running_loop().time()
                 async with self._session.request(
                     method, self.host + path, params=query, data=data, headers=headers, timeout=timeout, **options
                 ) as response:
@@ -128,7 +128,7 @@ class Connection:
                         asyncio.get_running_loop().time() - begun_at
                     )
                     self._metrics.requests.labels(str(response.status), method, self.host).inc()
-                    if response.status == HTTPStatus.UNAUTHORIZED and not is_last and await self._login.renew():
+                    if response.status == HTTPStatus.UNAUTHORIZED and not is_last and await self._login.renew(begun_at):
                         continue
                     if response.status >= HTTPStatus.BAD_REQUEST:
                         raise _refusal(response, await response.read())
@@ -138,7 +138,7 @@ class Connection:
             # TimeoutError is an OSError. One raised in the caller's block comes through here too, as it should:
             # reading on is part of the request.
             self._metrics.requests.labels("<error>", method, self.host).inc()
-            raise Unreachable(f"{method} {path}: {str(error) or type(error).__name__}") from error
+            raise Unreachable(f"{method} {path}: {str(error) or 'no answer in time'}") from error
 
 
 class _Login:
@@ -171,13 +171,12 @@ class _Login:
         self.configuration = configuration
         self._loaded_at = asyncio.get_running_loop().time()
 
-    async def renew(self) -> bool:
-        """Reads everything anew, unless that was just done; whether asking again is worth it."""
-        refused_at = asyncio.get_running_loop().time()
+    async def renew(self, asked_at: float) -> bool:
+        """Reads everything anew, unless that was done since `asked_at`; whether asking again is worth it."""
         async with self._lock:
-            if self._loaded_at > refused_at:
+            if self._loaded_at > asked_at:
                 return True
-            if refused_at - self._loaded_at < _LOGIN_SECONDS:
+            if asked_at - self._loaded_at < _LOGIN_SECONDS:
                 return False
             try:
                 await self.load()
