@@ -73,7 +73,7 @@ def test_any_lost_or_doubled_slice_is_found(numel: int, world: int, data: st.Dat
     assert tiling_faults({"t": numel}, [*held, victim])
 
 
-def sources_of(sizes: dict[str, int], world: int, item: int = 4) -> list[Source[str]]:
+def sources_of(sizes: dict[str, int], world: int, chunk: int = 1024) -> list[Source[str]]:
     """A shard for each rank, slices end to end after 4096 bytes."""
     sources = []
     for rank in range(world):
@@ -81,8 +81,8 @@ def sources_of(sizes: dict[str, int], world: int, item: int = 4) -> list[Source[
         for key, numel in sizes.items():
             start, end = even_slice(numel, rank, world)
             if start < end:
-                sources.append(Source(key, start, end, f"shard-{rank}", offset, item))
-                offset += (end - start) * item
+                sources.append(Source(key, start, end, f"shard-{rank}", offset, 4, chunk))
+                offset += (end - start) * 4
     return sources
 
 
@@ -101,7 +101,7 @@ def test_a_plan_delivers_each_wanted_element_exactly_once(
     sizes = {f"t{index}": length for index, length in enumerate(lengths)}
     for rank in range(new):
         wanted = wanted_of(sizes, rank, new)
-        plan = plan_reads(sources_of(sizes, old), wanted, 1024, max_read=1024 * longest, max_gap=gap)
+        plan = plan_reads(sources_of(sizes, old), wanted, max_read=1024 * longest, max_gap=gap)
         got = delivered(plan)
         for want in wanted:
             pieces = [("x", start - want.start, end - want.start) for key, start, end in got if key == want.key]
@@ -118,7 +118,7 @@ def test_a_plan_delivers_each_wanted_element_exactly_once(
 
 def test_the_same_world_size_reads_each_shard_once_and_nothing_else() -> None:
     sizes = {"a": 1000, "b": 3000}
-    plan = plan_reads(sources_of(sizes, 4), wanted_of(sizes, 1, 4), 1024)
+    plan = plan_reads(sources_of(sizes, 4), wanted_of(sizes, 1, 4))
     (read,) = plan.reads
     assert (read.file, read.start, read.end) == ("shard-1", 4096, 4096 + 4 * 1000)
     assert plan.amplification == 1.0
@@ -126,9 +126,9 @@ def test_the_same_world_size_reads_each_shard_once_and_nothing_else() -> None:
 
 def test_wanting_what_nobody_holds_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a: elements \[0, 11\) are wanted and not all are held"):
-        plan_reads(sources_of({"a": 10}, 2), [Wanted("a", 0, 11)], 1024)
+        plan_reads(sources_of({"a": 10}, 2), [Wanted("a", 0, 11)])
     with pytest.raises(ValueError, match="b: elements"):
-        plan_reads(sources_of({"a": 10}, 2), [Wanted("b", 0, 1)], 1024)
+        plan_reads(sources_of({"a": 10}, 2), [Wanted("b", 0, 1)])
 
 
 def smollm() -> dict[str, int]:
@@ -145,8 +145,8 @@ def smollm() -> dict[str, int]:
 @pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 4), (1, 3), (3, 4), (8, 6), (2, 2)])
 def test_resharding_a_small_model_reads_at_most_a_twentieth_more_than_it_needs(old: int, new: int) -> None:
     sizes = smollm()
-    sources = sources_of(sizes, old)
-    plans = [plan_reads(sources, wanted_of(sizes, rank, new), CHUNK_BYTES) for rank in range(new)]
+    sources = sources_of(sizes, old, CHUNK_BYTES)
+    plans = [plan_reads(sources, wanted_of(sizes, rank, new)) for rank in range(new)]
     needed = sum(plan.bytes_needed for plan in plans)
     assert needed == 4 * sum(sizes.values())
     assert sum(plan.bytes_read for plan in plans) <= 1.05 * needed
@@ -154,6 +154,6 @@ def test_resharding_a_small_model_reads_at_most_a_twentieth_more_than_it_needs(o
 
 def test_small_slices_that_lie_side_by_side_are_one_request() -> None:
     sizes = {f"norm{index}": 64 for index in range(1000)}
-    plan = plan_reads(sources_of(sizes, 2), wanted_of(sizes, 0, 1), CHUNK_BYTES)
+    plan = plan_reads(sources_of(sizes, 2), wanted_of(sizes, 0, 1))
     assert len(plan.reads) == 2
     assert math.isclose(plan.amplification, 1.0)

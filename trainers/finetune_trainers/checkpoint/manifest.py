@@ -282,6 +282,7 @@ class Manifest(Contract):
                         folder + shard.file,
                         extent.offset,
                         self.item(extent),
+                        shard.chunk_bytes,
                     )
 
 

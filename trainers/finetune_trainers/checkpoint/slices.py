@@ -110,7 +110,8 @@ class Wanted(NamedTuple, Generic[Key]):
 
 @dataclass(frozen=True, slots=True)
 class Source(Generic[Key]):
-    """Elements [start, end) as they lie in a file from byte `offset` on, `item` bytes each."""
+    """Elements [start, end) as they lie in a file from byte `offset` on, `item` bytes each, with a digest for every
+    `chunk` bytes."""
 
     key: Key
     start: int
@@ -118,6 +119,7 @@ class Source(Generic[Key]):
     file: str
     offset: int
     item: int
+    chunk: int
 
     @property
     def size(self) -> int:
@@ -127,9 +129,10 @@ class Source(Generic[Key]):
 
 @dataclass(frozen=True, slots=True)
 class Piece(Generic[Key]):
-    """Elements [start, end) of the tensor, taken from `source`; `low` and `high` bound, in bytes from the source's
-    beginning, the whole chunks that hold them."""
+    """Elements [start, end), a part of what is `wanted`, from `source`. `low` and `high` bound the whole chunks that
+    hold them, in bytes from the source's beginning."""
 
+    wanted: Wanted[Key]
     source: Source[Key]
     start: int
     end: int
@@ -180,7 +183,6 @@ class ReadPlan(Generic[Key]):
 def plan_reads(
     sources: Iterable[Source[Key]],
     wanted: Iterable[Wanted[Key]],
-    chunk_bytes: int,
     max_read: int = MAX_READ,
     max_gap: int = MAX_GAP,
 ) -> ReadPlan[Key]:
@@ -188,8 +190,7 @@ def plan_reads(
 
     Raises ValueError when an element that is wanted lies in no source.
     """
-    assert max_read >= chunk_bytes
-    found = [piece for want, held in _holders(sources, wanted) for piece in _pieces(want, held, chunk_bytes, max_read)]
+    found = [piece for want, held in _holders(sources, wanted) for piece in _pieces(want, held, max_read)]
     needed = sum((piece.end - piece.start) * piece.source.item for piece in found)
     found.sort(key=lambda piece: (piece.source.file, piece.file_start, piece.file_end))
     return ReadPlan(tuple(_coalesced(found, max_read, max_gap)), needed)
@@ -222,10 +223,11 @@ def _check_covered(want: Wanted[Key], held: list[Source[Key]]) -> None:
         raise ValueError(f"{_say(want.key)}: elements [{want.start}, {want.end}) are wanted and not all are held")
 
 
-def _pieces(want: Wanted[Key], held: list[Source[Key]], chunk: int, max_read: int) -> Iterator[Piece[Key]]:
+def _pieces(want: Wanted[Key], held: list[Source[Key]], max_read: int) -> Iterator[Piece[Key]]:
     """The want cut by sources, widened to chunks, and cut again where a request would be too long."""
-    longest = max_read // chunk * chunk
     for source in held:
+        chunk, longest = source.chunk, max_read // source.chunk * source.chunk
+        assert longest, "a request holds at least one chunk"
         start, end = max(want.start, source.start), min(want.end, source.end)
         low = (start - source.start) * source.item // chunk * chunk
         high = min(-(-(end - source.start) * source.item // chunk) * chunk, source.size)
@@ -233,6 +235,7 @@ def _pieces(want: Wanted[Key], held: list[Source[Key]], chunk: int, max_read: in
             stop = min(begin + longest, high)
             assert begin % source.item == 0, "a chunk is a multiple of every element's size"
             yield Piece(
+                want,
                 source,
                 max(start, source.start + begin // source.item),
                 min(end, source.start + stop // source.item),

@@ -102,7 +102,7 @@ class OsDisk:
 
     def link_new(self, path: str, new: str) -> None:
         try:
-            os.link(path, new)  # noqa: PTH - Path.hardlink_to says it the other way round
+            os.link(path, new)
         except FileExistsError:
             # NFS: the answer to a link that was made may have been lost, and the call sent twice.
             if not os.path.samefile(path, new):  # noqa: PTH121

@@ -1,0 +1,159 @@
+"""Slices of a checkpoint for any rank of any world size, verified as they are read. Called by restore and export.
+
+Each reader asks for the elements that it needs and gives the memory that they go to. It reads ranges of bytes, several
+at once; nothing is read twice, nothing is gathered, and nothing is converted on disk beforehand.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from finetune_trainers.checkpoint import layout
+from finetune_trainers.checkpoint.manifest import Extent, Manifest, SliceKey
+from finetune_trainers.checkpoint.shards import DIGEST_BYTES, chunk_digests, digest_of_digests, num_chunks
+from finetune_trainers.checkpoint.slices import MAX_READ, Piece, Read, ReadPlan, Source, Wanted, plan_reads
+from finetune_trainers.checkpoint.storage.errors import StorageMissingError, StorageTornError
+from finetune_trainers.checkpoint.storage.protocol import Storage
+from finetune_trainers.checkpoint.verify import Damage, differing_rows, rows_damage
+
+__all__ = ["DamagedError", "Targets", "plan_restore", "read_slices"]
+
+Targets = Mapping[Wanted[SliceKey], memoryview]
+"""What is wanted, and the memory for it: bytes, as many as the elements have."""
+
+_READS_AT_ONCE = 8
+
+
+class DamagedError(StorageTornError):
+    """What was read is not what was saved; the message names files and elements."""
+
+
+@dataclass(frozen=True)
+class RestorePlan:
+    """The requests of one reader, and the digests that must be read along: of slices that are not read whole."""
+
+    reads: ReadPlan[SliceKey]
+    digest_bytes: int
+
+    @property
+    def amplification(self) -> float:
+        """Bytes read ÷ bytes needed."""
+        needed = self.reads.bytes_needed
+        return (self.reads.bytes_read + self.digest_bytes) / needed if needed else 1.0
+
+
+class _Place(NamedTuple):
+    """What is known of a source beside where it is."""
+
+    extent: Extent
+    table_offset: int
+    """In the file: of the digests of this slice's chunks."""
+    num_chunks: int
+
+
+def plan_restore(manifest: Manifest, wanted: Iterable[Wanted[SliceKey]], max_read: int = MAX_READ) -> RestorePlan:
+    """What reading `wanted` will cost. Raises ValueError when the checkpoint does not have it."""
+    plan = plan_reads(manifest.sources(), wanted, max_read)
+    places = _places(manifest)
+    partial = {
+        source for source, rows in _rows_read(plan).items() if rows < places[source.file, source.offset].num_chunks
+    }
+    tables = sum(places[source.file, source.offset].num_chunks for source in partial) * DIGEST_BYTES
+    return RestorePlan(plan, tables)
+
+
+def read_slices(storage: Storage, manifest: Manifest, targets: Targets, max_read: int = MAX_READ) -> RestorePlan:
+    """Fill the memory of `targets`. When it returns, every byte was verified.
+
+    Raises DamagedError, and then the memory may hold anything.
+    """
+    restore = plan_restore(manifest, targets, max_read)
+    reader = _Reader(storage, manifest, targets)
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        for _ in pool.map(reader.read, restore.reads.reads):
+            pass
+        damages = [damage for found in pool.map(reader.damage, reader.digests) for damage in found]
+    if damages:
+        more = f"; and {len(damages) - 3} more" if len(damages) > 3 else ""
+        raise DamagedError("; ".join(map(str, damages[:3])) + more)
+    return restore
+
+
+class _Reader:
+    """Copies what is wanted and collects digests: of each source, chunk number -> digest."""
+
+    def __init__(self, storage: Storage, manifest: Manifest, targets: Targets) -> None:
+        self._storage = storage
+        self._targets = targets
+        self._places = _places(manifest)
+        self.digests: defaultdict[Source[SliceKey], dict[int, bytes]] = defaultdict(dict)
+
+    def read(self, read: Read[SliceKey]) -> None:
+        try:
+            data = memoryview(self._storage.read_range(read.file, read.start, read.end))
+        except (StorageMissingError, StorageTornError) as error:
+            piece = read.pieces[0]
+            damage = Damage(read.file, error.message, piece.source.key, piece.start, piece.end)
+            raise DamagedError(str(damage)) from error
+        for piece in read.pieces:
+            self._take(piece, data[piece.file_start - read.start : piece.file_end - read.start])
+
+    def _take(self, piece: Piece[SliceKey], data: memoryview) -> None:
+        source, want = piece.source, piece.wanted
+        rows = chunk_digests(data, source.chunk)
+        first = piece.low // source.chunk
+        collected = self.digests[source]
+        for number in range(len(rows) // DIGEST_BYTES):
+            collected[first + number] = rows[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
+        begin = (piece.start - source.start) * source.item - piece.low
+        size = (piece.end - piece.start) * source.item
+        to = (piece.start - want.start) * source.item
+        self._targets[want][to : to + size] = data[begin : begin + size]
+
+    def damage(self, source: Source[SliceKey]) -> list[Damage]:
+        """What is wrong with the chunks of a source that were read."""
+        place, collected = self._places[source.file, source.offset], self.digests[source]
+        numbers = sorted(collected)
+        found = b"".join(collected[number] for number in numbers)
+        if len(numbers) == place.num_chunks and digest_of_digests(found) == place.extent.digest:
+            return []
+        try:
+            table = bytes(
+                self._storage.read_range(
+                    source.file, place.table_offset, place.table_offset + place.num_chunks * DIGEST_BYTES
+                )
+            )
+        except (StorageMissingError, StorageTornError) as error:
+            return [Damage(source.file, error.message, source.key, source.start, source.end)]
+        if digest_of_digests(table) != place.extent.digest:
+            text = "the bytes, or the digests beside them, are not those that were saved"
+            return [Damage(source.file, text, source.key, source.start, source.end)]
+        expected = b"".join(table[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES] for number in numbers)
+        bad = [numbers[row] for row in differing_rows(found, expected)]
+        return [rows_damage(source.file, source.key, place.extent, source.item, source.chunk, bad)] if bad else []
+
+
+def _places(manifest: Manifest) -> dict[tuple[str, int], _Place]:
+    places, folder = {}, layout.folder(manifest.id)
+    for receipt in manifest.receipts:
+        for shard in receipt.shards:
+            offset = shard.table_offset
+            for extent in shard.extents:
+                count = num_chunks(extent.size(manifest.item(extent)), shard.chunk_bytes)
+                places[folder + shard.file, extent.offset] = _Place(extent, offset, count)
+                offset += count * DIGEST_BYTES
+    return places
+
+
+def _rows_read(plan: ReadPlan[SliceKey]) -> dict[Source[SliceKey], int]:
+    """How many chunks of each source are read; two pieces may share one."""
+    rows: defaultdict[Source[SliceKey], set[int]] = defaultdict(set)
+    for read in plan.reads:
+        for piece in read.pieces:
+            chunk = piece.source.chunk
+            rows[piece.source].update(range(piece.low // chunk, num_chunks(piece.high, chunk)))
+    return {source: len(numbers) for source, numbers in rows.items()}

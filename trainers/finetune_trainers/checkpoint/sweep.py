@@ -1,0 +1,174 @@
+"""Deletes what retention does not keep, and what dead attempts left. Called after a commit, and by `finetune ckpt gc`.
+
+A checkpoint is deleted in an order in which it is at no moment a damaged one: the tombstone, which hides it; the
+manifest; the other files; the tombstone. A crash on the way leaves a tombstone, and the next sweep goes on from there.
+
+Blobs are swept by marking: what no manifest and no open intent names goes. Only the holder of the fence may do that,
+since only it knows that nobody is about to name a blob which is there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from pydantic import AwareDatetime
+
+from finetune_api.base import Contract
+from finetune_trainers.checkpoint import layout
+from finetune_trainers.checkpoint.documents import BadDocumentError, parse, sealed
+from finetune_trainers.checkpoint.fence import Fence, current_epoch, demand_fence
+from finetune_trainers.checkpoint.find import read_manifest, verified
+from finetune_trainers.checkpoint.layout import CheckpointId
+from finetune_trainers.checkpoint.listing import Listing, listed
+from finetune_trainers.checkpoint.manifest import Abandoned, Intent, Manifest
+from finetune_trainers.checkpoint.retention import Candidate, Retention, Verdict, choose
+from finetune_trainers.checkpoint.storage.errors import StorageConflictError, StorageMissingError
+from finetune_trainers.checkpoint.storage.protocol import Storage
+
+__all__ = ["Pin", "SweepPlan", "Swept", "pin", "plan_sweep", "sweep", "unpin"]
+
+_DAY = 86_400.0
+
+
+class Pin(Contract):
+    """Somebody's wish that a checkpoint stays."""
+
+    kind: Literal["pin"] = "pin"
+    version: Literal[1] = 1
+    by: str
+    reason: str = ""
+    created: AwareDatetime
+
+
+class Tombstone(Contract):
+    """A checkpoint is being deleted."""
+
+    kind: Literal["tombstone"] = "tombstone"
+    version: Literal[1] = 1
+    reason: str
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep would do."""
+
+    verdicts: tuple[Verdict, ...]
+    """For every checkpoint, newest first."""
+    leftovers: tuple[CheckpointId, ...]
+    """Folders that are no checkpoints and will never be: abandoned, or half deleted."""
+    blobs: tuple[str, ...]
+    """Names of blobs that nothing refers to."""
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep did."""
+
+    plan: SweepPlan
+    deleted: tuple[CheckpointId, ...]
+    num_bytes: int
+
+
+def pin(storage: Storage, checkpoint: CheckpointId, by: str, reason: str, now: datetime) -> None:
+    """Keep a checkpoint until it is unpinned."""
+    storage.replace(layout.pin(checkpoint), sealed(Pin(by=by, reason=reason, created=now)))
+
+
+def unpin(storage: Storage, checkpoint: CheckpointId) -> None:
+    storage.delete([layout.pin(checkpoint)])
+
+
+def plan_sweep(
+    storage: Storage, policy: Retention, fence: Fence | None = None, protected: Collection[CheckpointId] = ()
+) -> SweepPlan:
+    """What `sweep` would do now. Reads, and changes nothing."""
+    folders = listed(storage)
+    pins = {layout.pinned(stored.name) for stored in storage.list(layout.PINS)}
+    candidates, leftovers, manifests, newest = [], [], [], None
+    for listing in folders.values():
+        if listing.is_deleting or _is_dead(storage, listing):
+            leftovers.append(listing.checkpoint)
+        elif listing.is_settled:
+            found = read_manifest(storage, listing.checkpoint)
+            if isinstance(found, Abandoned):
+                leftovers.append(listing.checkpoint)
+                continue
+            if newest is None and isinstance(verified(storage, listing), Manifest):
+                newest = listing.checkpoint
+            if isinstance(found, Manifest):
+                manifests.append(found)
+            candidates.append(_candidate(listing, found if isinstance(found, Manifest) else None, pins))
+    verdicts = choose(candidates, policy, newest, protected)
+    kept = {verdict.id for verdict in verdicts if verdict.keep}
+    readable = {manifest.id for manifest in manifests}
+    blobs = _orphans(storage, folders, manifests, kept) if fence is not None and kept <= readable else ()
+    return SweepPlan(tuple(verdicts), tuple(leftovers), blobs)
+
+
+def sweep(
+    storage: Storage, policy: Retention, fence: Fence | None = None, protected: Collection[CheckpointId] = ()
+) -> Swept:
+    """Delete what may go. With `fence`, which must be the run's newest, blobs too: else SupersededError."""
+    if fence is not None:
+        demand_fence(storage, fence)
+    plan = plan_sweep(storage, policy, fence, protected)
+    folders, deleted, num_bytes = listed(storage), [], 0
+    unwanted = {verdict.id: "; ".join(verdict.reasons) for verdict in plan.verdicts if not verdict.keep}
+    # The oldest first: what a crash leaves is then what one would have kept.
+    unwanted |= dict.fromkeys(plan.leftovers, "it was never completed")
+    for checkpoint, reason in sorted(unwanted.items()):
+        if fence is not None:
+            demand_fence(storage, fence)
+        if checkpoint in folders and storage.size(layout.pin(checkpoint)) is None:
+            _delete(storage, folders[checkpoint], reason)
+            deleted.append(checkpoint)
+            num_bytes += sum(folders[checkpoint].sizes.values())
+    if fence is not None and plan.blobs and len(deleted) == len(unwanted):  # what stayed after all has its blobs
+        demand_fence(storage, fence)
+        storage.delete(plan.blobs)
+    storage.discard_unfinished(_DAY)
+    return Swept(plan, tuple(deleted), num_bytes)
+
+
+def _candidate(listing: Listing, manifest: Manifest | None, pins: Collection[CheckpointId | None]) -> Candidate:
+    metrics = manifest.intent.metrics if manifest else {}
+    return Candidate(listing.checkpoint, sum(listing.sizes.values()), dict(metrics), listing.checkpoint in pins)
+
+
+def _is_dead(storage: Storage, listing: Listing) -> bool:
+    """Open for ever. Where creating is exclusive the next attempt closes such folders itself."""
+    return listing.is_open and not storage.exclusive and listing.checkpoint.epoch < current_epoch(storage)
+
+
+def _orphans(
+    storage: Storage,
+    folders: dict[CheckpointId, Listing],
+    manifests: list[Manifest],
+    kept: Collection[CheckpointId],
+) -> tuple[str, ...]:
+    intents = [manifest.intent for manifest in manifests if manifest.id in kept]
+    for listing in folders.values():
+        if listing.is_open:
+            try:
+                intents.append(parse(storage.read(layout.intent(listing.checkpoint)), Intent))
+            except StorageMissingError:
+                continue  # nothing can be published in it
+            except BadDocumentError:
+                return ()  # no telling what it would name
+    named = {layout.blob(blob.digest) for intent in intents for blob in intent.blobs}
+    return tuple(sorted(stored.name for stored in storage.list(layout.BLOBS) if stored.name not in named))
+
+
+def _delete(storage: Storage, listing: Listing, reason: str) -> None:
+    tombstone, manifest = layout.tombstone(listing.checkpoint), layout.manifest(listing.checkpoint)
+    if tombstone not in listing.sizes:
+        with suppress(StorageConflictError):  # another sweep is at it
+            storage.create(tombstone, sealed(Tombstone(reason=reason)))
+    storage.delete([manifest])
+    storage.delete([name for name in listing.sizes if name not in (manifest, tombstone)])
+    storage.delete([tombstone])
+    storage.prune(layout.folder(listing.checkpoint))

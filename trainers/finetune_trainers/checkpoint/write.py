@@ -1,0 +1,108 @@
+"""One rank's part of a checkpoint: shard, auxiliary files, and last the receipt. Called by the rank's writer.
+
+No rank waits for another one. Memory is that of the slices, which the caller holds, and of a few blocks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+
+from blake3 import blake3
+
+from finetune_trainers.checkpoint import layout
+from finetune_trainers.checkpoint.documents import sealed
+from finetune_trainers.checkpoint.manifest import AuxRecord, BlobRecord, Intent, Receipt, ShardRecord
+from finetune_trainers.checkpoint.shards import CHUNK_BYTES, ShardPlan, Slice, chunk_digests, digest_of_digests
+from finetune_trainers.checkpoint.storage.errors import StorageConflictError
+from finetune_trainers.checkpoint.storage.protocol import Parts, Storage
+
+__all__ = ["SliceData", "announce", "write_blob", "write_rank"]
+
+SliceData = Callable[[Slice], memoryview]
+"""The bytes of a slice; asked again when an upload starts again."""
+
+_BLOCK_BYTES = 8 << 20
+
+
+def announce(storage: Storage, intent: Intent) -> None:
+    """The coordinator's first act. StorageConflictError when this attempt has begun to save this step before: to try
+    the same step again, take a new fence."""
+    storage.create(layout.intent(intent.id), sealed(intent))
+
+
+def write_rank(
+    storage: Storage,
+    intent: Intent,
+    rank: int,
+    slices: Sequence[Slice],
+    data: SliceData,
+    aux: Mapping[str, bytes],
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Receipt:
+    """Write what a rank holds. `aux`: name with suffix (`rng.json`) -> content. Durable when it returns."""
+    receipt = Receipt(
+        step=intent.step,
+        epoch=intent.epoch,
+        token=intent.token,
+        rank=rank,
+        shards=(_write_shard(storage, intent, rank, slices, data, chunk_bytes),) if slices else (),
+        aux=tuple(_write_aux(storage, intent, rank, name, content) for name, content in aux.items()),
+    )
+    storage.create(layout.receipt(intent.id, rank), sealed(receipt))
+    return receipt
+
+
+def write_blob(storage: Storage, name: str, parts: Parts, size: int, digest: str) -> BlobRecord:
+    """A file that checkpoints share, unless it is there. The intent that names it must have been announced: it keeps
+    the blob from being swept meanwhile."""
+    place = layout.blob(digest)
+    found = storage.size(place)
+    if found is not None and found != size:
+        storage.delete([place])  # its name says what it holds, so this one is damaged
+    if found != size:
+        with suppress(StorageConflictError):  # another rank has written the same meanwhile
+            storage.write(place, parts, size)
+    return BlobRecord(name=name, digest=digest, bytes=size)
+
+
+def _write_aux(storage: Storage, intent: Intent, rank: int, name: str, content: bytes) -> AuxRecord:
+    stem, _, suffix = name.rpartition(".")
+    place = layout.aux(intent.id, rank, stem, suffix)
+    storage.create(place, content)
+    return AuxRecord(name=stem, file=_last(place), bytes=len(content), digest=blake3(content).hexdigest())
+
+
+def _write_shard(
+    storage: Storage, intent: Intent, rank: int, slices: Sequence[Slice], data: SliceData, chunk_bytes: int
+) -> ShardRecord:
+    plan, place = ShardPlan.of(intent, rank, slices, chunk_bytes), layout.shard(intent.id, rank)
+    digests: list[str] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="digest") as hashing:
+        storage.write(place, lambda: _stream(plan, data, hashing, digests), plan.bytes)
+    return plan.record(_last(place), digests)
+
+
+def _stream(plan: ShardPlan, data: SliceData, hashing: ThreadPoolExecutor, digests: list[str]) -> Iterator[memoryview]:
+    """The file's content. Each block is hashed by another thread while the storage writes it; `digests` gets the
+    digest of each slice."""
+    digests.clear()
+    tables = []
+    yield memoryview(plan.header)
+    for piece, offset, end in zip(plan.slices, plan.offsets, (*plan.offsets[1:], plan.table_offset), strict=True):
+        content = data(piece)
+        assert content.nbytes == end - offset, f"{piece} is {end - offset} bytes long, not {content.nbytes}"
+        pending: deque[Future[bytes]] = deque()
+        for begin in range(0, len(content), max(_BLOCK_BYTES, plan.chunk_bytes)):
+            block = content[begin : begin + max(_BLOCK_BYTES, plan.chunk_bytes)]
+            pending.append(hashing.submit(chunk_digests, block, plan.chunk_bytes))
+            yield block
+        tables.append(b"".join(future.result() for future in pending))
+        digests.append(digest_of_digests(tables[-1]))
+    yield memoryview(b"".join(tables))
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
