@@ -8,19 +8,21 @@ here is only what keeps a decision from being made on old news, and what happens
 - A name that is taken is looked at: ours, and merely not seen yet, or somebody else's.
 - Objects are created first and the status, which tells of them, written after. A pass that is cut off between the two
   is made good by the next, which finds the objects by their names.
+- The RayJob of an attempt that is ended early is deleted after the status has told why. The other way round, a pass
+  that is cut off in between would leave a RayJob that is gone and nobody knows the reason of.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from finetune_operator.cluster.protocol import Cluster, Document
 from finetune_operator.decide import decide
-from finetune_operator.decision import Create, Decision
+from finetune_operator.decision import Create, Decision, Delete
 from finetune_operator.errors import AlreadyExists, ApiError, Conflict, NotFound
 from finetune_operator.events import EventRecorder
 from finetune_operator.kinds import FINETUNE_JOB, RAY_JOB, Key, Kind
@@ -87,7 +89,7 @@ class Reconciler:
             return None
         if _version(world.job) == self._memories.setdefault(key, _Memory()).replaced:
             return _WATCH_SECONDS
-        with about(namespace=key.namespace, job=key.name, attempt=_attempt(world.job).get("number")):
+        with about(namespace=key.namespace, job=key.name, attempt=_present_attempt(world.job).get("number")):
             return await self._pass(key, await self._with_present_attempt(world))
 
     async def _pass(self, key: Key, world: World) -> float | None:
@@ -104,9 +106,8 @@ class Reconciler:
 
     async def _with_present_attempt(self, world: World) -> World:
         """The world, in which the RayJob of an attempt that has not ended is missing only if it is really gone."""
-        attempt = _attempt(world.job)
-        name = attempt.get("rayJob")
-        if not name or attempt.get("endedAt") or name in _names(world.children.get(RAY_JOB, ())):
+        name = _present_attempt(world.job).get("rayJob")
+        if not name or name in _names(world.children.get(RAY_JOB, ())):
             return world
         there = await self._cluster.get(RAY_JOB, Key(_namespace(world.job), name))
         return world if there is None else _with_child(world, RAY_JOB, there)
@@ -152,14 +153,20 @@ class Reconciler:
         wait = self._until_progress_is_due(key, job, decision)
         if wait is not None:
             return _sooner(decision.requeue_after, wait)
-        for one in decision.delete:
-            _log.info("deleting %s %s", one.kind.name, one.key.name)
-            await self._cluster.delete(one.kind, one.key, one.uid)
+        present = _present_attempt(job).get("rayJob")
+        last = [one for one in decision.delete if one.kind == RAY_JOB and one.key.name == present]
+        await self._delete(one for one in decision.delete if one not in last)
         if decision.status is not None:
             await self._write_status(key, job, decision.status)
+        await self._delete(last)
         for event in decision.events:
             await self._events.record(job, event.type, event.reason, event.message)
         return decision.requeue_after
+
+    async def _delete(self, unwanted: Iterable[Delete]) -> None:
+        for one in unwanted:
+            _log.info("deleting %s %s", one.kind.name, one.key.name)
+            await self._cluster.delete(one.kind, one.key, one.uid)
 
     async def _report_refusal(self, key: Key, job: Document, decision: Decision, refusal: Refusal) -> float:
         _log.warning("%s: %s", refusal.reason, refusal.message)
@@ -209,10 +216,10 @@ def _without_progress(status: Document) -> Document:
     }
 
 
-def _attempt(job: Document) -> Document:
-    """The last attempt in the status; empty where there is none."""
+def _present_attempt(job: Document) -> Document:
+    """The attempt in the status that has not ended; empty where there is none."""
     attempts: list[Document] = (job.get("status") or {}).get("attempts") or [{}]
-    return attempts[-1]
+    return {} if attempts[-1].get("endedAt") else attempts[-1]
 
 
 def _with_child(world: World, kind: Kind, document: Document) -> World:

@@ -60,11 +60,10 @@ def refusal_of(error: ApiError, kind: Kind, name: str) -> Refusal | None:
 
 def is_left_over(there: Document, job: Document) -> bool:
     """Whether an object is on its way out: being deleted, or of a job that had this job's name before."""
-    metadata = there["metadata"]
+    metadata, name, uid = there["metadata"], job["metadata"]["name"], job["metadata"].get("uid")
     owners: Iterable[Document] = metadata.get("ownerReferences") or ()
-    namesakes = (one.get("uid") for one in owners if one.get("kind") == FINETUNE_JOB.name)
-    earlier = (uid for uid in namesakes if uid != job["metadata"].get("uid"))
-    return metadata.get("deletionTimestamp") is not None or next(earlier, None) is not None
+    namesakes = [one for one in owners if one.get("kind") == FINETUNE_JOB.name and one.get("name") == name]
+    return metadata.get("deletionTimestamp") is not None or any(one.get("uid") != uid for one in namesakes)
 
 
 def name_taken(kind: Kind, there: Document, job: Document) -> Refusal:
