@@ -169,8 +169,8 @@ class Reconciler:
             await self._cluster.delete(one.kind, one.key, one.uid)
 
     async def _report_refusal(self, key: Key, job: Document, decision: Decision, refusal: Refusal) -> float:
-        _log.warning("%s: %s", refusal.reason, refusal.message)
         status = refused_status(job.get("status"), decision.status, refusal, job, self._clock())
+        _log.log(logging.DEBUG if status is None else logging.WARNING, "%s: %s", refusal.reason, refusal.message)
         if status is not None:
             await self._write_status(key, job, status)
             await self._events.record(job, "Warning", refusal.reason, refusal.message)

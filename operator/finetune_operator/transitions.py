@@ -6,6 +6,7 @@ Called by the reconcile pass after the newer status was written, so that nothing
 from __future__ import annotations
 
 from datetime import datetime
+from itertools import zip_longest
 from typing import Any
 
 from pydantic import ValidationError
@@ -43,7 +44,7 @@ def goodput(status: Status) -> float | None:
     are what is lost. Of a long list of attempts the status holds the last ten.
     """
     spent, kept = 0.0, 0.0
-    for attempt, following in zip(status.attempts, [*status.attempts[1:], None], strict=True):
+    for attempt, following in zip_longest(status.attempts, status.attempts[1:]):
         spent += _seconds(attempt.admitted_at or attempt.created_at, attempt.ended_at)
         kept += _seconds(attempt.running_at, attempt.ended_at) * _share_kept(attempt, following)
     return min(1.0, kept / spent) if spent > 0 else None
