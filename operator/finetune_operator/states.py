@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, TypeVar
 
 from finetune_api.base import Contract
 from finetune_api.progress import Outcome, Progress
 from finetune_operator import names
+from finetune_operator.times import sane
 
 __all__ = [
     "ATTEMPT_KEY",
@@ -198,8 +199,8 @@ def read_report(config_map: Document | None) -> Report:
         progress.step, progress.total_steps, progress.tokens_per_second, progress.eta_seconds
     ):
         progress = None
-    if progress is not None and progress.updated_at.tzinfo is None:
-        progress = progress.model_copy(update={"updated_at": progress.updated_at.replace(tzinfo=UTC)})
+    if progress is not None:
+        progress = progress.model_copy(update={"updated_at": sane(progress.updated_at)})
     if outcome is not None and not _believable(
         outcome.step, outcome.total_steps, *(artifact.bytes for artifact in outcome.artifacts)
     ):
@@ -230,12 +231,11 @@ def _items(value: Any, key: str) -> Iterator[Any]:
 
 
 def _time(value: Any, key: str) -> datetime | None:
-    """A time as the API writes it; one without a zone is taken for UTC, so that it can be compared."""
+    """A time as the API writes it, made fit to be compared."""
     try:
-        found = datetime.fromisoformat(_text(value, key))
+        return sane(datetime.fromisoformat(_text(value, key)))
     except ValueError:
         return None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def _only(value: Any, *keys: str) -> Document:
