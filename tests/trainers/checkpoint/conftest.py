@@ -1,0 +1,46 @@
+"""Storages to test the protocol on: a folder, and a bucket of a real S3 server in the control plane lane."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_trainers.checkpoint.storage.opening import open_storage
+from finetune_trainers.checkpoint.storage.posix import PosixStorage
+from finetune_trainers.checkpoint.storage.protocol import Storage
+from tests.cluster.build import BuildError, program_path
+from tests.cluster.s3 import S3, s3_server
+
+
+def _say(text: str) -> None:
+    print(f"\n[s3] {text}", end="", flush=True, file=sys.__stderr__)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """A real S3 server for this session; it is built first, which takes minutes, on a machine that has none."""
+    pytest.importorskip("obstore", reason="buckets need the package obstore")
+    try:
+        program = program_path("versitygw", _say)
+    except BuildError as error:
+        pytest.skip(f"no S3 server: {error}")
+    with s3_server(program, tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: S3) -> Storage:
+    """A new bucket."""
+    return open_storage(f"s3://{s3.bucket()}/runs/a", options=s3.options())
+
+
+@pytest.fixture(params=["posix", pytest.param("s3", marks=pytest.mark.control_plane)])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """One of each kind, empty."""
+    if request.param == "posix":
+        return PosixStorage(str(tmp_path / "run"))
+    found: Storage = request.getfixturevalue("bucket")
+    return found
