@@ -54,6 +54,7 @@ PROGRAMS = {
         Program("helm", "helm", "helm.sh/helm/v4/cmd/helm"),
         Program("kwok", "kwok", "sigs.k8s.io/kwok/cmd/kwok"),
         Program("kueue", "kueue", "sigs.k8s.io/kueue/cmd/kueue"),
+        Program("versitygw", "versitygw", "github.com/versity/versitygw/cmd/versitygw"),
         Program("kubeflow-trainer", "trainer", "github.com/kubeflow/trainer/v2/cmd/trainer-controller-manager"),
     )
 }
