@@ -1,7 +1,9 @@
 """The conditions of a job's status: each aspect of its state, with a reason for machines and a sentence for people.
 
-Pure. `status.project` calls it; the operator and `finetune run` both show what it says. Complete and Failed are
-listed only once they hold, as batch/v1 Jobs do it; the others are always there.
+Pure. A `Finding` is what holds and why; `updated` turns findings into conditions and gives each the time at which its
+status last changed. The reconcile pass makes its own findings; those that follow from a run's report alone are made
+here, because `finetune run` shows them too. Complete and Failed are listed only once they hold, as batch/v1 Jobs do it;
+the others stay once they were said.
 """
 
 from __future__ import annotations
@@ -13,16 +15,27 @@ from typing import Literal
 
 from finetune_api.failures import Failure, FailureClass
 from finetune_api.job import Condition
-from finetune_api.progress import Outcome, Progress, Result, Stage
+from finetune_api.progress import Artifact, Outcome, Progress, Result, Stage
 
-__all__ = ["Finding", "TRAINING_STAGES", "conditions", "find"]
+__all__ = [
+    "JOBS_FAULT",
+    "TRAINING_STAGES",
+    "Finding",
+    "artifacts_published",
+    "conditions",
+    "ended",
+    "find",
+    "running",
+    "updated",
+]
 
 TRAINING_STAGES = frozenset({Stage.TRAINING, Stage.EVALUATING, Stage.EXPORTING, Stage.DONE})
 """Stages in which the workers have the model and the data; before them the job is starting."""
+JOBS_FAULT = frozenset({FailureClass.USER_ERROR, FailureClass.DATA_ERROR})
+"""Failures that running again cannot mend: a person must change the job or its data."""
 
 _MESSAGE_LIMIT = 4096
-_JOBS_FAULT = frozenset({FailureClass.USER_ERROR, FailureClass.DATA_ERROR})
-"""Failures that running again cannot mend: a person must change the job or its data."""
+_ORDER = ("Valid", "Admitted", "ClusterReady", "Running", "Suspended", "ArtifactsPublished", "Complete", "Failed")
 
 
 @dataclass(frozen=True)
@@ -42,10 +55,21 @@ def conditions(
     previous: Iterable[Condition] = (),
     generation: int | None = None,
 ) -> list[Condition]:
-    """All conditions of a job. One whose status did not change since `previous` keeps its transition time."""
-    findings = [_valid(outcome), _running(outcome, progress), *_ended(outcome), _artifacts_published(outcome)]
+    """All conditions of a run without a cluster. One whose status did not change keeps its transition time."""
+    published = artifacts_published(outcome.artifacts if outcome else (), outcome is not None)
+    findings = [_valid(outcome), running(outcome.result if outcome else None, progress), *ended(outcome), published]
     before = {condition.type: condition for condition in previous}
     return [_dated(finding, before.get(finding.type), now, generation) for finding in findings]
+
+
+def updated(
+    previous: Iterable[Condition], findings: Iterable[Finding], now: datetime, generation: int | None
+) -> list[Condition]:
+    """`previous` with what was found now; a condition of which nothing was said stays as it is."""
+    listed = {condition.type: condition for condition in previous}
+    for finding in findings:
+        listed[finding.type] = _dated(finding, listed.get(finding.type), now, generation)
+    return sorted(listed.values(), key=lambda one: _ORDER.index(one.type) if one.type in _ORDER else len(_ORDER))
 
 
 def find(listed: Iterable[Condition], name: str) -> Condition | None:
@@ -53,35 +77,18 @@ def find(listed: Iterable[Condition], name: str) -> Condition | None:
     return next((condition for condition in listed if condition.type == name), None)
 
 
-def _dated(finding: Finding, before: Condition | None, now: datetime, generation: int | None) -> Condition:
-    same = before is not None and before.status == finding.status
-    return Condition(
-        type=finding.type,
-        status=finding.status,
-        reason=finding.reason,
-        message=finding.message[:_MESSAGE_LIMIT],
-        last_transition_time=before.last_transition_time if before is not None and same else now,
-        observed_generation=generation,
-    )
-
-
-def _valid(outcome: Outcome | None) -> Finding:
-    failure = outcome.failure if outcome else None
-    if failure is not None and failure.failure_class in _JOBS_FAULT:
-        return Finding("Valid", "False", failure.failure_class, _sentences(failure))
-    return Finding("Valid", "True", "Accepted", "The job can be run as it is written.")
-
-
-def _running(outcome: Outcome | None, progress: Progress | None) -> Finding:
-    if outcome is not None:
-        return Finding("Running", "False", outcome.result, "The run has ended.")
+def running(result: str | None, progress: Progress | None) -> Finding:
+    """Whether the trainers train. `result` is how the run ended, None while it goes on."""
+    if result is not None:
+        return Finding("Running", "False", result, "The run has ended.")
     if progress is None:
         return Finding("Running", "False", "NotStarted", "The run has not reported yet.")
     status: Literal["True", "False"] = "True" if progress.stage in TRAINING_STAGES else "False"
     return Finding("Running", status, progress.stage, progress.message or "")
 
 
-def _ended(outcome: Outcome | None) -> list[Finding]:
+def ended(outcome: Outcome | None) -> list[Finding]:
+    """Complete or Failed, once a run has left its outcome."""
     if outcome is None:
         return []
     if outcome.result is Result.SUCCEEDED:
@@ -94,13 +101,46 @@ def _ended(outcome: Outcome | None) -> list[Finding]:
     return [Finding("Failed", "True", outcome.failure.failure_class, _sentences(outcome.failure))]
 
 
-def _artifacts_published(outcome: Outcome | None) -> Finding:
-    if outcome is None:
-        return Finding("ArtifactsPublished", "False", "NotYet", "The model is written after training.")
-    if not outcome.artifacts:
+def artifacts_published(artifacts: Iterable[Artifact], is_over: bool) -> Finding:
+    """Whether there is a trained model."""
+    places = ", ".join(artifact.uri for artifact in artifacts)
+    if places:
+        return Finding("ArtifactsPublished", "True", "Written", f"The trained model is at {places}.")
+    if is_over:
         return Finding("ArtifactsPublished", "False", "NoArtifact", "The run ended before a model was written.")
-    places = ", ".join(artifact.uri for artifact in outcome.artifacts)
-    return Finding("ArtifactsPublished", "True", "Written", f"The trained model is at {places}.")
+    return Finding("ArtifactsPublished", "False", "NotYet", "The model is written after training.")
+
+
+def _dated(finding: Finding, before: Condition | None, now: datetime, generation: int | None) -> Condition:
+    message = finding.message if len(finding.message) <= _MESSAGE_LIMIT else finding.message[: _MESSAGE_LIMIT - 1] + "…"
+    if before is not None and _same(before, finding, message, generation):
+        return before
+    unchanged = before is not None and before.status == finding.status
+    return Condition(
+        type=finding.type,
+        status=finding.status,
+        reason=finding.reason,
+        message=message,
+        last_transition_time=before.last_transition_time if before is not None and unchanged else now,
+        observed_generation=generation,
+    )
+
+
+def _same(before: Condition, finding: Finding, message: str, generation: int | None) -> bool:
+    """Whether the condition already says all this: in most passes, nearly all of them do."""
+    return (
+        before.status == finding.status
+        and before.reason == finding.reason
+        and before.message == message
+        and before.observed_generation == generation
+    )
+
+
+def _valid(outcome: Outcome | None) -> Finding:
+    failure = outcome.failure if outcome else None
+    if failure is not None and failure.failure_class in JOBS_FAULT:
+        return Finding("Valid", "False", failure.failure_class, _sentences(failure))
+    return Finding("Valid", "True", "Accepted", "The job can be run as it is written.")
 
 
 def _sentences(failure: Failure) -> str:

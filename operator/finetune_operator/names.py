@@ -13,10 +13,12 @@ from typing import Any
 __all__ = [
     "APP",
     "ATTEMPT_LABEL",
+    "DIGEST_ANNOTATION",
     "HEAD",
     "JOB_LABEL",
     "MANAGED_BY",
     "MANAGED_BY_LABEL",
+    "MODEL_ANNOTATION",
     "NAME_LABEL",
     "RAY_CONTAINER",
     "RAY_JOB_NAME_LENGTH",
@@ -50,6 +52,11 @@ APP = "finetunejob"
 JOB_LABEL = "finetune-operator.io/job"
 ATTEMPT_LABEL = "finetune-operator.io/attempt"
 ROLE_LABEL = "finetune-operator.io/role"
+
+DIGEST_ANNOTATION = "finetune-operator.io/digest"
+"""On a plan's ConfigMap: of its contents, which the operator does not keep in memory."""
+MODEL_ANNOTATION = "finetune-operator.io/model"
+"""On a plan's ConfigMap: where the model is that another job wrote."""
 
 HEAD = "head"
 WORKER = "worker"

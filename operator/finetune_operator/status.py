@@ -1,24 +1,126 @@
-"""A job's status, projected from what its run reported: pure, so that a laptop and a cluster say the same.
+"""A job's status: read from what stands in the object, changed during a pass, and written as a document. Pure.
 
-Called by the operator after each observation and by `finetune run` at the end.
+`read_status` takes whatever the API server holds; what cannot be read in it is left out, piece by piece, so that one
+bad value costs no attempt. `Draft` is the status while a pass decides it: it starts as the status that stands and only
+moves forward. `project` is the status of a run without a cluster; `finetune run` shows it. All of them say how far
+training has come in the same words (`job_progress`).
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from itertools import islice
+from typing import Any
 
-from finetune_api.job import JobProgress, Phase, Status
+from pydantic import ValidationError
+
+from finetune_api.base import Contract
+from finetune_api.failures import FailureClass
+from finetune_api.job import Attempt, Condition, JobProgress, Phase, PostMortem, Resolved, Status
 from finetune_api.plan import RunPlan
-from finetune_api.progress import Outcome, Progress, Result
-from finetune_operator.conditions import TRAINING_STAGES, conditions
+from finetune_api.progress import Artifact, Outcome, Progress, Result
+from finetune_operator.conditions import TRAINING_STAGES, Finding, conditions, find, updated
+from finetune_operator.times import sane, whole
 
-__all__ = ["project"]
+__all__ = ["Draft", "clip", "job_progress", "project", "read_status"]
 
 _METRICS_LIMIT = 16
 _ARTIFACTS_LIMIT = 8
+_ATTEMPTS_LIMIT = 10
+_REPAIRS = 32
+
+
+def read_status(document: Any) -> Status | None:
+    """The status in `document`, the raw `status` of a FineTuneJob; None when there is none.
+
+    Fields that are unknown or wrong are left out: a newer operator, or a person, may have written them. Times come
+    back with a zone and within the calendar.
+    """
+    if not isinstance(document, dict) or not document:
+        return None
+    for _ in range(_REPAIRS):
+        try:
+            return _with_sane_times(Status.model_validate(document))
+        except ValidationError as error:
+            document = _without(document, [details["loc"] for details in error.errors(include_url=False)])
+    return None
+
+
+class Draft:
+    """A status while it is being decided. Nothing in it goes backwards: attempts, counts, the end."""
+
+    def __init__(self, standing: Status | None, now: datetime, generation: int) -> None:
+        """Starts as `standing`. `now` dates what changes, `generation` is the spec's."""
+        status = standing or Status()
+        self.standing = status
+        self.now = whole(now)
+        self.generation = max(generation, status.observed_generation or 0)
+        self.phase: Phase = status.phase
+        self.method, self.tuning = status.method, status.tuning
+        self.resolved: Resolved | None = status.resolved
+        self.progress: JobProgress | None = status.progress
+        self.attempts: list[Attempt] = _in_order(status.attempts)
+        self.restarts, self.preemptions = max(0, status.restarts), max(0, status.preemptions)
+        self.active_seconds = max(0, status.active_seconds)
+        self.next_attempt_at: datetime | None = status.next_attempt_at
+        self.failure: FailureClass | None = status.failure
+        self.post_mortem: PostMortem | None = status.post_mortem
+        self.finished_at: datetime | None = status.finished_at or _end_of(status.conditions)
+        self.artifacts: list[Artifact] = status.artifacts
+        self.findings: dict[str, Finding] = {}
+
+    def find(self, finding: Finding) -> None:
+        """Something was found out in this pass; of one type, the last word counts."""
+        self.findings[finding.type] = finding
+
+    def condition(self, name: str) -> Condition | None:
+        """The condition of type `name` as it stood before this pass."""
+        return find(self.standing.conditions, name)
+
+    @property
+    def last(self) -> Attempt | None:
+        """The newest attempt."""
+        return self.attempts[-1] if self.attempts else None
+
+    @property
+    def open(self) -> Attempt | None:
+        """The attempt that goes on; there is never more than one."""
+        return self.last if self.last is not None and self.last.ended_at is None else None
+
+    def change_last(self, **changes: Any) -> Attempt:
+        """The newest attempt with other values; an attempt exists."""
+        changed = self.attempts[-1].model_copy(update=changes)
+        self.attempts[-1] = changed
+        return changed
+
+    def add(self, attempt: Attempt) -> None:
+        """A new attempt; whatever was open before it is over."""
+        self.attempts = [*self.attempts, attempt]
+
+    def to_status(self) -> Status:
+        """The status as it now is."""
+        return Status(
+            observed_generation=self.generation,
+            phase=self.phase,
+            method=self.method,
+            tuning=self.tuning,
+            conditions=updated(self.standing.conditions, self.findings.values(), self.now, self.generation),
+            resolved=self.resolved,
+            progress=self.progress,
+            attempts=self.attempts[-_ATTEMPTS_LIMIT:],
+            ray_job=self.last.ray_job if self.last is not None else self.standing.ray_job,
+            restarts=self.restarts,
+            preemptions=self.preemptions,
+            active_seconds=self.active_seconds,
+            next_attempt_at=self.next_attempt_at,
+            failure=self.failure,
+            post_mortem=self.post_mortem,
+            finished_at=self.finished_at,
+            artifacts=self.artifacts[:_ARTIFACTS_LIMIT],
+        )
 
 
 def project(
@@ -42,21 +144,14 @@ def project(
         method=plan.method.chosen if plan else None,
         tuning=plan.tuning.chosen if plan else None,
         conditions=conditions(outcome, progress, now, previous.conditions if previous else (), generation),
-        progress=_progress(outcome, progress),
+        progress=job_progress(outcome, progress),
         failure=failure.failure_class if failure else None,
         artifacts=outcome.artifacts[:_ARTIFACTS_LIMIT] if outcome else [],
     )
 
 
-def _phase(outcome: Outcome | None, progress: Progress | None) -> Phase:
-    if outcome is not None:
-        return Phase.SUCCEEDED if outcome.result is Result.SUCCEEDED else Phase.FAILED
-    if progress is None:
-        return Phase.PENDING
-    return Phase.RUNNING if progress.stage in TRAINING_STAGES else Phase.STARTING
-
-
-def _progress(outcome: Outcome | None, progress: Progress | None) -> JobProgress | None:
+def job_progress(outcome: Outcome | None, progress: Progress | None) -> JobProgress | None:
+    """How far training has come: in whole numbers, figures as text. None before the first report."""
     if outcome is None and progress is None:
         return None
     step = max(outcome.step if outcome else 0, progress.step if progress else 0)
@@ -76,6 +171,19 @@ def _progress(outcome: Outcome | None, progress: Progress | None) -> JobProgress
     )
 
 
+def clip(text: str, length: int) -> str:
+    """`text`, cut to what a field may hold."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _phase(outcome: Outcome | None, progress: Progress | None) -> Phase:
+    if outcome is not None:
+        return Phase.SUCCEEDED if outcome.result is Result.SUCCEEDED else Phase.FAILED
+    if progress is None:
+        return Phase.PENDING
+    return Phase.RUNNING if progress.stage in TRAINING_STAGES else Phase.STARTING
+
+
 def _whole(value: float | None) -> int | None:
     return round(value) if value is not None else None
 
@@ -83,3 +191,63 @@ def _whole(value: float | None) -> int | None:
 def _as_text(metrics: Mapping[str, float]) -> dict[str, str]:
     """Figures as strings: the API server would otherwise turn 1.0 into 1 and refuse it as a float."""
     return {name: f"{value:.6g}" for name, value in islice(metrics.items(), _METRICS_LIMIT)}
+
+
+def _in_order(attempts: Iterable[Attempt]) -> list[Attempt]:
+    """By number, each once: whatever a person made of the list."""
+    by_number = {attempt.number: attempt for attempt in attempts}
+    return [by_number[number] for number in sorted(by_number)]
+
+
+def _end_of(listed: Iterable[Condition]) -> datetime | None:
+    """When a job ended whose status names no moment: a condition that says so counts too."""
+    ended = [one for one in listed if one.type in ("Complete", "Failed") and one.status == "True"]
+    return min((one.last_transition_time for one in ended), default=None)
+
+
+def _without(document: Any, places: Sequence[tuple[int | str, ...]]) -> Any:
+    """A copy of `document` with what stands at `places` taken out; where nothing stands, what should hold it."""
+    repaired = copy.deepcopy(document)
+    # The last entries of a list first: taking one out moves those behind it.
+    for place in sorted(places, key=lambda place: [(str(type(step)), step) for step in place], reverse=True):
+        _take_out(repaired, list(place))
+    return repaired
+
+
+def _take_out(document: Any, place: list[int | str]) -> None:
+    here, holders = document, []
+    for step in place:
+        if not _has(here, step):
+            break
+        holders.append((here, step))
+        here = here[step]
+    if holders:
+        holder, step = holders[-1]
+        del holder[step]
+
+
+def _has(value: Any, step: int | str) -> bool:
+    if isinstance(value, list):
+        return isinstance(step, int) and step < len(value)
+    return isinstance(value, dict) and step in value
+
+
+def _with_sane_times(status: Status) -> Status:
+    moments = [status.next_attempt_at, status.finished_at, *(one.last_transition_time for one in status.conditions)]
+    for attempt in status.attempts:
+        moments += (attempt.created_at, attempt.admitted_at, attempt.running_at, attempt.ended_at)
+    if status.progress is not None:
+        moments.append(status.progress.updated_at)
+    if all(one is None or (one.tzinfo is not None and 2000 <= one.year < 2200) for one in moments):
+        return status
+    return _sane_model(status)
+
+
+def _sane_model(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return sane(value)
+    if isinstance(value, list):
+        return [_sane_model(one) for one in value]
+    if isinstance(value, Contract):
+        return value.model_copy(update={name: _sane_model(one) for name, one in value})
+    return value

@@ -14,7 +14,7 @@ from finetune_api.spec import Lifecycle
 from finetune_operator.policies.due import Due
 from finetune_operator.times import after
 
-__all__ = ["active_due", "start_due"]
+__all__ = ["active_due", "start_due", "used_up"]
 
 
 def start_due(attempt: Attempt, has_reported: bool, lifecycle: Lifecycle, obstacle: str = "") -> Due | None:
@@ -41,8 +41,15 @@ def active_due(attempt: Attempt, active_seconds: int, lifecycle: Lifecycle) -> D
     limit = lifecycle.active_deadline_seconds
     if limit is None or attempt.admitted_at is None:
         return None
-    return Due(
-        after(attempt.admitted_at, max(0, limit - max(0, active_seconds))),
-        FailureClass.DEADLINE_EXCEEDED,
-        f"All attempts together took {limit} s, which is all that lifecycle.activeDeadlineSeconds allows.",
-    )
+    left = max(0, limit - max(0, active_seconds))
+    return Due(after(attempt.admitted_at, left), FailureClass.DEADLINE_EXCEEDED, _message(limit))
+
+
+def used_up(active_seconds: int, lifecycle: Lifecycle) -> str | None:
+    """Why no other attempt may start: the earlier ones took all the time there is. None while there is some left."""
+    limit = lifecycle.active_deadline_seconds
+    return _message(limit) if limit is not None and active_seconds >= limit else None
+
+
+def _message(limit: int) -> str:
+    return f"All attempts together took {limit} s, which is all that lifecycle.activeDeadlineSeconds allows."

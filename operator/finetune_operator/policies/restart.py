@@ -11,13 +11,13 @@ Called by the reconcile pass when an attempt has failed. It decides; the pass ca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from finetune_api.failures import FailureClass
 from finetune_api.job import Attempt
 from finetune_api.spec import Action, Backoff, FailurePolicy, FailureRule
 
-__all__ = ["ATTEMPTS_WITHOUT_PROGRESS", "DEFAULT_ACTIONS", "History", "Verdict", "judge"]
+__all__ = ["ATTEMPTS_WITHOUT_PROGRESS", "DEFAULT_ACTIONS", "History", "Verdict", "halved", "judge"]
 
 DEFAULT_ACTIONS: dict[FailureClass, Action] = {
     FailureClass.PREEMPTED: Action.RETRY_FREE,
@@ -62,8 +62,6 @@ class Verdict:
     preemptions: int
     wait_seconds: int = 0
     """Before another attempt."""
-    micro_batch_size: int | None = field(default=None)
-    """For another attempt with a smaller one."""
 
 
 def judge(
@@ -77,6 +75,14 @@ def judge(
         return _counted(action, failure, history, policy)
     reason = "is not tried again" if action is Action.FAIL else "waits for a person: set suspend to true, then to false"
     return Verdict(action, failure.value, f"A job that ends so {reason}.", history.restarts, history.preemptions)
+
+
+def halved(micro_batch_size: int) -> int | None:
+    """The largest micro-batch to try after this one ran out of memory; None when there is no smaller one.
+
+    Planning takes the next that divides the work: the global batch, and so what is trained, stays the same.
+    """
+    return micro_batch_size // 2 if micro_batch_size > 1 else None
 
 
 def _action(failure: FailureClass, exit_code: int | None, message: str, policy: FailurePolicy) -> Action:
@@ -119,26 +125,25 @@ def _free(failure: FailureClass, history: History, policy: FailurePolicy) -> Ver
 
 
 def _counted(action: Action, failure: FailureClass, history: History, policy: FailurePolicy) -> Verdict:
-    micro_batch_size = None
+    smaller = None
     if action is Action.RETRY_WITH_SMALLER_MICRO_BATCH and history.micro_batch_size is not None:
-        if history.micro_batch_size <= 1:
+        smaller = halved(history.micro_batch_size)
+        if smaller is None:
             return _over(failure.value, "the micro-batch is a single sequence already", history)
-        micro_batch_size = history.micro_batch_size // 2
     count = history.restarts + 1
     if count > policy.max_restarts:
         return _over("MaxRestartsExceeded", f"failurePolicy.maxRestarts allows {policy.max_restarts}", history)
     if action is Action.RETRY and _stalled(history.attempts):
         num = ATTEMPTS_WITHOUT_PROGRESS
         return _over("NoProgress", f"the last {num} attempts came no further than those before them", history)
-    smaller = f" with a micro-batch of {micro_batch_size}" if micro_batch_size else ""
+    how = f" with a micro-batch of at most {smaller}" if smaller is not None else ""
     return Verdict(
         action,
         failure.value,
-        f"It is tried again{smaller}: restart {count} of {policy.max_restarts}.",
+        f"It is tried again{how}: restart {count} of {policy.max_restarts}.",
         count,
         history.preemptions,
         _wait_seconds(policy.backoff, count),
-        micro_batch_size,
     )
 
 

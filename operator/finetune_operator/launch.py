@@ -1,0 +1,265 @@
+"""What an attempt needs before it can start: a spec that holds, a runtime, other jobs' models, a plan, its objects.
+
+`decide` calls it when an attempt should start, and again when one that goes on lost an object. Pure: it says what to
+create, or what stands in the way. The runtime is copied into a ConfigMap with the first attempt, and the place of a
+model that another job wrote is noted on the plan: a job keeps both to its end, whatever becomes of their origins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.base import API_VERSION
+from finetune_api.failures import Problem
+from finetune_api.job import FineTuneJob, Resolved
+from finetune_api.plan import RunPlan
+from finetune_api.problems import InvalidManifest, validate_document
+from finetune_api.runtime import FineTuneRuntime, FineTuneRuntimeSpec
+from finetune_operator import names
+from finetune_operator.conditions import Finding
+from finetune_operator.decision import Create, Delete
+from finetune_operator.kinds import (
+    CONFIG_MAP,
+    NETWORK_POLICY,
+    POD_DISRUPTION_BUDGET,
+    RAY_JOB,
+    ROLE,
+    ROLE_BINDING,
+    SERVICE_ACCOUNT,
+    Key,
+    Kind,
+)
+from finetune_operator.observe import Document, Header, Observed
+from finetune_operator.planning import plan_run
+from finetune_operator.policies.dependencies import dependency_names, resolve
+from finetune_operator.resources.config_map import (
+    plan_config_map,
+    progress_config_map,
+    read_runtime_config_map,
+    runtime_config_map,
+    runtime_hash,
+)
+from finetune_operator.resources.disruption import pod_disruption_budget
+from finetune_operator.resources.metadata import Owner
+from finetune_operator.resources.network import network_policy
+from finetune_operator.resources.rayjob import build_rayjob
+from finetune_operator.resources.rbac import role, role_binding, service_account
+from finetune_operator.settings import Settings
+
+__all__ = ["Blocked", "Launch", "Prepared", "expected_config_maps", "judge_spec", "prepare"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which attempt to prepare."""
+
+    attempt: int
+    micro_batch_size: int | None
+    """Instead of the job's, after an attempt that ran out of memory."""
+    runtime_hash: str | None
+    """Of the runtime that earlier attempts had."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Nothing stands in the way."""
+
+    plan: RunPlan
+    resolved: Resolved
+    create: tuple[Create, ...]
+    """What does not exist yet, in order; the RayJob is the last."""
+    delete: tuple[Delete, ...]
+    """Objects of ours whose contents are not what the attempt needs: they must go before anything is created."""
+    queued: bool
+    """The RayJob waits in a queue first."""
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """What stands in the way, as the condition that says so."""
+
+    finding: Finding
+    failed: bool = False
+    """For good: another job failed."""
+
+
+def judge_spec(document: Document, header: Header) -> FineTuneJob | Finding:
+    """The job as a model, whatever its status; or condition Valid with every problem of its spec."""
+    metadata = document["metadata"]
+    kept = {name: metadata[name] for name in ("name", "namespace", "labels", "annotations") if name in metadata}
+    bare = {"apiVersion": API_VERSION, "kind": "FineTuneJob", "metadata": kept, "spec": document.get("spec")}
+    try:
+        if header.name in dependency_names(document):
+            source = f"job://{header.name}"
+            raise InvalidManifest([Problem(path="spec.model.source", value=source, message="names the job itself")])
+        return validate_document(FineTuneJob, bare)
+    except InvalidManifest as invalid:
+        return Finding("Valid", "False", "InvalidSpec", str(invalid))
+
+
+def expected_config_maps(seen: Observed, attempt: int, runtime_hash: str | None) -> Iterator[str]:
+    """Names of the ConfigMaps that must be there while `attempt` goes on."""
+    yield names.plan_config_map(seen.job.name, attempt)
+    yield names.progress_config_map(seen.job.name)
+    if runtime_hash is not None:
+        yield names.runtime_config_map(seen.job.name)
+
+
+def prepare(
+    job: FineTuneJob, document: Document, seen: Observed, launch: Launch, settings: Settings
+) -> Prepared | Blocked:
+    """Everything for one attempt of `job`, whose raw `document` it is."""
+    runtime = _runtime(job, seen, launch.runtime_hash)
+    if isinstance(runtime, Blocked):
+        return runtime
+    source = _earlier_source(seen)
+    dependencies = resolve(() if source else dependency_names(document), seen.dependencies)
+    if dependencies.failed:
+        finding = Finding("Failed", "True", "DependencyFailed", "\n".join(dependencies.failed))
+        return Blocked(finding, failed=True)
+    if dependencies.waiting:
+        return Blocked(Finding("Admitted", "False", "DependencyPending", "\n".join(dependencies.waiting)))
+    try:
+        plan = plan_run(
+            _with_source(job, source) if source else job,
+            runtime,
+            artifacts=dependencies.artifacts,
+            micro_batch_size=launch.micro_batch_size,
+        )
+    except InvalidManifest as refused:
+        return Blocked(Finding("Valid", "False", "PlanRefused", str(refused)))
+    return _objects(job, plan, runtime, seen, launch, settings)
+
+
+def _runtime(job: FineTuneJob, seen: Observed, recorded: str | None) -> FineTuneRuntime | Blocked | None:
+    """The runtime as it was when the first attempt started; for that one, as it is now. None: the job names none."""
+    if job.spec.runtime_ref is None:
+        return None
+    kept = read_runtime_config_map(seen.snapshot) if seen.snapshot is not None else None
+    if kept is not None and recorded in (None, runtime_hash(kept)):
+        return kept
+    name = job.spec.runtime_ref.name
+    if seen.runtime is None:
+        message = f"spec.runtimeRef.name: there is no FineTuneRuntime {name}; the job starts once there is one"
+        return Blocked(Finding("Valid", "False", "RuntimeNotFound", message))
+    try:
+        bare = {"apiVersion": API_VERSION, "kind": "FineTuneRuntime"}
+        return validate_document(FineTuneRuntime, bare | {key: seen.runtime.get(key) for key in ("metadata", "spec")})
+    except InvalidManifest as invalid:
+        message = f"FineTuneRuntime {name} cannot be used:\n{invalid}"
+        return Blocked(Finding("Valid", "False", "RuntimeInvalid", message))
+
+
+def _earlier_source(seen: Observed) -> str | None:
+    """Where the model of another job was when an earlier attempt was planned."""
+    for number in sorted(seen.plans, reverse=True):
+        annotations = seen.plans[number]["metadata"].get("annotations")
+        source = annotations.get(names.MODEL_ANNOTATION) if isinstance(annotations, Mapping) else None
+        if isinstance(source, str) and source:
+            return source
+    return None
+
+
+def _with_source(job: FineTuneJob, source: str) -> FineTuneJob:
+    model = job.spec.model.model_copy(update={"source": source})
+    return job.model_copy(update={"spec": job.spec.model_copy(update={"model": model})})
+
+
+def _objects(
+    job: FineTuneJob,
+    plan: RunPlan,
+    runtime: FineTuneRuntime | None,
+    seen: Observed,
+    launch: Launch,
+    settings: Settings,
+) -> Prepared | Blocked:
+    wanted = list(_wanted(job, plan, runtime, seen, launch.attempt, settings))
+    for create in wanted:
+        name = create.document["metadata"]["name"]
+        if (create.kind, name) in seen.foreign:
+            message = (
+                f"{create.kind.name} {name} exists and is not this job's: delete it, or give the job another name."
+            )
+            return Blocked(Finding("ClusterReady", "False", "NameTaken", message))
+    wrong = tuple(_wrong(runtime, seen, launch, wanted))
+    return Prepared(
+        plan,
+        _resolved(plan, runtime),
+        tuple(one for one in wanted if (one.kind, one.document["metadata"]["name"]) not in seen.own),
+        wrong,
+        queued=wanted[-1].document["spec"].get("suspend") is True,
+    )
+
+
+def _wanted(
+    job: FineTuneJob,
+    plan: RunPlan,
+    runtime: FineTuneRuntime | None,
+    seen: Observed,
+    attempt: int,
+    settings: Settings,
+) -> Iterator[Create]:
+    """Every object of the attempt: what pods refer to comes before the RayJob that makes them."""
+    owner = Owner(seen.job.name, seen.job.namespace, seen.job.uid)
+    spec = runtime.spec if runtime is not None else FineTuneRuntimeSpec()
+    if runtime is not None:
+        yield Create(CONFIG_MAP, runtime_config_map(owner, runtime))
+    yield Create(SERVICE_ACCOUNT, service_account(owner))
+    yield Create(ROLE, role(owner))
+    yield Create(ROLE_BINDING, role_binding(owner))
+    yield Create(CONFIG_MAP, progress_config_map(owner))
+    if spec.network_policy:
+        yield Create(NETWORK_POLICY, network_policy(owner))
+    yield Create(POD_DISRUPTION_BUDGET, pod_disruption_budget(owner))
+    yield Create(CONFIG_MAP, _annotated(plan_config_map(owner, plan, attempt), job, plan))
+    yield Create(RAY_JOB, build_rayjob(owner, job, plan, spec, attempt, settings))
+
+
+def _annotated(document: Document, job: FineTuneJob, plan: RunPlan) -> Document:
+    """The plan's ConfigMap with its digest, and with where another job's model was."""
+    metadata = document["metadata"]
+    digest = hashlib.sha256(repr(sorted(document["data"].items())).encode()).hexdigest()[:16]
+    annotations = {**metadata.get("annotations", {}), names.DIGEST_ANNOTATION: digest}
+    if plan.model.source != job.spec.model.source:
+        annotations[names.MODEL_ANNOTATION] = plan.model.source
+    return {**document, "metadata": {**metadata, "annotations": annotations}}
+
+
+def _wrong(runtime: FineTuneRuntime | None, seen: Observed, launch: Launch, wanted: list[Create]) -> Iterator[Delete]:
+    """ConfigMaps of ours that a broken-off pass, or a person, left with other contents."""
+    snapshot = seen.snapshot
+    if runtime is not None and snapshot is not None:
+        kept = read_runtime_config_map(snapshot)
+        if kept is None or runtime_hash(kept) != runtime_hash(runtime):
+            yield _deletion(CONFIG_MAP, snapshot, seen)
+    plan = seen.plans.get(launch.attempt)
+    if plan is not None and launch.attempt not in seen.ray_jobs:
+        expected = next(one.document for one in wanted if one.document["metadata"]["name"] == plan["metadata"]["name"])
+        if _digest(plan) != _digest(expected):
+            yield _deletion(CONFIG_MAP, plan, seen)
+
+
+def _digest(document: Document) -> Any:
+    annotations = document["metadata"].get("annotations")
+    return annotations.get(names.DIGEST_ANNOTATION) if isinstance(annotations, Mapping) else None
+
+
+def _deletion(kind: Kind, document: Document, seen: Observed) -> Delete:
+    name = document["metadata"]["name"]
+    return Delete(kind, Key(seen.job.namespace, name), seen.own.get((kind, name)) or None)
+
+
+def _resolved(plan: RunPlan, runtime: FineTuneRuntime | None) -> Resolved:
+    return Resolved(
+        world_size=plan.workers.world_size,
+        gpus=plan.workers.replicas * plan.workers.gpus,
+        global_batch_size=plan.batch.global_batch_size,
+        micro_batch_size=plan.batch.micro_batch_size,
+        gradient_accumulation_steps=plan.batch.gradient_accumulation_steps,
+        zero_stage=plan.deepspeed.zero_stage,
+        precision=plan.precision.value,
+        runtime_hash=runtime_hash(runtime) if runtime is not None else None,
+    )
