@@ -159,6 +159,8 @@ def _stopped(clue: Ending | None, ray_job: RayJobState | None) -> Ending:
     if ray_job is None or ray_job.job_status in ("STOPPED", "SUCCEEDED"):
         message = "The run was stopped."
         return Ending(CANCELLED, exit_code=INTERRUPTED, reason="Stopped", message=message)
+    if (telling := _telling(clue)) is not None:
+        return telling
     message = "The trainers were told to stop by no person and by no policy, as happens when their pod is deleted."
     return _failure(FailureClass.PREEMPTED, message, reason="Stopped", exit_code=INTERRUPTED)
 

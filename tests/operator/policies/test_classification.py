@@ -178,6 +178,12 @@ def test_a_stop_because_of_the_platform_is_a_preemption() -> None:
     assert kind_of(classify(ray_job("Complete", "STOPPED"), [PREEMPTED], told(STOPPED))) == "Preempted"
 
 
+def test_a_pod_without_memory_is_why_trainers_stopped_unless_a_person_stopped_them() -> None:
+    starved = pod(terminated_reason="OOMKilled")
+    assert kind_of(classify(failed(LOGS.format(143)), [starved], Report())) == "OutOfMemory"
+    assert kind_of(classify(ray_job("Complete", "STOPPED"), [starved], told(STOPPED))) == CANCELLED
+
+
 @pytest.mark.parametrize("code", [130, 143, -15, -2])
 def test_a_stop_that_nobody_asked_for_is_a_preemption(code: int) -> None:
     assert kind_of(classify(failed(LOGS.format(code)), [], Report())) == "Preempted"
