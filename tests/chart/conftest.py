@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from tests.chart.rendering import Helm
 from tests.cluster.build import BuildError, program_path
 from tests.cluster.server import Server, control_plane
+from tests.cluster.tools import helm_tool
 
 Programs = Callable[[str], Path]
 
@@ -35,8 +37,8 @@ def program(pytestconfig: pytest.Config) -> Programs:
 
 @pytest.fixture(scope="session")
 def helm(program: Programs, tmp_path_factory: pytest.TempPathFactory) -> Helm:
-    """The real Helm."""
-    return Helm(program("helm"), tmp_path_factory.mktemp("helm"))
+    """The real Helm, which knows of no cluster."""
+    return Helm(helm_tool(program("helm"), Path(os.devnull), tmp_path_factory.mktemp("helm")))
 
 
 @pytest.fixture(scope="session")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from helm.generator.__main__ import CHART
+from tests.cluster.tools import Tool
 
-__all__ = ["MATRIX", "NAMESPACE", "RELEASE", "Helm", "HelmError", "Rendered"]
+__all__ = ["MATRIX", "NAMESPACE", "RELEASE", "Helm", "Rendered"]
 
 NAMESPACE = "finetune-system"
 RELEASE = "finetune-operator"
@@ -70,10 +68,6 @@ MATRIX: dict[str, Document] = {
 """Values that the chart is rendered with, by what they are about."""
 
 
-class HelmError(RuntimeError):
-    """Helm refused; the message is what it said."""
-
-
 @dataclass(frozen=True)
 class Rendered:
     """The objects of one rendering."""
@@ -115,47 +109,23 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Helm:
-    """The helm program; what it keeps for itself lies below `folder`, and `kubeconfig` is the cluster it acts on."""
+    """The helm program, acting on the chart."""
 
-    program: Path
-    folder: Path
-    kubeconfig: Path | None = None
+    tool: Tool
 
-    def on(self, kubeconfig: Path) -> Helm:
-        """The same program for this cluster."""
-        return replace(self, kubeconfig=kubeconfig)
-
-    def template(
-        self, values: Mapping[str, Any] | None = None, chart: Path = CHART, release: str = RELEASE
-    ) -> Rendered:
-        """What the chart renders with `values`, hooks included. Raises HelmError."""
-        return Rendered(tuple(yaml.safe_load_all(_rendered(self, json.dumps(values or {}), chart, release))))
+    def template(self, values: Mapping[str, Any] | None = None, chart: Path = CHART) -> Rendered:
+        """What the chart renders with `values`, hooks included. Raises ToolFailed."""
+        key = json.dumps([values or {}, str(chart)])
+        if key not in _rendered:  # Helm takes a moment, and many tests look at the same
+            _rendered[key] = self.release("template", values, chart)
+        return Rendered(tuple(yaml.safe_load_all(_rendered[key])))
 
     def release(
-        self,
-        verb: str,
-        values: Mapping[str, Any] | None = None,
-        chart: Path = CHART,
-        release: str = RELEASE,
-        options: tuple[str, ...] = (),
+        self, verb: str, values: Mapping[str, Any] | None = None, chart: Path = CHART, options: Iterable[str] = ()
     ) -> str:
-        """What `helm VERB` (template, install, upgrade) prints. Raises HelmError."""
-        command = [verb, release, str(chart), "--namespace", NAMESPACE, "--values", "-", *options]
-        return self.run(*command, given=json.dumps(values or {}))
-
-    def run(self, *arguments: str, given: str = "") -> str:
-        """What `helm ARGUMENTS` prints. Raises HelmError."""
-        places = {f"HELM_{kind}_HOME": str(self.folder / kind.lower()) for kind in ("CACHE", "CONFIG", "DATA")}
-        environment = os.environ | places | {"KUBECONFIG": str(self.kubeconfig or os.devnull)}
-        done = subprocess.run(
-            [self.program, *arguments], input=given, capture_output=True, text=True, env=environment, timeout=300
-        )
-        if done.returncode:
-            raise HelmError(done.stderr.strip())
-        return done.stdout
+        """What `helm VERB` (template, install, upgrade) prints. Raises ToolFailed."""
+        command = (verb, RELEASE, chart, "--namespace", NAMESPACE, "--values", "-", *options)
+        return self.tool(*command, stdin=json.dumps(values or {}))
 
 
-@cache
-def _rendered(helm: Helm, values: str, chart: Path, release: str) -> str:
-    """Rendered once for all tests: Helm takes a moment."""
-    return helm.release("template", json.loads(values), chart, release)
+_rendered: dict[str, str] = {}

@@ -32,7 +32,7 @@ def test_every_file_of_the_base_is_listed_and_is_one_object() -> None:
 
 @pytest.mark.control_plane
 def test_the_base_is_what_the_chart_renders(helm: Helm) -> None:
-    rendered = render_base(helm.program, CHART)
+    rendered = render_base(helm.tool.program, CHART)
     assert {file.name: file.read_text(encoding="utf-8") for file in BASE.iterdir()} == rendered
 
 

@@ -7,6 +7,7 @@ pods are only asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ NOT_SERVED = {"ServiceMonitor", "PrometheusRule"}
 @pytest.fixture(scope="module")
 def on_server(helm: Helm, bare_server: Server) -> Helm:
     """Helm, acting on the server."""
-    return helm.on(bare_server.kubeconfig)
+    environment = helm.tool.environment | {"KUBECONFIG": str(bare_server.kubeconfig)}
+    return Helm(replace(helm.tool, environment=environment))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def installed(on_server: Helm, bare_server: Server) -> Iterator[Client]:
     client.create(f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts", {"metadata": {"name": "default"}})
     on_server.release("install", {"defaultRuntime": {"enabled": True}})
     yield client
-    on_server.run("uninstall", RELEASE, "--namespace", NAMESPACE, "--ignore-not-found")
+    on_server.tool("uninstall", RELEASE, "--namespace", NAMESPACE, "--ignore-not-found")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +145,7 @@ def test_an_upgrade_changes_what_was_asked_for_and_uninstalling_keeps_the_jobs(
     deployment = f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments/finetune-operator"
     assert installed.get(deployment)["spec"]["replicas"] == 3
     assert installed.get(f"{RUNTIMES}/default")["spec"]["workers"]["gpus"] == 4
-    on_server.run("uninstall", RELEASE, "--namespace", NAMESPACE)
+    on_server.tool("uninstall", RELEASE, "--namespace", NAMESPACE)
     assert installed.find(deployment) is None
     assert installed.get(f"{JOBS}/kept")["metadata"]["uid"] == kept["metadata"]["uid"]
     on_server.release("install", {"defaultRuntime": {"enabled": True}})

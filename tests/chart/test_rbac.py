@@ -11,21 +11,20 @@ from tests.chart.rendering import MATRIX, NAMESPACE, Helm, Rendered
 
 pytestmark = pytest.mark.control_plane
 
-RUNTIMES = {("finetune-operator.io", "finetuneruntimes"): "get list watch"}
+RUNTIMES = {("finetune-operator.io", "finetuneruntimes"): "list watch"}
 JOBS = {
     ("finetune-operator.io", "finetunejobs"): "get list watch delete",
-    ("finetune-operator.io", "finetunejobs/status"): "update patch",
+    ("finetune-operator.io", "finetunejobs/status"): "update",
     ("finetune-operator.io", "finetunejobs/finalizers"): "update",
     ("ray.io", "rayjobs"): "get list watch create delete",
     ("", "configmaps"): "get list watch create patch delete",
-    ("", "pods"): "get list watch",
+    ("", "pods"): "list watch",
     ("", "events"): "create patch",
-    ("", "serviceaccounts"): "get create delete",
-    ("rbac.authorization.k8s.io", "roles"): "get create delete",
-    ("rbac.authorization.k8s.io", "rolebindings"): "get create delete",
-    ("networking.k8s.io", "networkpolicies"): "get create delete",
-    ("policy", "poddisruptionbudgets"): "get create delete",
-    ("kueue.x-k8s.io", "workloads"): "get list watch",
+    ("", "serviceaccounts"): "get create",
+    ("rbac.authorization.k8s.io", "roles"): "get create",
+    ("rbac.authorization.k8s.io", "rolebindings"): "get create",
+    ("networking.k8s.io", "networkpolicies"): "get create",
+    ("policy", "poddisruptionbudgets"): "get create",
 }
 
 

@@ -14,7 +14,8 @@ from finetune_api.job import FineTuneJob
 from finetune_api.runtime import FineTuneRuntime
 from finetune_operator.settings import read_settings
 from helm.generator.__main__ import CHART
-from tests.chart.rendering import MATRIX, NAMESPACE, Helm, HelmError
+from tests.chart.rendering import MATRIX, NAMESPACE, Helm
+from tests.cluster.tools import ToolFailed
 
 pytestmark = pytest.mark.control_plane
 
@@ -154,12 +155,12 @@ def test_probes_ask_the_port_that_is_served(helm: Helm) -> None:
 
 
 def test_several_replicas_without_an_election_are_refused(helm: Helm) -> None:
-    with pytest.raises(HelmError, match=r"replicas: 2 would all act at once .* set replicas to 1"):
+    with pytest.raises(ToolFailed, match=r"replicas: 2 would all act at once .* set replicas to 1"):
         helm.template({"leaderElection": {"enabled": False}})
 
 
 def test_helm_refuses_an_unknown_key_and_names_it(helm: Helm) -> None:
-    with pytest.raises(HelmError, match="replica"):
+    with pytest.raises(ToolFailed, match="replica"):
         helm.template({"podDisruptionBudget": {"replica": 3}})
 
 
@@ -182,7 +183,7 @@ def test_the_notes_end_with_a_job_that_is_valid(helm: Helm, values: dict[str, An
 
 @pytest.mark.parametrize("name", ["kuberay", "kueue"])
 def test_a_dependency_that_was_not_fetched_is_asked_for(helm: Helm, name: str) -> None:
-    with pytest.raises(HelmError, match=f"helm dependency build helm/finetune-operator/charts/{name}"):
+    with pytest.raises(ToolFailed, match=f"helm dependency build helm/finetune-operator/charts/{name}"):
         helm.template({name: {"enabled": True}})
 
 
@@ -213,4 +214,4 @@ def test_a_dependency_that_was_fetched_gets_our_settings_and_theirs(
 
 
 def test_helm_finds_nothing_to_complain_about(helm: Helm) -> None:
-    helm.run("lint", str(CHART), "--strict", "--quiet")
+    helm.tool("lint", CHART, "--strict", "--quiet")

@@ -5,7 +5,7 @@
   verbs: [get, list, watch, delete]
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs/status]
-  verbs: [update, patch]
+  verbs: [update]
 # Children block the deletion of their job; some clusters let only those say so who may set the job's finalizers.
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs/finalizers]
@@ -19,31 +19,29 @@
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 - apiGroups: [""]
   resources: [events]
   verbs: [create, patch]
+# These are created once, and go with the job that owns them.
 - apiGroups: [""]
   resources: [serviceaccounts]
-  verbs: [get, create, delete]
+  verbs: [get, create]
 - apiGroups: [rbac.authorization.k8s.io]
   resources: [roles, rolebindings]
-  verbs: [get, create, delete]
+  verbs: [get, create]
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]
-  verbs: [get, create, delete]
+  verbs: [get, create]
 - apiGroups: [policy]
   resources: [poddisruptionbudgets]
-  verbs: [get, create, delete]
-- apiGroups: [kueue.x-k8s.io]
-  resources: [workloads]
-  verbs: [get, list, watch]
+  verbs: [get, create]
 {{- end -}}
 
 {{- define "finetune-operator.runtimeRules" -}}
 - apiGroups: [finetune-operator.io]
   resources: [finetuneruntimes]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 {{- end -}}
 
 {{- define "finetune-operator.subjects" -}}
