@@ -64,15 +64,26 @@ def test_a_full_disk_is_told_at_once() -> None:
 
 
 def test_a_file_of_somebody_else_stays_a_conflict() -> None:
-    storage, _ = resilient(Schedule())
+    storage, pauses = resilient(Schedule())
     storage.create("x", b"theirs")
     with pytest.raises(StorageConflictError):
-        storage.create("x", b"theirs")
+        storage.create("x", b"mine")
+    assert storage.read("x") == b"theirs"
+    assert pauses == []
 
-    lossy, _ = resilient(Schedule(at=0, kind="unavailable"))
-    lossy._inner.inner.create("x", b"theirs")  # type: ignore[attr-defined]
+
+def test_the_same_bytes_are_taken_for_ones_own() -> None:
+    """A library below may have sent the request twice without telling."""
+    storage, _ = resilient(Schedule())
+    storage.create("x", b"mine")
+    storage.create("x", b"mine")
+
+
+def test_a_large_file_of_somebody_else_stays_a_conflict() -> None:
+    storage, _ = resilient(Schedule())
+    storage.write("x", lambda: [b"abc"], 3)
     with pytest.raises(StorageConflictError):
-        lossy.create("x", b"mine")
+        storage.write("x", lambda: [b"xyz"], 3)
 
 
 def test_content_is_made_again_for_every_try() -> None:

@@ -47,7 +47,8 @@ class Storage(Protocol):
         """A large file of `size` bytes under a name that nobody else writes."""
 
     def create(self, name: str, data: bytes) -> None:
-        """A small file. StorageConflictError when there is one of that name, which then stays as it is."""
+        """A small file. StorageConflictError when there is one of that name, which then stays as it is. (`resilient`
+        takes one with the very same bytes for its own.)"""
 
     def replace(self, name: str, data: bytes) -> None:
         """A small file in the place of any that is there."""

@@ -2,9 +2,9 @@
 
 Only StorageUnavailableError is. A full disk stays full, a torn file stays torn, and both are for the caller to judge.
 
-A retried `create` may meet the file that its own first try made, whose answer was lost. So a conflict after a failure
-is looked at: the very same bytes mean that it was ours. (They could be another's only if both meant the same: every
-document carries its attempt's token.)
+A create whose answer was lost meets its own file when it is sent again, by us or by a library below. So a conflict is
+looked at: the very same bytes mean that it was ours. (They could be another's only if both meant the same: every
+document carries its attempt's token.) A large file is told by its size: nobody else writes under its name.
 """
 
 from __future__ import annotations
@@ -62,13 +62,27 @@ class ResilientStorage:
         return self._inner.exclusive
 
     def write(self, name: str, parts: Parts, size: int) -> None:
-        def same() -> bool:
-            return self._inner.size(name) == size
+        failed = False
 
-        self._new(lambda: self._inner.write(name, parts, size), same)
+        def once() -> None:
+            nonlocal failed
+            try:
+                self._inner.write(name, parts, size)
+            except StorageUnavailableError:
+                failed = True
+                raise
+            except StorageConflictError:
+                if not failed or self._inner.size(name) != size:
+                    raise
+
+        self._retried(once)
 
     def create(self, name: str, data: bytes) -> None:
-        self._new(lambda: self._inner.create(name, data), lambda: self._inner.read(name) == data)
+        try:
+            self._retried(lambda: self._inner.create(name, data))
+        except StorageConflictError:
+            if self.read(name) != data:
+                raise
 
     def replace(self, name: str, data: bytes) -> None:
         self._retried(lambda: self._inner.replace(name, data))
@@ -104,20 +118,3 @@ class ResilientStorage:
             except StorageUnavailableError:
                 self._sleep(pause)
         return call()
-
-    def _new(self, call: Callable[[], None], same: Callable[[], bool]) -> None:
-        """A `call` that may be done only once, and `same` to tell whether it was."""
-        failed = False
-
-        def once() -> None:
-            nonlocal failed
-            try:
-                call()
-            except StorageUnavailableError:
-                failed = True
-                raise
-            except StorageConflictError:
-                if not (failed and same()):
-                    raise
-
-        self._retried(once)

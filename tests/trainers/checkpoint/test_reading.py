@@ -1,0 +1,65 @@
+"""Any rank of any world size gets its elements, to the bit, for hardly more bytes than they have."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_trainers.checkpoint.manifest import SliceKey, TensorRecord
+from finetune_trainers.checkpoint.reading import plan_restore, read_slices
+from finetune_trainers.checkpoint.slices import Wanted, even_slice
+from finetune_trainers.checkpoint.storage.protocol import Storage
+from tests.trainers.checkpoint.saving import original, restored, save, start
+
+
+@pytest.mark.parametrize("old", [1, 2, 3, 5])
+def test_every_world_size_restores_every_other(storage: Storage, old: int) -> None:
+    manifest = save(storage, start(storage), 10, world=old)
+    for new in (1, 2, 3, 4, 7):
+        for rank in range(new):
+            assert restored(storage, manifest, rank, new) == original(manifest.intent, rank, new)
+
+
+def test_a_rank_of_the_same_world_reads_its_own_bytes_and_nothing_else(storage: Storage) -> None:
+    manifest = save(storage, start(storage), 10, world=2)
+    wanted = [
+        Wanted(SliceKey("model", tensor.name, state), *even_slice(tensor.numel, 1, 2))
+        for tensor in manifest.intent.tensors
+        for state in tensor.states
+    ]
+    plan = plan_restore(manifest, wanted)
+    assert plan.amplification == 1.0
+    assert len(plan.reads.reads) == 1
+
+
+def test_one_state_can_be_read_alone(storage: Storage) -> None:
+    manifest = save(storage, start(storage), 10, world=3)
+    want = Wanted(SliceKey("model", "weight", "param"), 0, 2800)
+    target = memoryview(bytearray(2800 * 4))
+    plan = read_slices(storage, manifest, {want: target})
+    assert bytes(target) == original(manifest.intent)[want.key]
+    assert plan.amplification == 1.0
+
+
+def test_requests_are_no_longer_than_they_may_be(storage: Storage) -> None:
+    manifest = save(storage, start(storage), 10, world=1)
+    want = Wanted(SliceKey("model", "weight", "exp_avg"), 7, 2790)
+    target = memoryview(bytearray(2783 * 4))
+    plan = read_slices(storage, manifest, {want: target}, max_read=4096)
+    assert len(plan.reads.reads) == 3
+    assert all(read.end - read.start <= 4096 for read in plan.reads.reads)
+    assert bytes(target) == original(manifest.intent)[want.key][28:11160]
+
+
+def test_what_a_checkpoint_does_not_hold_is_refused_before_anything_is_read(storage: Storage) -> None:
+    manifest = save(storage, start(storage), 10)
+    with pytest.raises(ValueError, match=r"model weight exp_avg_sq: elements \[0, 1\) are wanted and not all are held"):
+        plan_restore(manifest, [Wanted(SliceKey("model", "weight", "exp_avg_sq"), 0, 1)])
+
+
+def test_two_roles_may_have_tensors_of_one_name(storage: Storage) -> None:
+    tensors = tuple(
+        TensorRecord(role=role, name="w", shape=(100,), states={"param": "F32"}) for role in ("actor", "critic")
+    )
+    manifest = save(storage, start(storage), 10, tensors=tensors)
+    assert restored(storage, manifest) == original(manifest.intent)
+    assert len(set(restored(storage, manifest).values())) == 2
