@@ -111,6 +111,8 @@ class _Pass:
         if expiry is not None and expiry <= self.now:
             return Decision(delete=(Delete(FINETUNE_JOB, self.seen.job.key, self.seen.job.uid),))
         self._keep_until(finished_at, expiry)
+        if self.draft.last is not None:
+            self._clear_away(self.draft.last.number)
         return self._decision()
 
     def _keep_until(self, finished_at: datetime, expiry: datetime | None) -> None:
@@ -318,6 +320,7 @@ class _Pass:
         wanted = [(CONFIG_MAP, name) for name in expected_config_maps(self.seen, attempt.number, runtime_hash)]
         never_made = attempt.uid is None and attempt.number not in self.seen.ray_jobs
         if not never_made and all(one in self.seen.own for one in wanted):
+            self._clear_away(attempt.number)
             return
         prepared = self._prepare(attempt.number, attempt.micro_batch_size)
         if isinstance(prepared, Prepared):
@@ -365,11 +368,7 @@ class _Pass:
     def _launch(self, number: int, prepared: Prepared) -> None:
         draft, asked = self.draft, self._micro_batch_size()
         self.creates += prepared.create
-        self.deletes += [self._deletion(one) for one in superseded_ray_jobs(self.seen.ray_jobs, number)]
-        for old in superseded_plans(self.seen.plans, number):
-            name = self.seen.plans[old]["metadata"]["name"]
-            uid = self.seen.own[CONFIG_MAP, name] or None
-            self.deletes.append(Delete(CONFIG_MAP, Key(self.seen.job.namespace, name), uid))
+        self._clear_away(number)
         attempt = Attempt(
             number=number,
             ray_job=prepared.create[-1].document["metadata"]["name"],
@@ -381,6 +380,16 @@ class _Pass:
         draft.resolved, draft.next_attempt_at = prepared.resolved, None
         self.events.append(Event("Normal", "AttemptStarted", f"Attempt {number} starts as RayJob {attempt.ray_job}."))
         self.moments.append(after(self.now, self.lifecycle.start_deadline_seconds))
+
+    def _clear_away(self, number: int) -> None:
+        """What attempts before this one left. Looked for while it goes on too: a pass may break off in its middle."""
+        known = {one.key for one in self.deletes}
+        gone = [self._deletion(one) for one in superseded_ray_jobs(self.seen.ray_jobs, number)]
+        for old in superseded_plans(self.seen.plans, number):
+            name = self.seen.plans[old]["metadata"]["name"]
+            uid = self.seen.own[CONFIG_MAP, name] or None
+            gone.append(Delete(CONFIG_MAP, Key(self.seen.job.namespace, name), uid))
+        self.deletes += [one for one in gone if one.key not in known]
 
     def _micro_batch_size(self) -> int | None:
         """What the next attempt trains with instead of the job's own; None for the job's own."""
