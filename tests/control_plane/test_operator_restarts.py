@@ -1,0 +1,142 @@
+"""An operator may end at any moment: another goes on where it was, nothing happens twice, and nobody waits for long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.client import Client
+from tests.cluster.faults import Faults, Freeze, LoseAnswer
+from tests.cluster.server import Server
+from tests.control_plane.operators import Jobs, operator
+
+pytestmark = pytest.mark.control_plane
+
+
+@pytest.fixture
+def jobs(api: Client, namespace: str) -> Jobs:
+    return Jobs(api, namespace)
+
+
+@pytest.mark.parametrize("action", [Freeze(), LoseAnswer()], ids=["before the write", "after the write"])
+def test_an_operator_killed_at_each_write_of_a_start_starts_every_job_once(
+    jobs: Jobs, faults: Faults, tmp_path: Path, action: Freeze | LoseAnswer
+) -> None:
+    flags = ("--no-leader-election",)  # nobody is left to give the lease back
+    names = []
+    for place in range(13):
+        name = f"killed-{place}"
+        names.append(name)
+        rule = {"verb": "write", "namespace": jobs.namespace, "times": 1, "after": place}
+        with (
+            operator(tmp_path, faults.kubeconfig, jobs.namespace, *flags) as one,
+            faults.rule(action, **rule) as struck,  # type: ignore[arg-type]
+        ):
+            jobs.submit(name)
+            wait = [struck.struck]
+            one.wait(lambda struck=struck, name=name: struck.struck or jobs.phase(name) == "Starting", f"write {place}")
+            one.process.kill()
+            del wait
+    with operator(tmp_path, faults.kubeconfig, jobs.namespace, *flags) as last:
+        last.wait(jobs.has(*(f"{name}-1" for name in names)), "every RayJob, and no second one")
+        uids = jobs.ray_jobs()
+        for name in names:
+            last.wait(lambda name=name: (jobs.status(name).get("attempts") or [{}])[0].get("uid"), f"{name} to know it")
+            assert jobs.status(name)["attempts"][0]["uid"] == uids[f"{name}-1"]
+            jobs.run(name)
+        for name in names:
+            last.wait(jobs.is_at(name, "Running"), f"{name} to run")
+            jobs.succeed(name)
+        for name in names:
+            last.wait(jobs.is_at(name, "Succeeded"), f"{name} to succeed")
+            assert jobs.attempts(name) == [(1, "Succeeded")]
+
+
+def test_what_happened_while_no_operator_was_there_is_noticed_by_the_next(
+    jobs: Jobs, server: Server, tmp_path: Path
+) -> None:
+    names = ("ends", "fails", "vanishes", "waits")
+    backoff = {"failurePolicy.backoff": {"initialSeconds": 1, "maxSeconds": 1}}
+    with operator(tmp_path, server.kubeconfig, jobs.namespace) as one:
+        for name in names:
+            jobs.submit(name, backoff)
+        one.wait(jobs.has(*(f"{name}-1" for name in names)), "the RayJobs")
+        for name in names:
+            jobs.run(name)
+        for name in names:
+            one.wait(jobs.is_at(name, "Running"), f"{name} to run")
+        one.process.kill()
+    jobs.succeed("ends")
+    jobs.fail("fails")
+    jobs.delete_ray_job("vanishes-1")
+    jobs.submit("new")
+    with operator(tmp_path, server.kubeconfig, jobs.namespace) as one:
+        one.wait(jobs.is_at("ends", "Succeeded"), "the one that ended")
+        one.wait(jobs.has("ends-1", "fails-2", "vanishes-2", "waits-1", "new-1"), "what follows from the others")
+        assert jobs.attempts("fails") == [(1, "StorageError"), (2, None)]
+        assert jobs.attempts("vanishes") == [(1, "Unknown"), (2, None)]
+        assert jobs.attempts("waits") == [(1, None)]
+
+
+@pytest.mark.parametrize("how", ["killed", "told to end"])
+def test_when_the_leader_ends_the_other_replica_goes_on(jobs: Jobs, server: Server, tmp_path: Path, how: str) -> None:
+    with (
+        operator(tmp_path, server.kubeconfig, jobs.namespace, name="first") as first,
+    ):
+        first.wait(lambda: first.leads, "the first to lead")
+        with operator(tmp_path, server.kubeconfig, jobs.namespace, name="second") as second:
+            jobs.submit("tiny")
+            first.wait(jobs.has("tiny-1"), "its RayJob")
+            assert first.leads
+            assert not second.leads
+            assert second.metric("controller_runtime_reconcile_total") == 0
+            if how == "killed":
+                first.process.kill()
+            else:
+                assert first.process.stop() == 0
+            jobs.submit("next")
+            second.wait(jobs.has("tiny-1", "next-1"), "the second to take over")
+            assert second.leads
+            lease = jobs.api.get(f"/apis/coordination.k8s.io/v1/namespaces/{jobs.namespace}/leases/finetune-operator")
+            assert lease["spec"]["holderIdentity"].startswith("second_")
+            second.wait(lambda: jobs.status("tiny")["attempts"][0].get("uid"), "the attempt to know its RayJob")
+            assert jobs.attempts("tiny") == [(1, None)]
+
+
+def test_an_operator_that_is_told_to_end_gives_the_lease_back(jobs: Jobs, server: Server, tmp_path: Path) -> None:
+    with operator(tmp_path, server.kubeconfig, jobs.namespace) as one:
+        one.wait(lambda: one.leads, "it to lead")
+        assert one.process.stop() == 0
+        lease = jobs.api.get(f"/apis/coordination.k8s.io/v1/namespaces/{jobs.namespace}/leases/finetune-operator")
+        assert not lease["spec"].get("holderIdentity")
+        assert one.log()[-1]["message"] == "stopping"
+
+
+def test_crds_are_upgraded_under_running_jobs(jobs: Jobs, server: Server, tmp_path: Path) -> None:
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.finetune-operator.io"
+    before = jobs.api.get(path)
+    with operator(tmp_path, server.kubeconfig, jobs.namespace) as one:
+        jobs.submit("tiny")
+        one.wait(jobs.has("tiny-1"), "its RayJob")
+        jobs.run("tiny")
+        one.wait(jobs.is_at("tiny", "Running"), "the job to run")
+        newer = jobs.api.get(path)
+        (version,) = newer["spec"]["versions"]
+        schema = version["schema"]["openAPIV3Schema"]["properties"]
+        schema["status"]["properties"]["ofTheNextVersion"] = {"type": "string", "default": "yes"}
+        version["additionalPrinterColumns"].append({"name": "NEW", "type": "string", "jsonPath": ".status.phase"})
+        jobs.api.replace(path, newer)
+        try:
+            one.wait(lambda: jobs.status("tiny").get("ofTheNextVersion") == "yes", "the new schema to be served")
+            jobs.submit("later")
+            one.wait(jobs.has("tiny-1", "later-1"), "a new job to start")
+            jobs.succeed("tiny")
+            one.wait(jobs.is_at("tiny", "Succeeded"), "the old one to end")
+        finally:
+            before["metadata"].pop("resourceVersion")
+            jobs.api.apply(
+                path,
+                {key: before[key] for key in ("apiVersion", "kind", "spec")}
+                | {"metadata": {"name": before["metadata"]["name"]}},
+            )
