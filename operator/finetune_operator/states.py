@@ -18,6 +18,7 @@ from finetune_operator.times import sane
 
 __all__ = [
     "ATTEMPT_KEY",
+    "OUTCOME_ATTEMPT_KEY",
     "OUTCOME_KEY",
     "PROGRESS_KEY",
     "PodState",
@@ -36,6 +37,8 @@ PROGRESS_KEY = "progress.json"
 OUTCOME_KEY = "outcome.json"
 ATTEMPT_KEY = "attempt"
 """Keys of the progress ConfigMap; `attempt` tells which attempt the other two speak of."""
+OUTCOME_ATTEMPT_KEY = "outcome-attempt"
+"""Which attempt the outcome speaks of, where it may be older: the next attempt's first report leaves it standing."""
 
 _JOB_ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _DEPLOYMENT_ENDED = frozenset({"Complete", "Failed", "ValidationFailed"})
@@ -205,7 +208,10 @@ def read_report(config_map: Document | None) -> Report:
         outcome.step, outcome.total_steps, *(artifact.bytes for artifact in outcome.artifacts)
     ):
         outcome = None
-    return Report(names.attempt_from(_at(data, ATTEMPT_KEY)), progress, outcome)
+    attempt = _at(data, ATTEMPT_KEY)
+    if _at(data, OUTCOME_ATTEMPT_KEY) not in (None, attempt):
+        outcome = None
+    return Report(names.attempt_from(attempt), progress, outcome)
 
 
 def _at(value: Any, *path: str) -> Any:

@@ -14,6 +14,7 @@ from finetune_api.progress import Artifact, Outcome, Progress, Result, Stage
 from finetune_operator import names
 from finetune_operator.states import (
     ATTEMPT_KEY,
+    OUTCOME_ATTEMPT_KEY,
     OUTCOME_KEY,
     PROGRESS_KEY,
     Report,
@@ -197,6 +198,12 @@ def test_a_report_is_read_with_its_attempt() -> None:
         }
     )
     assert read_report(written) == Report(2, PROGRESS, OUTCOME)
+
+
+@pytest.mark.parametrize(("about", "kept"), [("2", True), ("1", False)])
+def test_an_outcome_of_the_attempt_before_is_not_taken_for_this_ones(about: str, kept: bool) -> None:
+    said = {ATTEMPT_KEY: "2", OUTCOME_ATTEMPT_KEY: about, OUTCOME_KEY: OUTCOME.model_dump_json(by_alias=True)}
+    assert read_report(report(**said)) == Report(2, None, OUTCOME if kept else None)
 
 
 @pytest.mark.parametrize("config_map", [None, {}, {"data": None}, report(), report(**{PROGRESS_KEY: "{"})])

@@ -85,6 +85,7 @@ def _concluded(launch: _Launch, work: Callable[[_Launch], Outcome]) -> Outcome:
     unfinished = launch.workdir / ".outcome.json"
     unfinished.write_text(outcome.model_dump_json(by_alias=True, exclude_none=True, indent=2) + "\n")
     unfinished.replace(launch.workdir / "outcome.json")
+    launch.sink.finish(outcome)
     return outcome
 
 
@@ -96,15 +97,16 @@ class _Launch:
         self.workdir = workdir
         self.cache = cache
         self.seconds: dict[str, float] = {}
-        self._sink = FileSink(workdir / "progress.jsonl")
+        self.sink = FileSink(workdir / "progress.jsonl")
 
     def begin(self) -> None:
         self.workdir.mkdir(parents=True, exist_ok=True)
         (self.workdir / STOP_FILE).unlink(missing_ok=True)
+        self.sink.begin()
         (self.workdir / "plan.json").write_text(self.plan.model_dump_json(by_alias=True, indent=2) + "\n")
 
     def report(self, stage: Stage, percent: float = 0.0, message: str | None = None) -> None:
-        self._sink.report(stage, percent=percent, message=message)
+        self.sink.report(stage, percent=percent, message=message)
 
     def run(self, use_ray: bool | None) -> Outcome:
         world_size = self.plan.workers.world_size

@@ -1,4 +1,4 @@
-"""Progress reports on their way out: JSON lines in the run's folder, which the CLI and the operator follow.
+"""Progress reports on their way out: JSON lines in the run's folder, which the CLI follows, and the job's ConfigMap.
 
 The driver writes the stages before and after training, rank 0 writes those between; never both at the same time.
 """
@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune_api.progress import Progress, Stage
+from finetune_api.progress import Outcome, Progress, Stage
+from finetune_trainers.cluster_sink import cluster_sink
 
 __all__ = ["FileSink", "Sink"]
 
@@ -29,10 +30,12 @@ class FileSink:
 
     A report that comes too soon is left out unless its stage is new or it is `urgent`: the last step and every
     evaluation must be seen. Each line is one write, so that a reader never sees half of another writer's line.
+    In a pod of the operator's, what is written to the file is reported to the cluster too.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
+        self._cluster = cluster_sink()
         self._clock = clock
         self._last_stage: Stage | None = None
         self._last_time = float("-inf")
@@ -46,3 +49,15 @@ class FileSink:
         line = progress.model_dump_json(by_alias=True, exclude_none=True) + "\n"
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line)
+        if self._cluster is not None:
+            self._cluster.report(progress)
+
+    def begin(self) -> None:
+        """The run starts: only its driver says so."""
+        if self._cluster is not None:
+            self._cluster.begin()
+
+    def finish(self, outcome: Outcome) -> None:
+        """The run has ended: only its driver says so. Nothing is reported after it."""
+        if self._cluster is not None:
+            self._cluster.finish(outcome)
