@@ -1,0 +1,84 @@
+"""Jobs that need other jobs' models wait for them, and fail with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_operator.policies.dependencies import dependency_names, resolve
+from tests.factories import job_document
+from tests.operator.decide_factories import ARTIFACT, another_job
+
+WRITTEN = [ARTIFACT.to_document()]
+
+
+def ended(kind: str, reason: str = "Succeeded", message: str = "", **more: Any) -> dict[str, Any]:
+    condition = {"type": kind, "status": "True", "reason": reason, "message": message}
+    return {"phase": "Succeeded" if kind == "Complete" else "Failed", "conditions": [condition], **more}
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [("job://sft", ("sft",)), ("hf://org/name", ()), ("file:///job://x", ())],
+)
+def test_the_jobs_that_a_job_names(source: str, names: tuple[str, ...]) -> None:
+    assert dependency_names(job_document({"model.source": source})) == names
+
+
+@pytest.mark.parametrize(
+    "document", [None, [], {}, {"spec": None}, {"spec": {"model": []}}, {"spec": {"model": {"source": 1}}}]
+)
+def test_a_document_that_is_no_job_names_none(document: Any) -> None:
+    assert dependency_names(document) == ()
+
+
+def test_a_job_that_is_done_gives_its_model() -> None:
+    found = resolve(["sft"], {"sft": another_job("sft", ended("Complete", artifacts=WRITTEN))})
+    assert (found.artifacts, found.waiting, found.failed) == ({"sft": ARTIFACT}, (), ())
+
+
+def test_a_whole_model_is_preferred_to_an_adapter() -> None:
+    adapter = {**WRITTEN[0], "kind": "adapter"}
+    found = resolve(["sft"], {"sft": another_job("sft", ended("Complete", artifacts=[adapter, *WRITTEN]))})
+    assert found.artifacts["sft"].kind == "model"
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        pytest.param(None, "there is no FineTuneJob of that name", id="does not exist"),
+        pytest.param(another_job("sft"), "is Pending", id="has not begun"),
+        pytest.param(another_job("sft", {"phase": "Running"}), "is Running", id="runs"),
+        pytest.param(
+            another_job("sft", {"phase": "Suspended", "conditions": "x"}), "is Suspended", id="makes no sense"
+        ),
+    ],
+)
+def test_a_job_that_has_not_ended_is_waited_for(other: Any, says: str) -> None:
+    found = resolve(["sft"], {"sft": other})
+    assert found.waiting[0].startswith("job://sft")
+    assert says in found.waiting[0]
+    assert (found.failed, found.artifacts) == ((), {})
+
+
+def test_a_job_that_nobody_looked_up_is_waited_for() -> None:
+    assert resolve(["sft"], {}).waiting
+
+
+def test_a_failed_job_takes_its_reason_along() -> None:
+    other = another_job("sft", ended("Failed", "NonFiniteLoss", "the loss became NaN at step 7"))
+    assert resolve(["sft"], {"sft": other}).failed == (
+        "job://sft failed: NonFiniteLoss: the loss became NaN at step 7",
+    )
+
+
+@pytest.mark.parametrize("artifacts", [[], [{"uri": 1}], "none"])
+def test_a_success_without_a_model_is_a_failure_for_those_that_need_it(artifacts: Any) -> None:
+    found = resolve(["sft"], {"sft": another_job("sft", ended("Complete", artifacts=artifacts))})
+    assert found.failed == ("job://sft succeeded without writing a model.",)
+
+
+def test_one_artifact_that_cannot_be_read_does_not_hide_the_others() -> None:
+    found = resolve(["sft"], {"sft": another_job("sft", ended("Complete", artifacts=[{"uri": 1}, *WRITTEN]))})
+    assert found.artifacts == {"sft": ARTIFACT}
