@@ -20,8 +20,9 @@ from finetune_api.runtime import FineTuneRuntime
 from finetune_api.uris import Scheme, parse_uri
 from finetune_client.overrides import Override, apply_overrides
 from finetune_operator.planning import plan_run
+from finetune_operator.policies.dependencies import dependency_names
 
-__all__ = ["Loaded", "PlannedJob", "load", "load_one", "missing_data", "missing_models"]
+__all__ = ["Loaded", "PlannedJob", "load", "load_all", "load_one", "missing_data", "missing_jobs", "missing_models"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class PlannedJob:
     file: str
     job: FineTuneJob
     plan: RunPlan
+    runtime: FineTuneRuntime | None = None
+    """The one that the job names."""
 
 
 @dataclass
@@ -76,6 +79,38 @@ def load_one(
     raise InvalidManifest([Problem(file=str(file), message=message)])
 
 
+def load_all(file: Path, runtimes: Sequence[Path] = (), overrides: Sequence[Override] = ()) -> list[PlannedJob]:
+    """Every job in `file`, in the order of the file. Raises InvalidManifest."""
+    loaded = load([file], runtimes, overrides)
+    if not loaded.problems and not loaded.planned:
+        loaded.problems.append(Problem(file=str(file), message="holds no FineTuneJob"))
+    if loaded.problems:
+        raise InvalidManifest(loaded.problems)
+    return loaded.planned
+
+
+def missing_jobs(planned: Sequence[PlannedJob]) -> list[Problem]:
+    """Jobs that these wait for, by job://name, and that are not among them, or that wait for these in turn."""
+    needs = {(one.plan.namespace, one.plan.name): dependency_names(one.job.to_document()) for one in planned}
+    problems = []
+    for one in planned:
+        namespace, name = one.plan.namespace, one.plan.name
+        for needed in needs[namespace, name]:
+            if (namespace, needed) not in needs:
+                message = (
+                    "is the artifact of a job that is not run here; put that job into the same file and run all of "
+                    "them with --all, or name its artifact: file:///path/to/artifact"
+                )
+            elif _leads_to(needs, (namespace, needed), (namespace, name)):
+                message = "is the artifact of a job that waits for this one; one of them must start from a model"
+            else:
+                continue
+            problems.append(
+                Problem(file=one.file, path="spec.model.source", value=f'"job://{needed}"', message=message)
+            )
+    return problems
+
+
 def missing_data(plan: RunPlan) -> list[Problem]:
     """Data sources on this machine's disk that are not there. Seen at once, before anything heavy is started."""
     sources = [
@@ -99,7 +134,21 @@ def _planned(loaded: LoadedJob, runtimes: Mapping[str, FineTuneRuntime], complet
     runtime = runtimes.get(reference.name)
     if runtime is None:
         raise InvalidManifest([_unknown_runtime(reference.name, runtimes, complete)])
-    return PlannedJob(loaded.file, loaded.job, plan_run(loaded.job, runtime))
+    return PlannedJob(loaded.file, loaded.job, plan_run(loaded.job, runtime), runtime)
+
+
+def _leads_to(needs: Mapping[tuple[str, str], Sequence[str]], start: tuple[str, str], target: tuple[str, str]) -> bool:
+    """Whether `start` needs `target`, by whatever way."""
+    seen: set[tuple[str, str]] = set()
+    waiting = [start]
+    while waiting:
+        here = waiting.pop()
+        if here == target:
+            return True
+        if here not in seen:
+            seen.add(here)
+            waiting += [(here[0], name) for name in needs.get(here, ())]
+    return False
 
 
 def _unknown_runtime(name: str, runtimes: Mapping[str, FineTuneRuntime], complete: bool) -> Problem:

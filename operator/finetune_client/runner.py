@@ -1,6 +1,6 @@
-"""A run on this machine: starts the trainers as a process of their own, follows what they report, and ends them.
+"""One attempt on this machine: starts the trainers as a process of their own, follows what they report, and ends them.
 
-The CLI drives it; so can any Python program:
+`attempts` drives it for the operator on this machine; so can any Python program that wants a single try:
 
     with LocalRun(plan, Path("runs/support-bot")) as run:
         for progress in run.events():
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -32,14 +32,24 @@ from finetune_api.plan import RunPlan
 from finetune_api.progress import Outcome, Progress, Result
 from finetune_client.processes import RUN_MARK, ProcessTree
 
-__all__ = ["TRAINERS", "LocalRun", "RunFolderTaken", "missing_packages", "outcome_of"]
+__all__ = [
+    "RUN_FILES",
+    "TRAINERS",
+    "LocalRun",
+    "RunFolderTaken",
+    "missing_packages",
+    "outcome_of",
+    "written_outcome",
+]
 
 TRAINERS: Sequence[str] = (sys.executable, "-P", "-m", "finetune_trainers")
 """The trainers' command. -P: a random.py in the user's folder must not replace the standard library's."""
 
 NEEDED_PACKAGES = ("finetune_trainers", "torch", "ray", "transformers", "deepspeed", "peft")
 
-_RUN_FILES = ("plan.json", "progress.jsonl", "outcome.json")
+RUN_FILES = ("plan.json", "progress.jsonl", "outcome.json")
+"""A folder with one of these holds a run."""
+
 _POLL_SECONDS = 0.1
 _LOOK_SECONDS = 1.0
 _LINGER_SECONDS = 60.0
@@ -68,18 +78,26 @@ class LocalRun:
         command: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
         stop_seconds: float = 30.0,
+        guarded: Sequence[int] = (),
     ) -> None:
-        """`stop_seconds` is how long `stop` lets the trainers finish; `environment` is added to this process's."""
+        """`stop_seconds` is how long `stop` lets the trainers finish; `environment` is added to this process's.
+
+        `guarded` are file descriptors, of locks say, that are to stay open until no process of the run is left, even
+        if this one is killed.
+        """
         self.plan = plan
         self.workdir = workdir.absolute()
         self.latest: Progress | None = None
         """The last report."""
+        self.ended = False
+        """The trainers have ended, and all that they reported was read."""
         self.stop_requested = False
         self.kill_requested = False
         self.stop_seconds = stop_seconds
         self._command = [*(command or TRAINERS), "run", *self._arguments(use_ray)]
         self._mark = uuid.uuid4().hex
         self._environment = dict(environment or {}) | ({"FINETUNE_CACHE": str(cache.absolute())} if cache else {})
+        self._guarded = tuple(guarded)
         self._process: subprocess.Popen[bytes] | None = None
         self._reports = _Lines(self.workdir / "progress.jsonl")
         self._kill_at: float | None = None
@@ -99,7 +117,7 @@ class LocalRun:
     def start(self) -> None:
         """Write plan.json and start the trainers. Raises RunFolderTaken, or OSError when the folder is not writable."""
         self.workdir.mkdir(parents=True, exist_ok=True)
-        if any((self.workdir / name).exists() for name in _RUN_FILES):
+        if any((self.workdir / name).exists() for name in RUN_FILES):
             raise RunFolderTaken(f"{self.workdir} holds a run already; name another folder")
         (self.workdir / "plan.json").write_text(self.plan.model_dump_json(by_alias=True, indent=2) + "\n")
         with self.log.open("ab") as log:  # the workers append to it too
@@ -115,18 +133,20 @@ class LocalRun:
         self._tree = ProcessTree(self._process.pid, self._mark)
         self._guardian = self._start_guardian(self._process.pid)
 
-    def events(self, every_poll: Callable[[], None] | None = None) -> Iterator[Progress]:
-        """Every report, as it comes, until the trainers have ended. `every_poll` is called ten times a second."""
-        running = True
-        while running:
-            if every_poll is not None:
-                every_poll()
-            running = self._tick()  # asked before reading: what was written before the end is still read
-            for line in self._reports.read():
-                if (progress := _parsed(line)) is not None:
-                    self.latest = progress
-                    yield progress
-            if running:
+    def poll(self) -> list[Progress]:
+        """What was reported since the last call. Also ends what is overdue; sets `ended` with the last reports."""
+        running = self._tick()  # asked before reading: what was written before the end is still read
+        reports = [progress for line in self._reports.read() if (progress := _parsed(line)) is not None]
+        if reports:
+            self.latest = reports[-1]
+        self.ended = not running
+        return reports
+
+    def events(self) -> Iterator[Progress]:
+        """Every report, as it comes, until the trainers have ended."""
+        while not self.ended:
+            yield from self.poll()
+            if not self.ended:
                 time.sleep(_POLL_SECONDS)
 
     def wait(self) -> Outcome:
@@ -134,20 +154,24 @@ class LocalRun:
         for _ in self.events():
             pass
         self._tree.clean_up()
-        code = self._started().wait()
         if self._guardian.returncode is None:
             self._guardian.communicate(b"x")
-        return outcome_of(self.workdir, code, self.stop_requested, self.latest.step if self.latest else 0)
+        return outcome_of(self.workdir, self.exit_code, self.stop_requested, self.latest.step if self.latest else 0)
+
+    @property
+    def exit_code(self) -> int:
+        """Of the trainers, once they have ended; -n where signal n ended them."""
+        return self._started().wait()
 
     def stop(self) -> None:
-        """Ask the trainers to stop cleanly; `events` and `wait` kill them when they take too long. Returns at once."""
+        """Ask the trainers to stop cleanly; `poll` and `wait` kill them when they take too long. Returns at once."""
         if self._started().poll() is None and not self.stop_requested:
             self.stop_requested = True
             self._kill_at = time.monotonic() + self.stop_seconds
             self._started().send_signal(signal.SIGINT)
 
     def kill(self) -> None:
-        """Let `events` and `wait` kill the trainers and all that they started, now."""
+        """Let `poll` and `wait` kill the trainers and all that they started, now."""
         self.stop_requested = self.kill_requested = True
         self._kill_at = time.monotonic()
 
@@ -167,7 +191,12 @@ class LocalRun:
         """What ends the trainers when this process is killed and cannot."""
         command = [sys.executable, "-P", "-m", "finetune_client.guardian", str(pid), self._mark, str(self.stop_seconds)]
         return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=self._guarded,
         )
 
     def _started(self) -> subprocess.Popen[bytes]:
@@ -204,14 +233,20 @@ class LocalRun:
 
 def outcome_of(workdir: Path, exit_code: int, stop_requested: bool, step: int) -> Outcome:
     """How the run in `workdir` ended: what the trainers wrote, or else what their exit code tells."""
-    try:
-        return Outcome.model_validate_json((workdir / "outcome.json").read_bytes())
-    except (OSError, ValidationError):
-        pass  # they died before they could say
+    if (written := written_outcome(workdir)) is not None:
+        return written
     if stop_requested or exit_code == INTERRUPTED:
         return Outcome(result=Result.CANCELLED, step=step)
     failure = Failure(failure_class=failure_class_of(exit_code), message=_last_words(exit_code, step), step=step)
     return Outcome(result=Result.FAILED, step=step, failure=failure)
+
+
+def written_outcome(workdir: Path) -> Outcome | None:
+    """What the trainers in `workdir` wrote as their last word; None when they died before they could."""
+    try:
+        return Outcome.model_validate_json((workdir / "outcome.json").read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def _last_words(exit_code: int, step: int) -> str:

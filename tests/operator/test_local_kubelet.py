@@ -4,47 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
-from finetune_api.failures import Failure, FailureClass
-from finetune_api.progress import Outcome, Progress, Result, Stage
+from finetune_api.failures import FailureClass
 from finetune_operator import names
 from finetune_operator.cluster.protocol import Document
 from finetune_operator.kinds import CONFIG_MAP, RAY_JOB, Key
 from finetune_operator.local import LocalCluster
 from finetune_operator.local.kubelet import CannotLaunch, Kubelet, Launch
 from finetune_operator.states import read_ray_job, read_report
-
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-class FakeEntrypoint:
-    """Ends when it is told to, and stops at the second look after it was asked to."""
-
-    def __init__(self, launch: Launch) -> None:
-        self.launch = launch
-        self.progress: Progress | None = None
-        self.outcome: Outcome | None = None
-        self.log_tail = ""
-        self.code: int | None = None
-        self.looks_until_stopped: int | None = None
-
-    def poll(self) -> int | None:
-        if self.looks_until_stopped is not None and self.code is None:
-            self.looks_until_stopped -= 1
-            if self.looks_until_stopped < 0:
-                self.code = 130
-        return self.code
-
-    def stop(self) -> None:
-        if self.looks_until_stopped is None:
-            self.looks_until_stopped = 1
-
-    def report(self, step: int) -> None:
-        self.progress = Progress(stage=Stage.TRAINING, step=step, updated_at=NOW)
+from tests.operator.fake_entrypoint import NOW, FakeEntrypoint
 
 
 class Machine:
@@ -162,8 +133,7 @@ def test_the_outcome_is_told_before_the_end_and_the_next_attempts_report_takes_i
         await machine.create()
         entrypoint = await machine.until_running()
         entrypoint.report(7)
-        failure = Failure(failure_class=FailureClass.NON_FINITE_LOSS, message="it became NaN")
-        entrypoint.code, entrypoint.outcome = 4, Outcome(result=Result.FAILED, failure=failure)
+        entrypoint.fail(FailureClass.NON_FINITE_LOSS)
         version = str(machine.cluster.version)
         await machine.look()
         report = read_report(machine.reported())

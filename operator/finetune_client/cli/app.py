@@ -117,7 +117,7 @@ def plan(
 
 @app.command(epilog=EPILOG)
 def run(
-    file: FileArgument,
+    file: Annotated[Path | None, typer.Argument(help="File with the FineTuneJob.", show_default=False)] = None,
     workdir: Annotated[
         Path | None,
         typer.Option(help="Folder for the run's files.", show_default="runs/<job>/<time>"),
@@ -127,20 +127,41 @@ def run(
         typer.Option(help="Folder for prepared models and data, shared by runs.", show_default="~/.cache/finetune"),
     ] = None,
     job: JobOption = None,
+    all_jobs: Annotated[
+        bool, typer.Option("--all", help="Run every job in the file, each after the one whose model it starts from.")
+    ] = False,
     runtime: RuntimeOption = None,
     overrides: SetOption = None,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="Train in one process, without Ray.")] = False,
+    no_retry: Annotated[
+        bool, typer.Option("--no-retry", help="Fail with the first attempt, whatever failurePolicy says.")
+    ] = False,
+    suspend_after: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="STEPS", help="Suspend the job after so many steps.", show_default=False),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR",
+            help="Instead of a file: go on with a run that was suspended or interrupted, with its next attempt.",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Train on this machine: validate, plan, prepare, train, evaluate, write the model.
 
-    Progress goes to stderr, the result to stdout. Ctrl-C stops cleanly; a second one kills the run at once.
+    What can be mended by trying again is tried again, as failurePolicy says; --no-retry turns that off. Progress goes
+    to stderr, the result to stdout. Ctrl-C stops cleanly; a second one kills the run at once.
 
     \b
     Examples:
       finetune run job.yaml
       finetune run job.yaml --set training.maxSteps=5 --workdir runs/try -o json
+      finetune run job.yaml --suspend-after 100
+      finetune run --resume runs/support-bot/20250101-120000
     """
     from finetune_client.cli.run import RunRequest, run_job
 
@@ -154,6 +175,10 @@ def run(
         use_ray=not no_ray,
         quiet=quiet,
         as_json=output is Output.JSON,
+        all_jobs=all_jobs,
+        retry=not no_retry,
+        suspend_after=suspend_after,
+        resume=resume,
     )
     raise typer.Exit(run_job(request))
 

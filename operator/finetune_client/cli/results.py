@@ -7,63 +7,81 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from finetune_api.failures import EXIT_CODES, INTERRUPTED, Failure, FailureClass
+from finetune_api.job import Status
 from finetune_api.plan import RunPlan
 from finetune_api.progress import EvalSummary, Outcome, Progress, Result
+from finetune_client.attempts import tail
 from finetune_client.cli.display import duration
-from finetune_client.cli.exits import OK
-from finetune_operator.status import project
+from finetune_client.cli.exits import OK, SUSPENDED
 
-__all__ = ["Ending", "as_document", "as_text", "exit_code_of", "size"]
+__all__ = ["SUSPENDED_RESULT", "Ending", "as_document", "as_text", "exit_code_of", "size"]
 
-_LOG_LINES = 20
-_LOG_TAIL_BYTES = 16_384
+SUSPENDED_RESULT = "Suspended"
+"""Beside the results that a run can have: a job that was suspended has none yet."""
+
 _HEADLINES = {
     FailureClass.USER_ERROR: "The job cannot be run as it is written (UserError)",
     FailureClass.DATA_ERROR: "The data cannot be used (DataError)",
     FailureClass.NON_FINITE_LOSS: "The loss became NaN or infinite (NonFiniteLoss)",
     FailureClass.OUT_OF_MEMORY: "Memory ran out (OutOfMemory)",
     FailureClass.STORAGE_ERROR: "Files could not be read or written (StorageError)",
+    FailureClass.START_TIMEOUT: "The trainers did not start in time (StartTimeout)",
+    FailureClass.HANG: "The trainers reported nothing for too long (Hang)",
+    FailureClass.DEADLINE_EXCEEDED: "The job took longer than it may (DeadlineExceeded)",
+    FailureClass.DEPENDENCY_FAILED: "The job that this one waits for has no model for it (DependencyFailed)",
     FailureClass.UNKNOWN: "The run failed (Unknown)",
 }
+_STATUS_KEYS = [field.alias or name for name, field in Status.model_fields.items()]
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended, and where its files are. `workdir` and `log` are None when nothing was started."""
+    """How a job ended, and where its files are. `workdir` and `log` are None when nothing was started."""
 
+    result: str
+    """Of `Result`, or Suspended."""
+    status: Status
+    """As kubectl would show it."""
     outcome: Outcome
+    """Of the last attempt, as far as it is known; its failure is the job's."""
+    name: str | None = None
+    """Of the job."""
     progress: Progress | None = None
     plan: RunPlan | None = None
     workdir: Path | None = None
     log: Path | None = None
+    can_go_on: bool = False
+    """`--resume` would take it up again."""
+    run: Path | None = None
+    """The folder to name for that."""
 
 
-def exit_code_of(outcome: Outcome) -> int:
+def exit_code_of(ending: Ending) -> int:
     """The exit code of a run that ended so."""
-    if outcome.result is Result.SUCCEEDED:
-        return OK
-    if outcome.result is Result.CANCELLED:
-        return INTERRUPTED
-    return EXIT_CODES[outcome.failure.failure_class if outcome.failure else FailureClass.UNKNOWN]
+    match ending.result:
+        case Result.SUCCEEDED:
+            return OK
+        case Result.CANCELLED:
+            return INTERRUPTED
+        case "Suspended":
+            return SUSPENDED
+    failure = ending.outcome.failure
+    return EXIT_CODES[failure.failure_class if failure else FailureClass.UNKNOWN]
 
 
-def as_document(ending: Ending, now: datetime) -> dict[str, Any]:
+def as_document(ending: Ending) -> dict[str, Any]:
     """The job's final status, with eval, artifact, seconds and failureDetails beside it. Every key is always there."""
     outcome = ending.outcome
     summary = outcome.eval or EvalSummary()
     return {
-        "name": ending.plan.name if ending.plan else None,
-        "result": outcome.result,
-        "method": None,
-        "tuning": None,
-        "progress": None,
-        "failure": None,
-        **project(outcome, ending.progress, now, plan=ending.plan).to_document(),
+        "name": ending.name,
+        "result": ending.result,
+        **dict.fromkeys(_STATUS_KEYS),
+        **ending.status.to_document(),
         "failureDetails": outcome.failure.to_document() if outcome.failure else None,
         "eval": {"lossBefore": summary.loss_before, "lossAfter": summary.loss_after},
         "artifact": outcome.artifacts[0].uri if outcome.artifacts else None,
@@ -85,12 +103,33 @@ def size(num_bytes: int) -> str:
 
 def as_text(ending: Ending) -> str:
     """What a person reads at the end."""
-    tellers = {Result.SUCCEEDED: _succeeded, Result.CANCELLED: _stopped, Result.FAILED: _failed}
-    return "\n".join(tellers[ending.outcome.result](ending))
+    tellers = {
+        Result.SUCCEEDED: _succeeded,
+        Result.CANCELLED: _stopped,
+        Result.FAILED: _failed,
+        SUSPENDED_RESULT: _suspended,
+    }
+    return "\n".join(tellers[ending.result](ending))
 
 
 def _stopped(ending: Ending) -> list[str]:
-    return [f"Stopped {_after(ending)}. No process is left behind.", *_where_the_log_is(ending)]
+    lines = [f"Stopped {_after(ending)}. No process is left behind.", *_where_the_log_is(ending)]
+    return [*lines, *_how_to_go_on(ending)]
+
+
+def _suspended(ending: Ending) -> list[str]:
+    return [f"Suspended {_after(ending)}. No process is left behind.", *_how_to_go_on(ending)]
+
+
+def _how_to_go_on(ending: Ending) -> list[str]:
+    if not ending.can_go_on or ending.run is None:
+        return []
+    return [
+        "",
+        "Next:",
+        f"  finetune run --resume {shlex.quote(str(ending.run))}",
+        "Without a checkpoint the next attempt begins again at step 0.",
+    ]
 
 
 def _succeeded(ending: Ending) -> list[str]:
@@ -126,26 +165,25 @@ def _failed(ending: Ending) -> list[str]:
     outcome = ending.outcome
     failure = outcome.failure or Failure(failure_class=FailureClass.UNKNOWN, message="The trainers did not say why.")
     step = f" after step {failure.step}" if failure.step else ""
-    lines = [f"{_HEADLINES[failure.failure_class]}{step}: {failure.message}"]
+    headline = _HEADLINES.get(failure.failure_class, f"The run failed ({failure.failure_class})")
+    lines = [f"{headline}{step}: {failure.message}", *_attempts(ending.status)]
     lines += [f"  {problem}" for problem in failure.problems]
     lines += _where_the_log_is(ending)
     if failure.failure_class is FailureClass.UNKNOWN and ending.log is not None:
-        lines += ["Its last lines:", *(f"  {line}" for line in _tail(ending.log))]
+        lines += ["Its last lines:", *(f"  {line}" for line in tail(ending.log).splitlines())]
     return lines
+
+
+def _attempts(status: Status) -> list[str]:
+    """What was tried, when it was more than one attempt."""
+    if len(status.attempts) < 2:
+        return []
+    tries = ", ".join(f"{one.number} ended after step {one.step} ({one.outcome})" for one in status.attempts)
+    return [f"Attempts: {tries}"]
 
 
 def _where_the_log_is(ending: Ending) -> list[str]:
     return [f"The log is {ending.log}"] if ending.log is not None and ending.log.exists() else []
-
-
-def _tail(log: Path) -> list[str]:
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _LOG_TAIL_BYTES))
-            text = file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return []
-    return text.splitlines()[-_LOG_LINES:]
 
 
 def _after(ending: Ending) -> str:
