@@ -22,7 +22,7 @@ from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.verify import Damage
 from tests.trainers.checkpoint.faulting import SimulatedDisk
-from tests.trainers.checkpoint.saving import CHUNK, restored, save, start
+from tests.trainers.checkpoint.saving import CHUNK, original, restored, save, start
 from tests.trainers.checkpoint.test_crashes import blob, put
 
 NUM_CORRUPTIONS = int(os.environ.get("FINETUNE_CORRUPTIONS", "400"))
@@ -159,6 +159,21 @@ def test_a_flipped_bit_in_a_slice_is_told_by_its_elements(victim: Victim, seed: 
     assert f"{extent.state} [{first}, " in str(damage)
 
 
+def test_a_changed_digest_beside_the_data_is_told_from_changed_data(victim: Victim) -> None:
+    (shard,) = victim.newer.receipts[0].shards
+    file = layout.folder(victim.newer.id) + shard.file
+    for position in range(shard.bytes - 1, shard.table_offset - 1, -1):  # the first slice's last
+        data = bytearray(victim.files[file])
+        data[position] ^= 1
+        victim.put(file, bytes(data))
+        (damage,) = victim.rejected().damages
+        assert damage.what == "the digests beside these elements are not those that were saved"
+        assert damage.key in {victim.newer.key(extent) for extent in shard.extents}
+    with pytest.raises(DamagedError, match="the bytes, or the digests beside them, are not those that were saved"):
+        restored(victim.storage, victim.newer, 0, 3)
+    victim.put(file, victim.files[file])
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_reader_notices_exactly_what_it_reads(victim: Victim, world: int) -> None:
     rng = random.Random(world)
@@ -184,8 +199,6 @@ def test_a_reader_notices_exactly_what_it_reads(victim: Victim, world: int) -> N
 
 def _may_read(storage: Storage, manifest: Manifest, rank: int, world: int) -> None:
     """A neighbour notices too when the element lies in a chunk that it shares; what it returns is right in any case."""
-    from tests.trainers.checkpoint.saving import original
-
     try:
         found = restored(storage, manifest, rank, world)
     except DamagedError:

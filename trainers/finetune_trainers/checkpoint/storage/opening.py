@@ -33,12 +33,18 @@ _RETRIES = {
 _REQUESTS = {"connect_timeout": timedelta(seconds=10), "read_timeout": timedelta(seconds=60), "timeout": "10 minutes"}
 
 
-def open_storage(text: str, pvc_root: str = "/mnt/pvc", options: Mapping[str, Any] | None = None) -> Storage:
+def open_storage(
+    text: str,
+    pvc_root: str = "/mnt/pvc",
+    options: Mapping[str, Any] | None = None,
+    exclusive: bool | None = None,
+) -> Storage:
     """The storage at a URI. `options` are obstore's for the bucket (`endpoint`, `access_key_id`, ...), over the
     environment's.
 
-    A bucket is asked whether its conditional puts hold, which takes three requests and write access. Raises
-    StorageError when it cannot be reached, ValueError for a URI of another scheme.
+    `exclusive` None: a bucket is asked whether its conditional puts hold, which takes three requests and write
+    access. Whoever publishes must ask; ranks are told by their coordinator, and readers say True. Raises StorageError
+    when the bucket cannot be reached, ValueError for a URI of another scheme.
     """
     uri = parse_uri(text, SCHEMES)
     if uri.scheme is Scheme.FILE:
@@ -48,7 +54,8 @@ def open_storage(text: str, pvc_root: str = "/mnt/pvc", options: Mapping[str, An
     if uri.scheme is Scheme.PVC:
         return ResilientStorage(PosixStorage(f"{pvc_root}/{uri.authority}/{uri.path}".rstrip("/")))
     store = _bucket(uri, options or {})
-    exclusive = refuses_to_overwrite(ObjectStorage(store, uri.path, str(uri)))
+    if exclusive is None:
+        exclusive = refuses_to_overwrite(ObjectStorage(store, uri.path, str(uri)))
     return ResilientStorage(ObjectStorage(store, uri.path, str(uri), exclusive))
 
 
@@ -77,7 +84,8 @@ def _bucket(uri: Uri, options: Mapping[str, Any]) -> Any:
         raise StorageDeniedError(
             f"{uri}: buckets need the package obstore; install finetune-operator[trainers]"
         ) from None
-    common: Any = {"client_options": _REQUESTS, "retry_config": _RETRIES}
+    chosen: Any = {"retry_config": _RETRIES, **options}
+    chosen["client_options"] = {**_REQUESTS, **options.get("client_options", {})}
     if uri.scheme is Scheme.GS:
-        return store.GCSStore(uri.authority, **common, **options)
-    return store.S3Store(uri.authority, **{"checksum_algorithm": "SHA256", **common, **options})
+        return store.GCSStore(uri.authority, **chosen)
+    return store.S3Store(uri.authority, **{"checksum_algorithm": "SHA256", **chosen})
