@@ -1,4 +1,5 @@
-"""Storages to test the protocol on: a folder, and a bucket of a real S3 server in the control plane lane."""
+"""Storages to test the protocol on: a folder, objects in memory, and in the control plane lane a bucket of a real S3
+server."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_trainers.checkpoint.storage.objects import ObjectStorage
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
@@ -37,10 +39,13 @@ def bucket(s3: S3) -> Storage:
     return open_storage(f"s3://{s3.bucket()}/runs/a", options=s3.options())
 
 
-@pytest.fixture(params=["posix", pytest.param("s3", marks=pytest.mark.control_plane)])
+@pytest.fixture(params=["posix", "memory", pytest.param("s3", marks=pytest.mark.control_plane)])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """One of each kind, empty."""
+    """One of each kind, empty: a folder, obstore's own store in memory, a bucket."""
     if request.param == "posix":
         return PosixStorage(str(tmp_path / "run"))
+    if request.param == "memory":
+        store = pytest.importorskip("obstore.store", reason="buckets need the package obstore")
+        return ObjectStorage(store.MemoryStore(), "runs/a", "memory://runs/a")
     found: Storage = request.getfixturevalue("bucket")
     return found

@@ -6,13 +6,16 @@ import pytest
 
 from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.commit import abandon, begin
+from finetune_trainers.checkpoint.fence import SupersededError
 from finetune_trainers.checkpoint.find import find_newest
 from finetune_trainers.checkpoint.layout import CheckpointId
 from finetune_trainers.checkpoint.listing import listed
 from finetune_trainers.checkpoint.retention import Retention
+from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.sweep import pin, plan_sweep, sweep, unpin
 from finetune_trainers.checkpoint.write import announce
+from tests.trainers.checkpoint.faulting import FaultingStorage, Schedule, SimulatedDisk
 from tests.trainers.checkpoint.saving import intent_of, save, start, write_all
 from tests.trainers.checkpoint.synthetic import NOON
 from tests.trainers.checkpoint.test_crashes import blob, put
@@ -148,3 +151,18 @@ def test_sweeping_again_deletes_nothing_more(storage: Storage, times: int) -> No
     sweep(storage, ONE, fence)
     for _ in range(times):
         assert sweep(storage, ONE, fence).deleted == ()
+
+
+def test_a_sweep_deletes_nothing_more_once_a_newer_attempt_has_begun() -> None:
+    storage = PosixStorage("/run", SimulatedDisk())
+    fence = start(storage)
+    for step in (10, 20, 30):
+        save(storage, fence, step)
+    counting = Schedule()
+    plan_sweep(FaultingStorage(storage, counting), ONE, fence)
+    planned = counting.passed + 2  # sweep looks at the fence once before it plans
+    late = Schedule(at=planned, kind="delay", delay=lambda: begin(storage, "new", NOON) and None)
+    with pytest.raises(SupersededError):
+        sweep(FaultingStorage(storage, late), ONE, fence)
+    assert late.fired
+    assert there(storage) == [10, 20, 30]
