@@ -7,7 +7,7 @@ from typing import Any
 from finetune_trainers.checkpoint.commit import begin, publish
 from finetune_trainers.checkpoint.fence import Fence
 from finetune_trainers.checkpoint.manifest import Intent, Manifest, SliceKey, TensorRecord
-from finetune_trainers.checkpoint.reading import read_slices
+from finetune_trainers.checkpoint.reading import SliceReader
 from finetune_trainers.checkpoint.shards import Slice
 from finetune_trainers.checkpoint.slices import Wanted, even_slice
 from finetune_trainers.checkpoint.storage.protocol import Storage
@@ -59,7 +59,7 @@ def restored(storage: Storage, manifest: Manifest, rank: int = 0, world: int = 1
     items = {SliceKey(t.role, t.name, s): (t.numel, 4) for t in manifest.intent.tensors for s in t.states}
     wanted = [Wanted(key, *even_slice(numel, rank, world)) for key, (numel, _) in items.items()]
     targets = {want: memoryview(bytearray((want.end - want.start) * items[want.key][1])) for want in wanted}
-    read_slices(storage, manifest, targets)
+    SliceReader(storage, manifest).read(targets)
     return {want.key: bytes(target) for want, target in targets.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune_trainers.checkpoint.manifest import SliceKey, TensorRecord
-from finetune_trainers.checkpoint.reading import plan_restore, read_slices
+from finetune_trainers.checkpoint.reading import SliceReader
 from finetune_trainers.checkpoint.slices import Wanted, even_slice
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from tests.trainers.checkpoint.saving import original, restored, save, start
@@ -26,7 +26,7 @@ def test_a_rank_of_the_same_world_reads_its_own_bytes_and_nothing_else(storage: 
         for tensor in manifest.intent.tensors
         for state in tensor.states
     ]
-    plan = plan_restore(manifest, wanted)
+    plan = SliceReader(storage, manifest).plan(wanted)
     assert plan.amplification == 1.0
     assert len(plan.reads.reads) == 1
 
@@ -35,7 +35,7 @@ def test_one_state_can_be_read_alone(storage: Storage) -> None:
     manifest = save(storage, start(storage), 10, world=3)
     want = Wanted(SliceKey("model", "weight", "param"), 0, 2800)
     target = memoryview(bytearray(2800 * 4))
-    plan = read_slices(storage, manifest, {want: target})
+    plan = SliceReader(storage, manifest).read({want: target})
     assert bytes(target) == original(manifest.intent)[want.key]
     assert plan.amplification == 1.0
 
@@ -44,7 +44,7 @@ def test_requests_are_no_longer_than_they_may_be(storage: Storage) -> None:
     manifest = save(storage, start(storage), 10, world=1)
     want = Wanted(SliceKey("model", "weight", "exp_avg"), 7, 2790)
     target = memoryview(bytearray(2783 * 4))
-    plan = read_slices(storage, manifest, {want: target}, max_read=4096)
+    plan = SliceReader(storage, manifest, max_read=4096).read({want: target})
     assert len(plan.reads.reads) == 3
     assert all(read.end - read.start <= 4096 for read in plan.reads.reads)
     assert bytes(target) == original(manifest.intent)[want.key][28:11160]
@@ -53,7 +53,7 @@ def test_requests_are_no_longer_than_they_may_be(storage: Storage) -> None:
 def test_what_a_checkpoint_does_not_hold_is_refused_before_anything_is_read(storage: Storage) -> None:
     manifest = save(storage, start(storage), 10)
     with pytest.raises(ValueError, match=r"model weight exp_avg_sq: elements \[0, 1\) are wanted and not all are held"):
-        plan_restore(manifest, [Wanted(SliceKey("model", "weight", "exp_avg_sq"), 0, 1)])
+        SliceReader(storage, manifest).plan([Wanted(SliceKey("model", "weight", "exp_avg_sq"), 0, 1)])
 
 
 def test_two_roles_may_have_tensors_of_one_name(storage: Storage) -> None:

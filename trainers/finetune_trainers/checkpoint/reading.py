@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from finetune_trainers.checkpoint import layout
@@ -20,7 +21,7 @@ from finetune_trainers.checkpoint.storage.errors import StorageMissingError, Sto
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.verify import Damage, differing_rows, rows_damage
 
-__all__ = ["DamagedError", "Targets", "plan_restore", "read_slices"]
+__all__ = ["DamagedError", "RestorePlan", "SliceReader", "Targets"]
 
 Targets = Mapping[Wanted[SliceKey], memoryview]
 """What is wanted, and the memory for it: bytes, as many as the elements have."""
@@ -55,44 +56,49 @@ class _Place(NamedTuple):
     num_chunks: int
 
 
-def plan_restore(manifest: Manifest, wanted: Iterable[Wanted[SliceKey]], max_read: int = MAX_READ) -> RestorePlan:
-    """What reading `wanted` will cost. Raises ValueError when the checkpoint does not have it."""
-    plan = plan_reads(manifest.sources(), wanted, max_read)
-    places = _places(manifest)
-    partial = {
-        source for source, rows in _rows_read(plan).items() if rows < places[source.file, source.offset].num_chunks
-    }
-    tables = sum(places[source.file, source.offset].num_chunks for source in partial) * DIGEST_BYTES
-    return RestorePlan(plan, tables)
+class SliceReader:
+    """Reads one checkpoint. Indexed once, so that many small reads cost no more than few large ones."""
 
-
-def read_slices(storage: Storage, manifest: Manifest, targets: Targets, max_read: int = MAX_READ) -> RestorePlan:
-    """Fill the memory of `targets`. When it returns, every byte was verified.
-
-    Raises DamagedError, and then the memory may hold anything.
-    """
-    restore = plan_restore(manifest, targets, max_read)
-    reader = _Reader(storage, manifest, targets)
-    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-        for _ in pool.map(reader.read, restore.reads.reads):
-            pass
-        damages = [damage for found in pool.map(reader.damage, reader.digests) for damage in found]
-    if damages:
-        more = f"; and {len(damages) - 3} more" if len(damages) > 3 else ""
-        raise DamagedError("; ".join(map(str, damages[:3])) + more)
-    return restore
-
-
-class _Reader:
-    """Copies what is wanted and collects digests: of each source, chunk number -> digest."""
-
-    def __init__(self, storage: Storage, manifest: Manifest, targets: Targets) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest, max_read: int = MAX_READ) -> None:
+        """`max_read`: bytes of the longest request; memory is that of the requests in flight."""
         self._storage = storage
-        self._targets = targets
+        self._max_read = max_read
         self._places = _places(manifest)
-        self.digests: defaultdict[Source[SliceKey], dict[int, bytes]] = defaultdict(dict)
+        self._by_key: defaultdict[SliceKey, list[Source[SliceKey]]] = defaultdict(list)
+        for source in manifest.sources():
+            self._by_key[source.key].append(source)
 
-    def read(self, read: Read[SliceKey]) -> None:
+    def plan(self, wanted: Iterable[Wanted[SliceKey]]) -> RestorePlan:
+        """What reading `wanted` will cost. Raises ValueError when the checkpoint does not have it."""
+        wanted = list(wanted)
+        sources = (source for key in {want.key for want in wanted} for source in self._by_key.get(key, ()))
+        plan = plan_reads(sources, wanted, self._max_read)
+        places = ((self._place(source), rows) for source, rows in _rows_read(plan).items())
+        tables = sum(place.num_chunks for place, rows in places if rows < place.num_chunks)
+        return RestorePlan(plan, tables * DIGEST_BYTES)
+
+    def read(self, targets: Targets) -> RestorePlan:
+        """Fill the memory of `targets`. When it returns, every byte was verified.
+
+        Raises DamagedError, and then the memory may hold anything.
+        """
+        restore = self.plan(targets)
+        digests: _Digests = defaultdict(dict)
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            for _ in pool.map(lambda read: self._read(read, targets, digests), restore.reads.reads):
+                pass
+            damages = [
+                damage for found in pool.map(lambda item: self._damage(*item), digests.items()) for damage in found
+            ]
+        if damages:
+            more = f"; and {len(damages) - 3} more" if len(damages) > 3 else ""
+            raise DamagedError("; ".join(map(str, damages[:3])) + more)
+        return restore
+
+    def _place(self, source: Source[SliceKey]) -> _Place:
+        return self._places[source.file, source.offset]
+
+    def _read(self, read: Read[SliceKey], targets: Targets, digests: _Digests) -> None:
         try:
             data = memoryview(self._storage.read_range(read.file, read.start, read.end))
         except (StorageMissingError, StorageTornError) as error:
@@ -100,33 +106,19 @@ class _Reader:
             damage = Damage(read.file, error.message, piece.source.key, piece.start, piece.end)
             raise DamagedError(str(damage)) from error
         for piece in read.pieces:
-            self._take(piece, data[piece.file_start - read.start : piece.file_end - read.start])
+            content = data[piece.file_start - read.start : piece.file_end - read.start]
+            _collect(piece, content, digests[piece.source])
+            _copy(piece, content, targets[piece.wanted])
 
-    def _take(self, piece: Piece[SliceKey], data: memoryview) -> None:
-        source, want = piece.source, piece.wanted
-        rows = chunk_digests(data, source.chunk)
-        first = piece.low // source.chunk
-        collected = self.digests[source]
-        for number in range(len(rows) // DIGEST_BYTES):
-            collected[first + number] = rows[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
-        begin = (piece.start - source.start) * source.item - piece.low
-        size = (piece.end - piece.start) * source.item
-        to = (piece.start - want.start) * source.item
-        self._targets[want][to : to + size] = data[begin : begin + size]
-
-    def damage(self, source: Source[SliceKey]) -> list[Damage]:
+    def _damage(self, source: Source[SliceKey], collected: dict[int, bytes]) -> list[Damage]:
         """What is wrong with the chunks of a source that were read."""
-        place, collected = self._places[source.file, source.offset], self.digests[source]
-        numbers = sorted(collected)
+        place, numbers = self._place(source), sorted(collected)
         found = b"".join(collected[number] for number in numbers)
         if len(numbers) == place.num_chunks and digest_of_digests(found) == place.extent.digest:
             return []
+        end = place.table_offset + place.num_chunks * DIGEST_BYTES
         try:
-            table = bytes(
-                self._storage.read_range(
-                    source.file, place.table_offset, place.table_offset + place.num_chunks * DIGEST_BYTES
-                )
-            )
+            table = bytes(self._storage.read_range(source.file, place.table_offset, end))
         except (StorageMissingError, StorageTornError) as error:
             return [Damage(source.file, error.message, source.key, source.start, source.end)]
         if digest_of_digests(table) != place.extent.digest:
@@ -135,6 +127,24 @@ class _Reader:
         expected = b"".join(table[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES] for number in numbers)
         bad = [numbers[row] for row in differing_rows(found, expected)]
         return [rows_damage(source.file, source.key, place.extent, source.item, source.chunk, bad)] if bad else []
+
+
+_Digests = dict[Source[SliceKey], dict[int, bytes]]
+"""Of each source, chunk number -> digest of what was read."""
+
+
+def _collect(piece: Piece[SliceKey], data: memoryview, collected: dict[int, bytes]) -> None:
+    rows, first = chunk_digests(data, piece.source.chunk), piece.low // piece.source.chunk
+    for number in range(len(rows) // DIGEST_BYTES):
+        collected[first + number] = rows[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
+
+
+def _copy(piece: Piece[SliceKey], data: memoryview, target: memoryview) -> None:
+    """What is wanted of the chunks that were read."""
+    item = piece.source.item
+    begin = (piece.start - piece.source.start) * item - piece.low
+    to, size = (piece.start - piece.wanted.start) * item, (piece.end - piece.start) * item
+    target[to : to + size] = data[begin : begin + size]
 
 
 def _places(manifest: Manifest) -> dict[tuple[str, int], _Place]:
