@@ -83,13 +83,11 @@ class SliceReader:
         Raises DamagedError, and then the memory may hold anything.
         """
         restore = self.plan(targets)
-        digests: _Digests = defaultdict(dict)
+        # Made before the threads start: two of them may read chunks of one source.
+        digests: _Digests = {piece.source: {} for read in restore.reads.reads for piece in read.pieces}
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            for _ in pool.map(lambda read: self._read(read, targets, digests), restore.reads.reads):
-                pass
-            damages = [
-                damage for found in pool.map(lambda item: self._damage(*item), digests.items()) for damage in found
-            ]
+            list(pool.map(lambda read: self._read(read, targets, digests), restore.reads.reads))
+            damages = list(chain.from_iterable(pool.map(self._damage, digests, digests.values())))
         if damages:
             more = f"; and {len(damages) - 3} more" if len(damages) > 3 else ""
             raise DamagedError("; ".join(map(str, damages[:3])) + more)
