@@ -1,4 +1,4 @@
-"""The newest checkpoint that is whole. Used before every attempt, by retention, and by `finetune ckpt ls`.
+"""The newest checkpoint that is whole: what an attempt resumes from, and what retention never touches.
 
 Only manifests count. Candidates are tried newest first (`CheckpointId`: the latest attempt that has committed anything,
 and of it the highest step); one that fails verification is named with its reasons, and the next older is tried.

@@ -1,4 +1,4 @@
-"""Slices of a checkpoint for any rank of any world size, verified as they are read. Called by restore and export.
+"""Slices of a checkpoint for any rank of any world size, verified as they are read.
 
 Each reader asks for the elements that it needs and gives the memory that they go to. It reads ranges of bytes, several
 at once; nothing is read twice, nothing is gathered, and nothing is converted on disk beforehand.

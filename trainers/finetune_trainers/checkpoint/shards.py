@@ -5,9 +5,9 @@
     slices        in the order of the header, elements in little endian
     __digests__   U8 [chunks, 32]: blake3 of each chunk of each slice, in that order
 
-The format is that of https://github.com/huggingface/safetensors (README, "Format"): any reader of safetensors opens a
-shard. All of it but the data follows from the list of slices, so a file can be written as a stream, and every byte
-of it can be verified: slices and digests by the manifest, the header by making it again.
+Any reader of safetensors opens a shard. All of it but the data follows from the list of slices, so a file can be
+written as a stream, and every byte of it can be verified: slices and digests by the manifest, the header by making it
+again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
-from finetune_trainers.checkpoint.documents import canonical
 from finetune_trainers.checkpoint.manifest import ITEM_BYTES, Extent, Intent, ShardRecord
+from finetune_trainers.checkpoint.safetensors_file import Entry, safetensors_header
 
 __all__ = ["CHUNK_BYTES", "DIGEST_BYTES", "ShardPlan", "Slice", "chunk_digests", "digest_of_digests", "num_chunks"]
 
@@ -98,23 +98,11 @@ class ShardPlan:
 
 
 def _header(intent: Intent, rank: int, slices: Sequence[Slice], sizes: Sequence[int], chunks: int) -> bytes:
-    entries: dict[str, object] = {
-        "__metadata__": {
-            "format": "finetune-operator.io/shard",
-            "step": str(intent.step),
-            "epoch": str(intent.epoch),
-            "rank": str(rank),
-        }
-    }
-    upto = 0
+    entries = []
     for piece, size in zip(slices, sizes, strict=True):
         tensor = intent.tensors[piece.tensor]
         name = f"{tensor.role}/{tensor.name}/{piece.state}[{piece.start}:{piece.end}]"
-        dtype, length = tensor.states[piece.state], piece.end - piece.start
-        entries[name] = {"dtype": dtype, "shape": [length], "data_offsets": [upto, upto + size]}
-        upto += size
-    end = upto + chunks * DIGEST_BYTES
-    entries[_DIGESTS] = {"dtype": "U8", "shape": [chunks, DIGEST_BYTES], "data_offsets": [upto, end]}
-    text = canonical(entries)  # type: ignore[arg-type]  # plain JSON, which its type is too narrow to tell
-    text = text.ljust(-(-(len(text) + 8) // _ALIGNMENT) * _ALIGNMENT - 8)
-    return len(text).to_bytes(8, "little") + text
+        entries.append(Entry(name, tensor.states[piece.state], (piece.end - piece.start,), size))
+    entries.append(Entry(_DIGESTS, "U8", (chunks, DIGEST_BYTES), chunks * DIGEST_BYTES))
+    about = {"step": str(intent.step), "epoch": str(intent.epoch), "rank": str(rank)}
+    return safetensors_header(entries, {"format": "finetune-operator.io/shard", **about}, _ALIGNMENT)

@@ -1,4 +1,4 @@
-"""Deletes what retention does not keep, and what dead attempts left. Called after a commit, and by `finetune ckpt gc`.
+"""Deletes what retention does not keep, and what dead attempts left. Called after a commit, never before one.
 
 A checkpoint is deleted in an order in which it is at no moment a damaged one: the tombstone, which hides it; the
 manifest; the other files; the tombstone. A crash on the way leaves a tombstone, and the next sweep goes on from there.
