@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import yaml
@@ -12,6 +10,7 @@ import yaml
 from helm.generator.__main__ import BASE, CHART
 from helm.generator.base import NAMESPACE, render_base
 from tests.chart.rendering import Helm, Rendered
+from tests.control_plane.conftest import Built
 
 MANIFESTS = BASE.parent
 
@@ -37,8 +36,8 @@ def test_the_base_is_what_the_chart_renders(helm: Helm) -> None:
 
 
 @pytest.mark.control_plane
-def test_kustomize_builds_what_helm_installs(helm: Helm, program: Callable[[str], Path]) -> None:
-    command = [program("kubectl"), "kustomize", str(MANIFESTS)]
+def test_kustomize_builds_what_helm_installs(helm: Helm, built: Built) -> None:
+    command = [built("kubectl"), "kustomize", str(MANIFESTS)]
     built = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     test_pod = ("Pod", "finetune-operator-test-ready")
     ours = Rendered(tuple(yaml.safe_load_all(built))).names

@@ -6,15 +6,20 @@ pods are only asked for.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.chart.rendering import MATRIX, NAMESPACE, RELEASE, Helm
 from tests.cluster.client import ApiError, Client
+from tests.cluster.kuberay import define_ray
 from tests.cluster.server import Server
+from tests.control_plane.conftest import Built
+from tests.control_plane.operators import Jobs, operator
 from tests.factories import job_document
 
 pytestmark = pytest.mark.control_plane
@@ -51,12 +56,16 @@ def installed(on_server: Helm, bare_server: Server) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def operator(installed: Client, bare_server: Server) -> Client:
-    """A client with the rights of the operator's service account."""
-    path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/finetune-operator/token"
-    asked = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
-    token = installed.create(path, asked)["status"]["token"]
-    return Client(bare_server.url, token, bare_server.client.tls)
+def kubeconfig(installed: Client, bare_server: Server) -> Path:
+    """A file with which a program may do what the operator may."""
+    return bare_server.kubeconfig_of(NAMESPACE, "finetune-operator")
+
+
+@pytest.fixture(scope="module")
+def as_operator(kubeconfig: Path, bare_server: Server) -> Client:
+    """A client with the rights of the operator."""
+    token = json.loads(kubeconfig.read_text(encoding="utf-8"))["users"][0]["user"]["token"]
+    return replace(bare_server.client, token=token)
 
 
 def path_of(client: Client, document: Document) -> str:
@@ -106,29 +115,49 @@ def test_the_pods_fit_the_strictest_level_of_pod_security(helm: Helm, installed:
     assert refused(lambda: installed.create(f"/api/v1/namespaces/{NAMESPACE}/pods?dryRun=All", pod)) == 403
 
 
-def test_the_operator_can_write_a_status_and_not_the_job(installed: Client, operator: Client) -> None:
+def test_the_operator_can_write_a_status_and_not_the_job(installed: Client, as_operator: Client) -> None:
     job = installed.create(JOBS, job_document({}, "judged"))
-    written = operator.replace(f"{JOBS}/judged/status", job | {"status": {"phase": "Running"}})
+    written = as_operator.replace(f"{JOBS}/judged/status", job | {"status": {"phase": "Running"}})
     assert written["status"]["phase"] == "Running"
-    assert refused(lambda: operator.merge(f"{JOBS}/judged", {"spec": {"suspend": True}})) == 403
-    operator.delete(f"{JOBS}/judged")
+    assert refused(lambda: as_operator.merge(f"{JOBS}/judged", {"spec": {"suspend": True}})) == 403
+    as_operator.delete(f"{JOBS}/judged")
 
 
-def test_the_operator_can_let_a_trainer_patch_its_progress_and_nothing_else(operator: Client) -> None:
-    assert operator.create(f"{ROLES}?dryRun=All", role("progress", "configmaps"))
-    assert refused(lambda: operator.create(f"{ROLES}?dryRun=All", role("secrets", "secrets"))) == 403
+def test_the_operator_can_let_a_trainer_patch_its_progress_and_nothing_else(as_operator: Client) -> None:
+    assert as_operator.create(f"{ROLES}?dryRun=All", role("progress", "configmaps"))
+    assert refused(lambda: as_operator.create(f"{ROLES}?dryRun=All", role("secrets", "secrets"))) == 403
 
 
-def test_the_operator_may_not_look_at_secrets(operator: Client) -> None:
+def test_the_operator_may_not_look_at_secrets(as_operator: Client) -> None:
     for path in ("/api/v1/secrets", "/api/v1/namespaces/default/secrets/any"):
-        assert refused(lambda path=path: operator.get(path)) == 403
+        assert refused(lambda path=path: as_operator.get(path)) == 403
 
 
-def test_the_operator_may_update_its_own_lease_only(operator: Client, installed: Client) -> None:
+def test_the_operator_may_update_its_own_lease_only(as_operator: Client) -> None:
     for name in ("finetune-operator", "another"):
-        (operator if name == "finetune-operator" else installed).create(LEASES, {"metadata": {"name": name}})
-    assert operator.replace(f"{LEASES}/finetune-operator", operator.get(f"{LEASES}/finetune-operator"))
-    assert refused(lambda: operator.get(f"{LEASES}/another")) == 403
+        as_operator.create(LEASES, {"metadata": {"name": name}})
+    assert as_operator.replace(f"{LEASES}/finetune-operator", as_operator.get(f"{LEASES}/finetune-operator"))
+    assert refused(lambda: as_operator.get(f"{LEASES}/another")) == 403
+
+
+@pytest.mark.parametrize("values", [{}, {"watchNamespaces": ["team-a"]}], ids=["all namespaces", "one namespace"])
+def test_the_rights_are_enough_for_a_job_from_its_first_attempt_to_its_deletion(
+    on_server: Helm, bare_server: Server, built: Built, kubeconfig: Path, tmp_path: Path, values: Document
+) -> None:
+    define_ray(bare_server.client, built("kuberay-manifests"))
+    on_server.release("upgrade", values)
+    jobs, tiny = Jobs(bare_server.client, "team-a"), "tiny" if values else "small"
+    with operator(tmp_path, kubeconfig, "team-a", f"--operator-namespace={NAMESPACE}") as one:
+        backoff = {"failurePolicy.backoff": {"initialSeconds": 1, "maxSeconds": 1}}
+        jobs.submit(tiny, backoff | {"lifecycle": {"ttlSecondsAfterFinished": 1}})
+        one.wait(lambda: f"{tiny}-1" in jobs.ray_jobs(), "the first attempt")
+        jobs.fail(tiny)
+        one.wait(lambda: f"{tiny}-2" in jobs.ray_jobs(), "the second attempt")
+        jobs.run(tiny, 2)
+        jobs.succeed(tiny, 2)
+        one.wait(lambda: "Succeeded" in jobs.events(tiny), "an event")
+        one.wait(lambda: not jobs.status(tiny), "the job to be deleted")
+        assert not [line for line in one.log() if "forbidden" in json.dumps(line).lower()]
 
 
 def test_who_may_edit_a_namespace_has_a_role_for_jobs(installed: Client) -> None:
