@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from finetune_operator.errors import ApiError, Gone, TooManyRequests, Unreachable
 from finetune_operator.kinds import Key
 from finetune_operator.metrics import Metrics
-from finetune_operator.runtime.reflector import Change, Reflector
+from finetune_operator.runtime.reflector import Change, Page, Reflector
 from finetune_operator.runtime.store import Document, key_of
 from tests.operator.runtime.fakes import FakeServer, gone, thing
 from tests.operator.runtime.virtual_time import run, settle
@@ -104,6 +104,24 @@ def test_a_long_list_comes_in_pages() -> None:
         async with reflecting(server, page_size=3) as (reflector, _):
             assert len(reflector.store) == 7
             assert [(limit, token) for _, limit, token in server.lists] == [(3, None), (3, "3"), (3, "6")]
+
+    run(main())
+
+
+def test_what_changes_between_two_pages_is_not_missed() -> None:
+    class Lively(FakeServer):
+        async def list(self, limit: int, continue_token: str | None) -> Page:
+            page = await super().list(limit, continue_token)
+            if continue_token is None:
+                self.put(thing("t0", spec="changed"))
+            return page
+
+    async def main() -> None:
+        server = Lively()
+        for number in range(4):
+            server.put(thing(f"t{number}"))
+        async with reflecting(server, page_size=2) as (reflector, _):
+            assert [stored["metadata"]["name"] for stored in reflector.store.list() if "spec" in stored] == ["t0"]
 
     run(main())
 

@@ -148,6 +148,18 @@ def test_adding_now_takes_the_place_of_a_delay() -> None:
     run(main())
 
 
+def test_a_delay_that_was_overtaken_does_not_bring_the_next_one_forward() -> None:
+    async def main() -> None:
+        queue = Queue("q")
+        queue.add_after("a", 60)
+        queue.add("a")
+        await take(queue)
+        queue.add_after("a", 100)
+        assert (await take(queue), now()) == ("a", 100)
+
+    run(main())
+
+
 def test_a_delay_that_ends_while_the_key_is_in_work_waits_for_it() -> None:
     async def main() -> None:
         queue = Queue("q")
