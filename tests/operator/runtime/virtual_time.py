@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 __all__ = ["Stuck", "VirtualTimeLoop", "run", "settle"]
 
 _PATIENCE_SECONDS = 2.0
+_ON_ITS_WAY_SECONDS = 0.01
 _T = TypeVar("_T")
 
 
@@ -21,14 +22,16 @@ class Stuck(Exception):
 
 
 class _Selector(selectors.BaseSelector):
-    """Looks at sockets without waiting; what would have been waited is added to the clock instead."""
+    """Hardly waits for sockets; what would have been waited is added to the clock instead."""
 
     def __init__(self, passes: Callable[[float], None]) -> None:
         self._real = selectors.DefaultSelector()
         self._passes = passes
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        events = self._real.select(_PATIENCE_SECONDS if timeout is None else 0)
+        # The loop's own pipe is always there. With any other socket, what was just sent may still be on its way.
+        has_sockets = len(self._real.get_map()) > 1
+        events = self._real.select(_PATIENCE_SECONDS if timeout is None else _ON_ITS_WAY_SECONDS * has_sockets)
         if not events and timeout is None:
             raise Stuck("every task waits, and nothing will ever wake one")
         if not events and timeout is not None:
