@@ -64,9 +64,7 @@ class Started:
 
 
 @contextmanager
-def started(
-    command: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None
-) -> Iterator[Started]:
+def started(command: Sequence[object], log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Started]:
     """A process with its output in `log`, ended on the way out.
 
     `environment` is added to this process's own. It must be started by a thread that outlives it: Linux ends it

@@ -38,11 +38,14 @@ def test_every_field_of_our_group_can_be_explained(api: Client) -> None:
 
 
 def test_the_server_shows_how_far_a_job_is(api: Client, stored_job: Store) -> None:
-    stored = stored_job(job_document({"cluster.workers": {"replicas": 2, "gpus": 4}}, "columns"))
+    stored = stored_job(job_document({"scheduling.queue": "night"}, "columns"))
     status = {
         "method": "sft",
         "tuning": "lora",
         "phase": "Running",
+        "resolved": {"gpus": 8},
+        "restarts": 2,
+        "rayJob": "columns-3",
         "progress": {"step": 120, "totalSteps": 400, "etaSeconds": 90, "metrics": {"loss": "1.25"}},
     }
     api.replace(f"{JOBS}/columns/status", stored | {"status": status})
@@ -57,17 +60,19 @@ def test_the_server_shows_how_far_a_job_is(api: Client, stored_job: Store) -> No
         "Phase": "Running",
         "Step": 120,
         "Steps": 400,
-        "Workers": 2,
-        "GPUs": 4,
+        "GPUs": 8,
+        "Restarts": 2,
+        "Queue": "night",
         "Loss": "1.25",
         "ETA": 90,
+        "RayJob": "columns-3",
     }
 
 
-def test_loss_and_eta_are_only_in_the_wide_table(api: Client) -> None:
+def test_what_few_ask_for_is_only_in_the_wide_table(api: Client) -> None:
     table = api.get(JOBS, accept=AS_TABLE)
     wide = [column["name"] for column in table["columnDefinitions"] if column["priority"] > 0]
-    assert wide == ["Loss", "ETA"]
+    assert wide == ["Queue", "Loss", "ETA", "RayJob"]
 
 
 def _schemas(api: Client) -> dict[str, Any]:

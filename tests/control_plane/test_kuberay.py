@@ -97,7 +97,7 @@ def test_a_worker_that_ends_is_replaced(api: Client, namespace: str, kuberay: Ku
 
 
 def test_a_suspended_ray_job_has_no_pods(api: Client, namespace: str, kuberay: KubeRay, nodes: Kwok) -> None:
-    api.create(f"{RAY}/{namespace}/rayjobs", ray_job("paused"))
+    api.create(f"{RAY}/{namespace}/rayjobs", ray_job("paused", shutdownAfterJobFinishes=True))
     wait_until(lambda: kuberay.ray.running(namespace, "paused"), "the job to run", nodes.process)
     api.merge(f"{RAY}/{namespace}/rayjobs/paused", {"spec": {"suspend": True}})
     wait_until(is_at(api, namespace, "paused", "Suspended"), "the job to be suspended")
