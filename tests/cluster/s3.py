@@ -42,7 +42,6 @@ class S3:
             "secret_access_key": self.secret_key,
             "region": REGION,
             "virtual_hosted_style_request": False,
-            "client_options": {"allow_http": True},
         }
 
     def environment(self) -> dict[str, str]:
@@ -52,7 +51,6 @@ class S3:
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "AWS_REGION": REGION,
-            "AWS_ALLOW_HTTP": "true",
         }
 
 

@@ -22,14 +22,19 @@ def _say(text: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    """A real S3 server for this session; it is built first, which takes minutes, on a machine that has none."""
+def versitygw() -> Path:
+    """The S3 server's program. It is built first, which takes minutes, on a machine that has none."""
     pytest.importorskip("obstore", reason="buckets need the package obstore")
     try:
-        program = program_path("versitygw", _say)
+        return program_path("versitygw", _say)
     except BuildError as error:
         pytest.skip(f"no S3 server: {error}")
-    with s3_server(program, tmp_path_factory.mktemp("s3")) as server:
+
+
+@pytest.fixture(scope="session")
+def s3(versitygw: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """A real S3 server for this session."""
+    with s3_server(versitygw, tmp_path_factory.mktemp("s3")) as server:
         yield server
 
 

@@ -14,9 +14,8 @@ from typing import Literal
 
 __all__ = ["Fault", "FaultyEndpoint", "faulty_endpoint"]
 
-Fault = Literal["refuse", "reset", "lose", "ignore-condition"]
-"""503 in the server's place; closed before the server hears of it; carried out, and closed before the answer; passed on
-without If-None-Match, as stores do that do not know it."""
+Fault = Literal["refuse", "reset", "lose"]
+"""503 in the server's place; closed before the server hears of it; carried out, and closed before the answer."""
 
 
 class FaultyEndpoint:
@@ -75,20 +74,17 @@ def _handler(endpoint: FaultyEndpoint) -> type[BaseHTTPRequestHandler]:
             elif fault == "refuse":
                 self._answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
             else:
-                status, headers, content = self._ask(
-                    body, without=("If-None-Match",) if fault == "ignore-condition" else ()
-                )
+                status, headers, content = self._ask(body)
                 self._hang_up() if fault == "lose" else self._answer(status, headers, content)
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass  # noqa: N815 - names of the standard library's
 
-        def _ask(self, body: bytes, dropped: str) -> tuple[int, list[tuple[str, str]], bytes]:
+        def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
             connection = http.client.HTTPConnection(endpoint.server, timeout=60)
             try:
                 connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
                 for name, value in self.headers.items():
-                    if name.lower() != dropped:
-                        connection.putheader(name, value)
+                    connection.putheader(name, value)
                 connection.endheaders(body or None)
                 answer = connection.getresponse()
                 return answer.status, answer.getheaders(), answer.read()

@@ -18,6 +18,7 @@ from finetune_trainers.checkpoint.listing import listed
 from finetune_trainers.checkpoint.manifest import Manifest
 from finetune_trainers.checkpoint.retention import Retention
 from finetune_trainers.checkpoint.storage.errors import StorageConflictError
+from finetune_trainers.checkpoint.storage.opening import refuses_to_overwrite
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.sweep import sweep
@@ -209,6 +210,7 @@ class Careless:
 
 def test_where_creating_is_not_exclusive_the_fence_and_the_order_of_attempts_still_hold() -> None:
     storage: Storage = Careless(PosixStorage("/run", SimulatedDisk()))  # type: ignore[assignment]
+    assert not refuses_to_overwrite(storage), "it is found out by trying"
     old = start(storage)
     write_all(storage, intent_of(old, 10), ranks=[0])
     new, settled = begin(storage, "new", NOON)

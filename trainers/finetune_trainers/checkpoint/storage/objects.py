@@ -10,6 +10,7 @@ incomplete multipart uploads, as its vendor recommends anyway. They are invisibl
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,16 @@ __all__ = ["ObjectStorage"]
 _PART_BYTES = 16 << 20
 _PARTS_AT_ONCE = 8
 _REQUESTS_AT_ONCE = 32
-_SAYS_FULL = ("StorageFull", "QuotaExceeded", "InsufficientStorage", "507 ", "NoSpaceLeft")
+_BY_WORD: dict[str, type[StorageError]] = {
+    "NoSuchBucket": StorageDeniedError,
+    "InvalidRange": StorageTornError,
+    "BadDigest": StorageTornError,
+    "XAmzContentSHA256Mismatch": StorageTornError,
+    "StorageFull": StorageFullError,
+    "QuotaExceeded": StorageFullError,
+    "InsufficientStorage": StorageFullError,
+    "NoSpaceLeft": StorageFullError,
+}
 
 
 class ObjectStorage:
@@ -138,35 +148,40 @@ class ObjectStorage:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """obstore's errors become StorageErrors that name the object."""
+    """obstore's errors become StorageErrors that name the object. The cause is not kept: its text holds headers."""
     from obstore import exceptions
 
     try:
         yield
-    except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
-        raise StorageConflictError(f"{name} is there already") from error
-    except FileNotFoundError as error:
-        raise StorageMissingError(f"{name}: there is no such object") from error
-    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-        raise StorageDeniedError(f"{name}: {_brief(error)}") from error
-    except (
-        exceptions.NotSupportedError,
-        exceptions.InvalidPathError,
-        exceptions.UnknownConfigurationKeyError,
-    ) as error:
-        raise StorageDeniedError(f"{name}: {_brief(error)}") from error
+    except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+        raise StorageConflictError(f"{name} is there already") from None
     except (exceptions.BaseError, OSError) as error:
-        raise _kind(error)(f"{name}: {_brief(error)}") from error
+        raise _kind(error)(f"{name}: {_brief(error)}") from None
 
 
 def _kind(error: Exception) -> type[StorageError]:
-    """By the store's words: object_store has no error of its own for a bucket that is full."""
+    """By the store's own words first: object_store has few errors of its own."""
+    from obstore import exceptions
+
     text = str(error)
-    if any(word in text for word in _SAYS_FULL):
-        return StorageFullError
-    return StorageTornError if "BadDigest" in text or "XAmzContentSHA256Mismatch" in text else StorageUnavailableError
+    for word, kind in _BY_WORD.items():
+        if word in text:
+            return kind
+    if isinstance(error, FileNotFoundError):
+        return StorageMissingError
+    refused = (
+        exceptions.InvalidPathError,
+        exceptions.NotSupportedError,
+        exceptions.PermissionDeniedError,
+        exceptions.UnauthenticatedError,
+        exceptions.UnknownConfigurationKeyError,
+    )
+    return StorageDeniedError if isinstance(error, refused) else StorageUnavailableError
 
 
 def _brief(error: Exception) -> str:
-    """The first line; obstore appends the whole chain of causes, request headers included."""
+    """The store's code and sentence, or the first line: obstore appends the chain of causes, headers included."""
+    said = re.search(r"<Code>([^<]*)</Code>(?:\s*<Message>([^<]*)</Message>)?", str(error))
+    if said:
+        return ": ".join(part for part in said.groups() if part)
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:500]

@@ -9,6 +9,7 @@ gs://bucket/prefix     GOOGLE_APPLICATION_CREDENTIALS, or the instance's account
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Mapping
 from datetime import timedelta
@@ -85,7 +86,9 @@ def _bucket(uri: Uri, options: Mapping[str, Any]) -> Any:
             f"{uri}: buckets need the package obstore; install finetune-operator[trainers]"
         ) from None
     chosen: Any = {"retry_config": _RETRIES, **options}
-    chosen["client_options"] = {**_REQUESTS, **options.get("client_options", {})}
+    endpoint = str(options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    plain = {"allow_http": True} if endpoint.startswith("http://") else {}
+    chosen["client_options"] = {**_REQUESTS, **plain, **options.get("client_options", {})}
     if uri.scheme is Scheme.GS:
         return store.GCSStore(uri.authority, **chosen)
     return store.S3Store(uri.authority, **{"checksum_algorithm": "SHA256", **chosen})
