@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from itertools import islice
 from typing import Any
@@ -205,25 +205,28 @@ def _end_of(listed: Iterable[Condition]) -> datetime | None:
     return min((one.last_transition_time for one in ended), default=None)
 
 
-def _without(document: Any, places: Sequence[tuple[int | str, ...]]) -> Any:
+def _without(document: Any, places: Iterable[tuple[int | str, ...]]) -> Any:
     """A copy of `document` with what stands at `places` taken out; where nothing stands, what should hold it."""
     repaired = copy.deepcopy(document)
+    found = {_nearest(repaired, place) for place in places}
     # The last entries of a list first: taking one out moves those behind it.
-    for place in sorted(places, key=lambda place: [(str(type(step)), step) for step in place], reverse=True):
-        _take_out(repaired, list(place))
+    for place in sorted(found, key=lambda place: [(str(type(step)), step) for step in place], reverse=True):
+        holder = repaired
+        for step in place[:-1]:
+            holder = holder[step]
+        if place and _has(holder, place[-1]):
+            del holder[place[-1]]
     return repaired
 
 
-def _take_out(document: Any, place: list[int | str]) -> None:
-    here, holders = document, []
-    for step in place:
+def _nearest(document: Any, place: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The longest beginning of `place` at which something stands."""
+    here = document
+    for depth, step in enumerate(place):
         if not _has(here, step):
-            break
-        holders.append((here, step))
+            return place[:depth]
         here = here[step]
-    if holders:
-        holder, step = holders[-1]
-        del holder[step]
+    return place
 
 
 def _has(value: Any, step: int | str) -> bool:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from finetune_api.failures import Failure, FailureClass, Problem
-from finetune_api.job import Phase, Status
+from finetune_api.job import Attempt, Phase, Status
 from finetune_api.progress import Artifact, Outcome, Progress, Result, Stage
-from finetune_operator.conditions import find
+from finetune_operator.conditions import Finding, find
 from finetune_operator.planning import plan_run
-from finetune_operator.status import project
+from finetune_operator.status import Draft, project, read_status
 from tests.factories import job
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -160,3 +160,117 @@ def test_more_figures_than_a_status_may_hold_are_cut() -> None:
 def test_the_status_names_the_method_and_the_tuning_of_the_plan() -> None:
     status = project(None, None, NOON, plan=plan_run(job()))
     assert (status.method, status.tuning) == ("sft", "lora")
+
+
+# The status that stands in an object
+
+
+def standing(**changes: Any) -> dict[str, Any]:
+    attempt = {"number": 1, "rayJob": "example-1", "createdAt": "2026-01-01T12:00:00Z"}
+    return {"phase": "Running", "rayJob": "example-1", "restarts": 2, "attempts": [attempt]} | changes
+
+
+@pytest.mark.parametrize("document", [None, {}, [], "status", 7])
+def test_what_is_no_status_is_none(document: Any) -> None:
+    assert read_status(document) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"addedLater": {"a": 1}}, id="a field of a newer version"),
+        pytest.param({"progress": {"step": "far", "metrics": {"loss": 1}}}, id="progress that is none"),
+        pytest.param({"conditions": "none"}, id="conditions that are no list"),
+        pytest.param(
+            {"conditions": [{"type": "Valid"}, 7, {"type": "x", "status": "Maybe"}]}, id="conditions that are none"
+        ),
+        pytest.param({"phase": "Dancing"}, id="a phase that there is not"),
+        pytest.param({"finishedAt": "yesterday"}, id="a time that is none"),
+        pytest.param({"failure": "Boredom", "postMortem": {"attempt": 1}}, id="a failure that there is not"),
+    ],
+)
+def test_what_cannot_be_read_costs_nothing_else(changes: dict[str, Any]) -> None:
+    status = read_status(standing(**changes))
+    assert status is not None
+    assert (status.restarts, [attempt.number for attempt in status.attempts]) == (2, [1])
+    assert status.finished_at is None
+
+
+def test_an_attempt_that_cannot_be_read_leaves_the_others() -> None:
+    good = standing()["attempts"][0]
+    listed = [{"number": "one"}, good, {**good, "number": 2, "outcome": 7, "extra": 1}, 5]
+    status = read_status(standing(attempts=listed))
+    assert status is not None
+    assert [attempt.number for attempt in status.attempts] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "time", ["2026-01-01T12:00:00", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00", "2026-01-01T12:00:00Z"]
+)
+def test_every_time_can_be_compared_with_now(time: str) -> None:
+    attempt = standing()["attempts"][0] | {"createdAt": time, "endedAt": time}
+    condition = {"type": "Valid", "status": "True", "reason": "R", "lastTransitionTime": time}
+    changes = {"attempts": [attempt], "conditions": [condition], "finishedAt": time, "progress": {"updatedAt": time}}
+    status = read_status(standing(**changes))
+    assert status is not None
+    assert status.progress is not None
+    moments = [status.finished_at, status.progress.updated_at, status.attempts[0].ended_at]
+    moments += [status.attempts[0].created_at, status.conditions[0].last_transition_time]
+    for moment in moments:
+        assert moment is not None
+        assert abs((moment - NOON).days) < 100_000
+
+
+# The draft of the next
+
+
+def test_a_draft_that_nothing_happened_to_is_what_stands() -> None:
+    document = read_status(standing(observedGeneration=3))
+    assert document is not None
+    assert Draft(document, LATER, 3).to_status() == document
+
+
+def test_attempts_are_in_order_and_each_is_there_once() -> None:
+    good = standing()["attempts"][0]
+    status = read_status(standing(attempts=[{**good, "number": number} for number in (3, 1, 3, 2)]))
+    assert [attempt.number for attempt in Draft(status, NOON, 1).attempts] == [1, 2, 3]
+
+
+def test_only_the_last_ten_attempts_are_written() -> None:
+    draft = Draft(None, NOON, 1)
+    for number in range(1, 15):
+        draft.add(Attempt(number=number, ray_job=f"j-{number}", created_at=NOON, ended_at=NOON))
+    assert [attempt.number for attempt in draft.to_status().attempts] == list(range(5, 15))
+
+
+def test_counts_that_somebody_made_negative_begin_at_nothing() -> None:
+    status = Draft(read_status(standing(restarts=-3, preemptions=-1, activeSeconds=-9)), NOON, 1).to_status()
+    assert (status.restarts, status.preemptions, status.active_seconds) == (0, 0, 0)
+
+
+def test_a_job_whose_condition_says_that_it_ended_has_ended() -> None:
+    condition = {"type": "Failed", "status": "True", "reason": "R", "lastTransitionTime": "2026-01-01T12:00:00Z"}
+    assert Draft(read_status(standing(conditions=[condition])), LATER, 1).finished_at == NOON
+
+
+def test_a_condition_of_which_nothing_was_said_stays_as_it_was() -> None:
+    first = Draft(None, NOON, 1)
+    first.find(Finding("Valid", "True", "Accepted", "yes"))
+    second = Draft(first.to_status(), LATER, 2)
+    second.find(Finding("Admitted", "True", "Admitted", "yes"))
+    valid, admitted = second.to_status().conditions
+    assert (valid.last_transition_time, valid.observed_generation) == (NOON, 1)
+    assert (admitted.last_transition_time, admitted.observed_generation) == (LATER, 2)
+
+
+def test_conditions_stand_in_the_order_of_a_jobs_life() -> None:
+    draft = Draft(None, NOON, 1)
+    for name in ("Failed", "Running", "Custom", "Valid"):
+        draft.find(Finding(name, "True", "R", ""))
+    assert [condition.type for condition in draft.to_status().conditions] == ["Valid", "Running", "Failed", "Custom"]
+
+
+def test_a_message_that_is_too_long_for_a_condition_is_cut() -> None:
+    draft = Draft(None, NOON, 1)
+    draft.find(Finding("Valid", "False", "R", "x" * 5000))
+    assert len(draft.to_status().conditions[0].message) == 4096
