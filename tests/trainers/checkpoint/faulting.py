@@ -32,7 +32,7 @@ class Schedule:
 
     at: int | None = None
     kind: Kind = "crash"
-    delay: Callable[[], None] = lambda: None
+    delay: Callable[[], object] = lambda: None
     passed: int = 0
     fired: bool = False
     dead: bool = False

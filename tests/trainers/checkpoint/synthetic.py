@@ -80,7 +80,7 @@ def hash_of(*parts: object) -> np.uint32:
 def data(of: Intent, held: list[Slice]) -> Iterator[memoryview]:
     """The bytes of each slice."""
     for piece in held:
-        yield memoryview(whole(of, piece.tensor, piece.state)[piece.start : piece.end]).cast("B")
+        yield whole(of, piece.tensor, piece.state)[piece.start : piece.end].data.cast("B")
 
 
 def keys(of: Intent) -> list[SliceKey]:

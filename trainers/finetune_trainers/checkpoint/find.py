@@ -47,7 +47,7 @@ def find_newest(storage: Storage, deep: bool = False) -> Search:
 
     Raises StorageUnavailableError and StorageDeniedError rather than reject what could not be looked at.
     """
-    rejected = []
+    rejected: list[Rejected] = []
     for listing in listed(storage).values():
         if not listing.is_settled:
             continue

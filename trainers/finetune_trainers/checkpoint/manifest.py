@@ -240,8 +240,8 @@ class Receipt(Contract):
 
     def files(self) -> Iterator[tuple[str, int]]:
         """(name, bytes) of every file that the receipt stands for."""
-        for record in (*self.shards, *self.aux):
-            yield record.file, record.bytes
+        yield from ((shard.file, shard.bytes) for shard in self.shards)
+        yield from ((aux.file, aux.bytes) for aux in self.aux)
 
 
 class Manifest(Contract):

@@ -27,8 +27,8 @@ def converted(data: memoryview, dtype: str, to: str) -> memoryview:
         return data
     values = _as_f32(data, dtype)
     if to == "F32":
-        return memoryview(values).cast("B")
-    return memoryview(_bf16(values) if to == "BF16" else _f16(values)).cast("B")
+        return values.data.cast("B")
+    return (_bf16(values) if to == "BF16" else _f16(values)).data.cast("B")
 
 
 def _as_f32(data: memoryview, dtype: str) -> NDArray[np.float32]:

@@ -94,14 +94,17 @@ class ObjectStorage:
     def read(self, name: str) -> bytes:
         import obstore
 
-        return self._request(name, lambda key: bytes(obstore.get(self._store, key).bytes()))
+        data: bytes = self._request(name, lambda key: bytes(obstore.get(self._store, key).bytes()))
+        return data
 
     def read_range(self, name: str, start: int, end: int) -> memoryview:
         import obstore
 
         if start == end:
             return memoryview(b"")
-        data = self._request(name, lambda key: memoryview(obstore.get_range(self._store, key, start=start, end=end)))
+        data: memoryview = self._request(
+            name, lambda key: memoryview(obstore.get_range(self._store, key, start=start, end=end))
+        )
         if len(data) != end - start:
             raise StorageTornError(f"{name}: bytes [{start}, {end}) are wanted and it ends at {start + len(data)}")
         return data
