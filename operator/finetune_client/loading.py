@@ -25,6 +25,10 @@ from finetune_operator.policies.dependencies import dependency_names
 __all__ = ["Loaded", "PlannedJob", "load", "load_all", "load_one", "missing_data", "missing_jobs", "missing_models"]
 
 
+JobName = tuple[str, str]
+"""Namespace and name."""
+
+
 @dataclass(frozen=True)
 class PlannedJob:
     """A job that can be run, and how it will be."""
@@ -90,25 +94,34 @@ def load_all(file: Path, runtimes: Sequence[Path] = (), overrides: Sequence[Over
 
 
 def missing_jobs(planned: Sequence[PlannedJob]) -> list[Problem]:
-    """Jobs that these wait for, by job://name, and that are not among them, or that wait for these in turn."""
-    needs = {(one.plan.namespace, one.plan.name): dependency_names(one.job.to_document()) for one in planned}
+    """Jobs that these wait for, by job://name, and will never be able to start from."""
+    jobs = {(one.plan.namespace, one.plan.name): one for one in planned}
+    needs = {name: dependency_names(one.job.to_document()) for name, one in jobs.items()}
     problems = []
-    for one in planned:
-        namespace, name = one.plan.namespace, one.plan.name
-        for needed in needs[namespace, name]:
-            if (namespace, needed) not in needs:
-                message = (
-                    "is the artifact of a job that is not run here; put that job into the same file and run all of "
-                    "them with --all, or name its artifact: file:///path/to/artifact"
-                )
-            elif _leads_to(needs, (namespace, needed), (namespace, name)):
-                message = "is the artifact of a job that waits for this one; one of them must start from a model"
-            else:
-                continue
-            problems.append(
-                Problem(file=one.file, path="spec.model.source", value=f'"job://{needed}"', message=message)
-            )
+    for here, one in jobs.items():
+        for needed in needs[here]:
+            message = _why_not(jobs, needs, here, (here[0], needed))
+            if message is not None:
+                value = json.dumps(f"job://{needed}")
+                problems.append(Problem(file=one.file, path="spec.model.source", value=value, message=message))
     return problems
+
+
+def _why_not(
+    jobs: Mapping[JobName, PlannedJob], needs: Mapping[JobName, Sequence[str]], here: JobName, needed: JobName
+) -> str | None:
+    """What is wrong with starting job `here` from the model of job `needed`."""
+    if needed not in jobs:
+        return (
+            "is the artifact of a job that is not run here; put that job into the same file and run all of them with "
+            "--all, or name the artifact itself: file:///path/to/artifact"
+        )
+    if _leads_to(needs, needed, here):
+        return "is the artifact of a job that waits for this one; one of them must start from a model"
+    other = jobs[needed].job.spec
+    if other.tuning.lora is not None and not any(output.merge for output in other.outputs):
+        return f"will be an adapter and not a whole model; give {needed[1]} an output with merge: true"
+    return None
 
 
 def missing_data(plan: RunPlan) -> list[Problem]:

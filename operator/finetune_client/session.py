@@ -20,7 +20,7 @@ from typing import Any
 
 from finetune_api.job import FineTuneJob, Phase, Status
 from finetune_api.runtime import FineTuneRuntime
-from finetune_client.folders import RunFolder, jobs_in
+from finetune_client.folders import NoRun, RunFolder, jobs_in
 from finetune_operator.conditions import find
 from finetune_operator.errors import Conflict
 from finetune_operator.kinds import CONFIG_MAP, FINETUNE_JOB, FINETUNE_RUNTIME, RAY_JOB, Key, Kind
@@ -82,9 +82,16 @@ class Session:
             await self._cluster.create(FINETUNE_JOB, _for_this_machine(job))
 
     async def go_on(self) -> None:
-        """Take up what the folder's state tells, where it was interrupted. Suspended jobs are suspended no longer."""
+        """Take up what the folder's state tells, where it was interrupted. Suspended jobs are suspended no longer.
+
+        Raises NoRun when all jobs have ended.
+        """
         self._cluster.restore(self.folder.state.objects)
         self.jobs = [key_of_job(job) for job in jobs_in(self.folder.state)]
+        phases = {key.name: self.status(key).phase for key in self.jobs if self.status(key).finished_at is not None}
+        if len(phases) == len(self.jobs):
+            ends = ", ".join(f"{name} {phase}" for name, phase in phases.items())
+            raise NoRun(f"the run in {self.folder.path} has ended ({ends}); start another one")
         for key in self.jobs:
             if self.status(key).phase is Phase.SUSPENDED:
                 # One that its failure policy holds is let go by a person who suspends it and takes that back.

@@ -1,7 +1,8 @@
 """A trainer that speaks the real protocol and trains nothing: the double of `python -m finetune_trainers`.
 
 It reads plan.json, writes progress.jsonl and outcome.json, and answers SIGINT. What it does at step 3 is chosen by
-the environment variable FAKE_TRAINER; it reaches maxSteps when nothing is chosen.
+the environment variable FAKE_TRAINER; it reaches maxSteps when nothing is chosen. "killed then " is a choice for each
+attempt in turn; the last one holds for those after it too.
 """
 
 from __future__ import annotations
@@ -101,13 +102,14 @@ class FakeTrainer:
     def write_artifact(self) -> None:
         folder = self.workdir / "artifact"
         folder.mkdir()
-        (folder / "adapter_config.json").write_text("{}")
+        kind = "adapter" if self.plan.tuning.lora else "model"
+        (folder / ("adapter_config.json" if kind == "adapter" else "config.json")).write_text("{}")
         outcome = Outcome(
             result=Result.SUCCEEDED,
             step=self.total,
             total_steps=self.total,
             eval=EvalSummary(loss_before=2.5, loss_after=2.0),
-            artifacts=[Artifact(uri=folder.as_uri(), kind="adapter", digest="b3", bytes=1_500_000)],
+            artifacts=[Artifact(uri=folder.as_uri(), kind=kind, digest="b3", bytes=1_500_000)],
             metrics={"loss": 1.5},
             seconds={"Training": 3.25, "Exporting": 0.5},
         )
@@ -138,7 +140,8 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--no-ray", action="store_true")
     arguments, others = parser.parse_known_args()
-    behaviour = os.environ.get("FAKE_TRAINER", "")
+    behaviours = os.environ.get("FAKE_TRAINER", "").split(" then ")
+    behaviour = behaviours[min(int(os.environ.get("FINETUNE_ATTEMPT", "1")), len(behaviours)) - 1]
     if arguments.command in ("export", "chat"):
         print("the fake trainer was asked:", arguments.command, *others, file=sys.stderr)
         print(Artifact(uri="file:///exported", kind="model", digest="b3", bytes=2_500).model_dump_json(by_alias=True))

@@ -14,18 +14,21 @@ import yaml
 from finetune_api.failures import EXIT_CODES, INTERRUPTED
 from finetune_api.plan import RunPlan
 from finetune_client import runner
-from finetune_client.cli.exits import MEANINGS, OK
+from finetune_client.cli.exits import MEANINGS, OK, SUSPENDED
+from tests.client.conftest import FAKE_TRAINER
 from tests.factories import runtime_document
 
 COMMANDS = ["validate", "plan", "run", "export", "chat", "version"]
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "peft", "finetune_trainers"}
+NETWORK = {"kubernetes", "aiohttp"}
 
 
-def imported_by(*arguments: str) -> set[str]:
+def imported_by(*arguments: str, before: str = "") -> set[str]:
     """The modules that one command of `finetune` imports, in a process of its own."""
     program = f"""
 import atexit, json, sys
 sys.argv = ["finetune", *{list(arguments)!r}]
+{before}
 atexit.register(lambda: print("MODULES" + json.dumps(sorted(sys.modules))))
 from finetune_client.cli import main
 main()
@@ -36,7 +39,18 @@ main()
 
 def test_no_command_imports_what_trains(write_job: Any) -> None:
     for arguments in (["validate", str(write_job())], ["plan", str(write_job())], ["run", "absent.yaml"], ["version"]):
-        assert imported_by(*arguments) & HEAVY == set()
+        assert imported_by(*arguments) & (HEAVY | NETWORK) == set()
+
+
+def test_a_whole_run_imports_neither_what_trains_nor_what_talks_to_a_cluster(write_job: Any, tmp_path: Path) -> None:
+    before = f"""
+from finetune_client import runner
+runner.TRAINERS = [sys.executable, {str(FAKE_TRAINER)!r}]
+runner.NEEDED_PACKAGES = ()
+"""
+    imported = imported_by("run", str(write_job()), "--workdir", str(tmp_path / "run"), "-q", before=before)
+    assert (tmp_path / "run" / "outcome.json").exists()
+    assert imported & (HEAVY | NETWORK) == set()
 
 
 def test_help_is_quick_because_it_imports_neither_the_contract_nor_yaml() -> None:
@@ -44,7 +58,7 @@ def test_help_is_quick_because_it_imports_neither_the_contract_nor_yaml() -> Non
 
 
 def test_the_documented_exit_codes_are_those_of_the_contract() -> None:
-    assert set(MEANINGS) == {OK, *EXIT_CODES.values(), INTERRUPTED}
+    assert set(MEANINGS) == {OK, *EXIT_CODES.values(), SUSPENDED, INTERRUPTED}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -82,10 +82,10 @@ def trained(world: World) -> Finished:
     )
 
 
-def begin_long_run(world: World, name: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+def begin_long_run(world: World, name: str, *options: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """Start a run that will not end by itself; returns it, and all its processes once it trains."""
     job = world.write_job(name, {"training": {"maxSteps": 100_000, "globalBatchSize": 8}})
-    process = world.start("run", job, "--workdir", world.folder / name, "-o", "json")
+    process = world.start("run", job, "--workdir", world.folder / name, "-o", "json", *options)
     reports = world.folder / name / "progress.jsonl"
     wait_until(
         lambda: process.poll() is not None or (reports.exists() and '"step":2' in reports.read_text()), seconds=300
@@ -166,10 +166,38 @@ def test_ctrl_c_stops_the_run_and_leaves_nothing(world: World) -> None:
     assert with_mark(mark) == []
 
 
+def trainer_among(children: list[psutil.Process]) -> psutil.Process:
+    return next(child for child in children if "finetune_trainers" in child.cmdline() and "run" in child.cmdline())
+
+
+def test_a_trainer_that_is_killed_in_mid_run_is_followed_by_an_attempt_that_completes(world: World) -> None:
+    folder = world.folder / "retried"
+    job = world.write_job("retried", {"training": {"maxSteps": 12, "globalBatchSize": 8}})
+    process = world.start(
+        *("run", job, "--workdir", folder, "-o", "json", "--set", "failurePolicy.backoff.initialSeconds=1")
+    )
+    reports = folder / "progress.jsonl"
+    wait_until(
+        lambda: process.poll() is not None or (reports.exists() and '"step":2' in reports.read_text()), seconds=300
+    )
+    children = psutil.Process(process.pid).children(recursive=True)
+    trainer_among(children).kill()
+    done = finish(process)
+    assert done.code == 0, done.stderr
+    document = done.document
+    assert [(one["number"], one["outcome"]) for one in document["attempts"]] == [(1, "Unknown"), (2, "Succeeded")]
+    assert (document["phase"], document["restarts"], document["progress"]["step"]) == ("Succeeded", 1, 12)
+    assert document["postMortem"]["exitCode"] == 137
+    assert document["artifact"] == (folder / "artifact").as_uri()
+    assert (folder / "artifact" / "adapter_model.safetensors").is_file()
+    assert not (folder / "attempt-1" / "artifact").exists()
+    assert "Trying again in 1 s" in done.stderr
+    assert [child for child in children if is_alive(child.pid)] == []
+
+
 def test_a_killed_trainer_is_a_failure_and_leaves_nothing(world: World) -> None:
-    process, children = begin_long_run(world, "killed")
-    trainer = next(child for child in children if "finetune_trainers" in child.cmdline() and "run" in child.cmdline())
-    trainer.kill()
+    process, children = begin_long_run(world, "killed", "--no-retry")
+    trainer_among(children).kill()
     done = finish(process)
     assert done.code == 1
     assert done.document["failure"] == "Unknown"

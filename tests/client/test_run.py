@@ -14,13 +14,25 @@ from finetune_client import runner
 KEYS = {
     "name",
     "result",
+    # The status, as kubectl shows it.
+    "observedGeneration",
     "phase",
     "method",
     "tuning",
     "conditions",
+    "resolved",
     "progress",
-    "artifacts",
+    "attempts",
+    "rayJob",
+    "restarts",
+    "preemptions",
+    "activeSeconds",
+    "nextAttemptAt",
     "failure",
+    "postMortem",
+    "finishedAt",
+    "artifacts",
+    # What a person who ran it here wants to know besides.
     "failureDetails",
     "eval",
     "artifact",
@@ -44,10 +56,15 @@ def test_a_run_ends_with_one_object_on_stdout_and_progress_on_stderr(
     assert document["progress"]["step"] == 5
     assert {c["type"]: c["status"] for c in document["conditions"]} == {
         "Valid": "True",
+        "Admitted": "False",
+        "ClusterReady": "False",
         "Running": "False",
+        "Suspended": "False",
         "Complete": "True",
         "ArtifactsPublished": "True",
     }
+    assert [(one["number"], one["outcome"]) for one in document["attempts"]] == [(1, "Succeeded")]
+    assert document["resolved"]["globalBatchSize"] == 8
     assert "Training: step 3/5, loss 1.7000, 1,234 tokens/s, 2.0 s left, eval loss 2.5000" in done.stderr
 
 
@@ -104,7 +121,7 @@ def test_overrides_change_the_plan(finetune: Any, write_job: Any, tmp_path: Path
 def test_a_failure_has_its_class_its_exit_code_and_one_clear_message(
     finetune: Any, write_job: Any, tmp_path: Path, fake: str, code: int, kind: str, sentence: str
 ) -> None:
-    done = finetune("run", write_job(), "--workdir", tmp_path / "run", "-o", "json", fake=fake)
+    done = finetune("run", write_job(), "--workdir", tmp_path / "run", "-o", "json", "--no-retry", fake=fake)
     assert done.code == code
     assert sentence in done.stderr
     assert str(tmp_path / "run" / "trainer.log") in done.stderr
@@ -113,6 +130,8 @@ def test_a_failure_has_its_class_its_exit_code_and_one_clear_message(
     assert (document["phase"], document["failure"], document["artifact"]) == ("Failed", kind, None)
     assert document["failureDetails"]["failureClass"] == kind
     assert document["failureDetails"]["step"] == 3
+    assert [(one["outcome"], one["action"]) for one in document["attempts"]] == [(kind, "Fail")]
+    assert document["postMortem"]["failureClass"] == kind
 
 
 def test_only_an_unknown_failure_shows_the_log(finetune: Any, write_job: Any, tmp_path: Path) -> None:

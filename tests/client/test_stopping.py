@@ -44,7 +44,7 @@ def test_the_second_signal_kills_a_trainer_that_does_not_listen(start: Any, writ
 
 @pytest.mark.parametrize("fake", ["killed-with-children", "leaves-children"])
 def test_what_the_trainer_leaves_behind_is_ended(start: Any, write_job: Any, fake: str) -> None:
-    running = start("run", write_job(), "-o", "json", fake=fake)
+    running = start("run", write_job(), "-o", "json", "--no-retry", fake=fake)
     done = running.finish()
     assert done.document["failure"] == ("Unknown" if fake == "killed-with-children" else None)
     assert [pid for pid in running.children() if is_alive(pid)] == []

@@ -19,7 +19,7 @@ from finetune_operator.errors import AlreadyExists, ApiError, Conflict, Gone, In
 from finetune_operator.kinds import Key, Kind
 from finetune_operator.local.patches import applied, copied, merged
 from finetune_operator.local.selectors import Selector, parse_selector
-from finetune_operator.local.store import Document, Objects, Record, key_of
+from finetune_operator.local.store import Document, Documents, Objects, Record, key_of
 from finetune_operator.runtime.reflector import ListWatch, Page, WatchEvent
 
 __all__ = ["Admission", "LocalCluster"]
@@ -238,7 +238,7 @@ class _Source:
             if version == self._objects.version and not await self._objects.changed(min(left, _BOOKMARK_SECONDS)):
                 yield self._bookmark()
 
-    def _keep(self, version: int, found: list[Document]) -> None:
+    def _keep(self, version: int, found: Documents) -> None:
         self._snapshots[version] = found
         while len(self._snapshots) > _SNAPSHOTS:
             self._snapshots.pop(next(iter(self._snapshots)))
@@ -256,8 +256,9 @@ class _Source:
         after = not record.gone and self._selector(_labels(record.new))
         if not before and not after:
             return None
-        type_ = "MODIFIED" if before and after else "ADDED" if after else "DELETED"
-        return WatchEvent(type_, copied(record.new))
+        if not after:
+            return WatchEvent("DELETED", copied(record.new))
+        return WatchEvent("MODIFIED" if before else "ADDED", copied(record.new))
 
 
 def _labels(document: Document) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 from finetune_operator.errors import Gone
 from finetune_operator.kinds import Key, Kind
 
-__all__ = ["Document", "Objects", "Record", "key_of"]
+__all__ = ["Document", "Documents", "Objects", "Record", "key_of"]
 
 Document = dict[str, Any]
 
@@ -30,6 +30,11 @@ class Record:
     old: Document | None
     new: Document
     gone: bool = False
+
+
+Records = list[Record]
+Documents = list[Document]
+"""Named here: within a class that has a method `list`, that name means the method."""
 
 
 def key_of(document: Document) -> Key:
@@ -60,7 +65,7 @@ class Objects:
             for document in objects.values():
                 yield kind, document
 
-    def list(self, kind: Kind, namespace: str | None = None) -> list[Document]:
+    def list(self, kind: Kind, namespace: str | None = None) -> Documents:
         """The objects of a kind in the order of their keys, as etcd has them."""
         objects = self._objects.get(kind, {})
         return [objects[key] for key in sorted(objects) if namespace in (None, key.namespace)]
@@ -92,7 +97,7 @@ class Objects:
         self.version = max(self.version, int(document["metadata"]["resourceVersion"]))
         self._keep(kind, document)
 
-    def since(self, version: int) -> list[Record]:
+    def since(self, version: int) -> Records:
         """The changes after `version`. Gone where they are not all remembered."""
         if version < self.version and (not self._history or version + 1 < self._history[0].version):
             raise Gone(410, "Expired", f"too old resource version: {version} ({self.version})")
