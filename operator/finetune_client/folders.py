@@ -18,7 +18,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -58,11 +58,14 @@ class RunState:
 class RunFolder:
     """A run's folder, in the hands of one process at a time. Use it as a context."""
 
-    def __init__(self, path: Path, state: RunState, *, is_new: bool) -> None:
+    def __init__(
+        self, path: Path, state: RunState, *, is_new: bool, on_wait: Callable[[str], None] = lambda _: None
+    ) -> None:
         """Made by `create` or `reopen`."""
         self.path = path
         self.state = state
         self._is_new = is_new
+        self._on_wait = on_wait
         self._lock: int | None = None
 
     @classmethod
@@ -73,11 +76,13 @@ class RunFolder:
         return cls(path.absolute(), state, is_new=True)
 
     @classmethod
-    def reopen(cls, path: Path) -> RunFolder:
-        """The folder of a run that was begun. Raises NoRun. What it holds is read when it is entered."""
+    def reopen(cls, path: Path, on_wait: Callable[[str], None] = lambda _: None) -> RunFolder:
+        """The folder of a run that was begun. Raises NoRun. What it holds is read when it is entered; `on_wait` is
+        told why that takes time.
+        """
         if not (path / STATE_FILE).is_file():
             raise NoRun(f"{path} holds no run to go on with; name a run's folder, such as runs/my-job/20250101-120000")
-        return cls(path.absolute(), RunState(), is_new=False)
+        return cls(path.absolute(), RunState(), is_new=False, on_wait=on_wait)
 
     @property
     def lock(self) -> int:
@@ -133,14 +138,22 @@ class RunFolder:
 
     def _take(self) -> None:
         """What is left of a run that was killed holds the lock too, for as long as it takes to end."""
+        if self._try_lock():
+            return
+        if not self._is_new:
+            self._on_wait("Waiting for what is left of the interrupted run to end")
         deadline = time.monotonic() + (0 if self._is_new else _LOCK_WAIT_SECONDS)
-        while True:
-            try:
-                return fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise RunFolderTaken(f"{self.path} is in use by another finetune run; wait for its end") from None
+        while not self._try_lock():
+            if time.monotonic() >= deadline:
+                raise RunFolderTaken(f"{self.path} is in use by another finetune run; wait for its end")
             time.sleep(0.2)
+
+    def _try_lock(self) -> bool:
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def _release(self) -> None:
         if self._lock is not None:

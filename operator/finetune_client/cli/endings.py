@@ -73,7 +73,7 @@ def _outcome(result: str, status: Status, known: Outcome | None, progress: Progr
 def _failure(status: Status, step: int) -> Failure:
     """What the operator says, where the process could not know: that it hung, say, or took too long."""
     said = find(status.conditions, "Failed") or find(status.conditions, "Valid")
-    invalid = status.failure is None and said is not None and said.type == "Valid"
+    invalid = said is not None and said.type == "Valid" and said.reason != "InternalError"
     kind = status.failure or (FailureClass.USER_ERROR if invalid else FailureClass.UNKNOWN)
     message = said.message if said is not None and said.message else "The job failed and left no reason."
     return Failure(failure_class=kind, message=message[:_MESSAGE_LIMIT], step=step or None)

@@ -11,6 +11,7 @@ from datetime import datetime
 
 from finetune_api.job import Attempt, FineTuneJob, Status
 from finetune_api.progress import Outcome
+from finetune_api.spec.lifecycle import Action
 from finetune_client.cli.display import duration
 from finetune_operator.conditions import find
 from finetune_operator.kinds import Key
@@ -60,9 +61,12 @@ class Narrator:
     def _next(self, last: Attempt, job: FineTuneJob, at: datetime, restarts: int) -> str:
         seconds = max(0, math.ceil((at - self._clock()).total_seconds()))
         limit = job.spec.failure_policy.max_restarts
-        counted = "not counted as a restart" if last.action == "RetryFree" else f"restart {restarts} of at most {limit}"
+        counted = (
+            "not counted as a restart" if last.action == Action.RETRY_FREE else f"restart {restarts} of at most {limit}"
+        )
         wait = f"in {seconds} s" if seconds < 60 else f"in {duration(seconds)}"
-        return f"Trying again {wait} ({counted}); Ctrl-C gives up, and --no-retry never tries again"
+        smaller = " with half the micro-batch" if last.action == Action.RETRY_WITH_SMALLER_MICRO_BATCH else ""
+        return f"Trying again{smaller} {wait} ({counted}); Ctrl-C gives up, and --no-retry never tries again"
 
     def _why(self, key: Key, attempt: Attempt) -> str:
         """The process itself knows better than the cluster, where it could only tell its exit code."""

@@ -89,7 +89,7 @@ def _tell(ending: Ending, errors: Console, request: RunRequest, several: bool) -
 
 def _run(request: RunRequest, display: Display) -> list[Ending]:
     if request.resume is not None:
-        return _in_folder(_reopened(request, request.resume), [], request, display)
+        return _in_folder(_reopened(request, request.resume, display), [], request, display)
     jobs = _load(request)
     for planned in jobs:
         _check(planned)
@@ -209,7 +209,7 @@ def _one_file(request: RunRequest) -> Path:
     return request.file
 
 
-def _reopened(request: RunRequest, folder: Path) -> RunFolder:
+def _reopened(request: RunRequest, folder: Path, display: Display) -> RunFolder:
     given = {
         "FILE": request.file is not None,
         "--workdir": request.workdir is not None,
@@ -227,7 +227,7 @@ def _reopened(request: RunRequest, folder: Path) -> RunFolder:
     try:
         if missing := missing_packages():
             raise _missing(missing, None)
-        return RunFolder.reopen(folder)
+        return RunFolder.reopen(folder, display.say)
     except NoRun as error:
         raise _refused(FailureClass.USER_ERROR, str(error)) from error
 
