@@ -8,7 +8,9 @@ boundary is tried and none is sampled.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,19 +38,21 @@ class Schedule:
     passed: int = 0
     fired: bool = False
     dead: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
     names: list[str] = field(default_factory=list)
     """What happened at each boundary, to name it when a test fails."""
 
     def boundary(self, what: str) -> None:
-        if self.dead:
-            raise Crash(what)
-        self.names.append(what)
-        self.passed += 1
-        if self.at is None or self.passed - 1 != self.at:
-            return
-        self.fired = True
+        with self.lock:
+            if self.dead:
+                raise Crash(what)
+            self.names.append(what)
+            self.passed += 1
+            if self.at is None or self.passed - 1 != self.at:
+                return
+            self.fired = True
+            self.dead = self.kind == "crash"
         if self.kind == "crash":
-            self.dead = True
             raise Crash(what)
         if self.kind == "delay":
             self.delay()
@@ -165,6 +169,7 @@ class SimulatedDisk:
         self.schedule = schedule or Schedule()
         self._root = root or _Folder()
         self._open: dict[int, _File] = {}
+        self._descriptors = itertools.count(1000)
         self._clock = 1e9
 
     def survivor(self, survival: Survival) -> SimulatedDisk:
@@ -176,7 +181,7 @@ class SimulatedDisk:
             if name in folder.now:
                 raise FileExistsError(errno.EEXIST, "exists", path)
             file = folder.now[name] = _File()
-            descriptor = len(self._open) + 1000
+            descriptor = next(self._descriptors)
             self._open[descriptor] = file
             return descriptor
 

@@ -21,6 +21,8 @@ SMALL = (
 )
 """Two tensors: enough for a slice of several chunks (of 4096 bytes) and a small one."""
 CHUNK = 4096
+SHARD = 2 * CHUNK
+"""A rank of two holds a little less than three chunks: it writes two files."""
 
 
 def start(storage: Storage) -> Fence:
@@ -45,7 +47,7 @@ def write_one(storage: Storage, intent: Intent, rank: int) -> None:
         return next(synthetic.data(intent, [piece]))
 
     aux = {"rng.json": b'{"seed":%d}' % rank}
-    write_rank(storage, intent, rank, synthetic.slices(intent, rank), data, aux, CHUNK)
+    write_rank(storage, intent, rank, synthetic.slices(intent, rank), data, aux, SHARD, CHUNK)
 
 
 def save(storage: Storage, fence: Fence, step: int, world: int = 2, **changes: Any) -> Manifest:

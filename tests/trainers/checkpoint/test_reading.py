@@ -28,7 +28,7 @@ def test_a_rank_of_the_same_world_reads_its_own_bytes_and_nothing_else(storage: 
     ]
     plan = SliceReader(storage, manifest).plan(wanted)
     assert plan.amplification == 1.0
-    assert len(plan.reads.reads) == 1
+    assert len(plan.reads.reads) == 2, "one for each file of the rank"
 
 
 def test_one_state_can_be_read_alone(storage: Storage) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from blake3 import blake3
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 from finetune_trainers.checkpoint.manifest import TensorRecord
@@ -18,7 +20,9 @@ from finetune_trainers.checkpoint.shards import (
     chunk_digests,
     digest_of_digests,
     num_chunks,
+    shared_out,
 )
+from finetune_trainers.checkpoint.slices import tiling_faults
 from tests.trainers.checkpoint import synthetic
 
 
@@ -74,6 +78,30 @@ def test_digests_are_over_chunks_from_the_slices_start() -> None:
     assert num_chunks(len(data), 4096) == 2
     assert digests == blake3(data[:4096]).digest() + blake3(data[4096:]).digest()
     assert digest_of_digests(digests) == blake3(digests).hexdigest()
+
+
+@given(st.lists(st.integers(0, 9000), max_size=8), st.integers(1, 5), st.sampled_from(["F32", "BF16"]))
+def test_slices_are_shared_out_in_order_over_files_that_are_not_too_long(
+    lengths: list[int], chunks: int, dtype: str
+) -> None:
+    states = {"x": dtype}
+    tensors = tuple(TensorRecord(name=f"t{n}", shape=(length,), states=states) for n, length in enumerate(lengths))
+    intent = synthetic.intent(tensors=tensors)
+    held = [Slice(n, "x", 0, length) for n, length in enumerate(lengths) if length]
+    files = shared_out(intent, held, chunks * 4096, 4096)
+    item = 4 if dtype == "F32" else 2
+    for file in files:
+        assert sum(piece.end - piece.start for piece in file) * item <= chunks * 4096
+    pieces = [(piece.tensor, piece.start, piece.end) for file in files for piece in file]
+    assert pieces == sorted(pieces)
+    assert tiling_faults(dict(enumerate(lengths)), pieces) == []
+    assert all(start * item % 4096 == 0 for _, start, _ in pieces), "cut between chunks"
+
+
+def test_what_fits_into_one_file_is_not_cut() -> None:
+    intent = synthetic.intent()
+    held = synthetic.slices(intent, 0)
+    assert shared_out(intent, held, 1 << 20, 4096) == [held]
 
 
 def test_a_header_of_many_tensors_stays_small() -> None:

@@ -31,10 +31,11 @@ def test_what_is_written_is_read(storage: Storage) -> None:
     assert list(storage.list("a/")) == [Stored("a/b/file", 7)]
 
 
-def test_a_file_of_many_megabytes_arrives_whole(storage: Storage) -> None:
+@pytest.mark.parametrize("num_blocks", [9, 18])
+def test_a_file_of_many_megabytes_arrives_whole(storage: Storage, num_blocks: int) -> None:
     block = bytes(range(256)) * (1 << 14)
-    storage.write("large", lambda: (block for _ in range(9)), 9 * len(block))
-    assert storage.size("large") == 9 * len(block)
+    storage.write("large", lambda: (block for _ in range(num_blocks)), num_blocks * len(block))
+    assert storage.size("large") == num_blocks * len(block)
     assert bytes(storage.read_range("large", 8 * len(block) - 2, 8 * len(block) + 3)) == b"\xfe\xff\x00\x01\x02"
 
 

@@ -21,11 +21,24 @@ from blake3 import blake3
 from finetune_trainers.checkpoint.manifest import ITEM_BYTES, Extent, Intent, ShardRecord
 from finetune_trainers.checkpoint.safetensors_file import Entry, safetensors_header
 
-__all__ = ["CHUNK_BYTES", "DIGEST_BYTES", "ShardPlan", "Slice", "chunk_digests", "digest_of_digests", "num_chunks"]
+__all__ = [
+    "CHUNK_BYTES",
+    "DIGEST_BYTES",
+    "SHARD_BYTES",
+    "ShardPlan",
+    "Slice",
+    "chunk_digests",
+    "digest_of_digests",
+    "num_chunks",
+    "shared_out",
+]
 
 CHUNK_BYTES = 32 << 10
 """Small, because a reader of another world size must read whole chunks to verify them: with 64 KiB a model of 135 M
 parameters, saved by 3 ranks and restored by 4, would read 7 % more than it needs. The digests are 0.1 %."""
+SHARD_BYTES = 64 << 20
+"""Of data in one file. A bucket takes a file of this size in one conditional request: it is there whole or not at all,
+no parts of an upload are ever left behind, and what has to be sent again after a failure is little."""
 DIGEST_BYTES = 32
 _ALIGNMENT = 4096
 _DIGESTS = "__digests__"
@@ -38,6 +51,28 @@ class Slice(NamedTuple):
     state: str
     start: int
     end: int
+
+
+def shared_out(intent: Intent, slices: Sequence[Slice], shard_bytes: int, chunk_bytes: int) -> list[list[Slice]]:
+    """`slices` in order, as the contents of files of at most `shard_bytes` each; long ones are cut between chunks."""
+    assert shard_bytes >= chunk_bytes
+    files: list[list[Slice]] = [[]]
+    left = shard_bytes
+    for piece in slices:
+        item = ITEM_BYTES[intent.tensors[piece.tensor].states[piece.state]]
+        start = piece.start
+        while start < piece.end:
+            fits = piece.end - start
+            if fits * item > left:
+                fits = left // chunk_bytes * chunk_bytes // item
+            if fits:
+                files[-1].append(piece._replace(start=start, end=start + fits))
+                start += fits
+                left -= fits * item
+            if start < piece.end:
+                files.append([])
+                left = shard_bytes
+    return files
 
 
 def num_chunks(size: int, chunk_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""One rank's part of a checkpoint: shard, auxiliary files, and last the receipt. Called by the rank's writer.
+"""One rank's part of a checkpoint: shards, auxiliary files, and last the receipt. Called by the rank's writer.
 
 No rank waits for another one. Memory is that of the slices, which the caller holds, and of a few blocks.
 """
@@ -6,16 +6,25 @@ No rank waits for another one. Memory is that of the slices, which the caller ho
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from typing import TypeVar
 
 from blake3 import blake3
 
 from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.documents import sealed
 from finetune_trainers.checkpoint.manifest import AuxRecord, BlobRecord, Intent, Receipt, ShardRecord
-from finetune_trainers.checkpoint.shards import CHUNK_BYTES, ShardPlan, Slice, chunk_digests, digest_of_digests
+from finetune_trainers.checkpoint.shards import (
+    CHUNK_BYTES,
+    SHARD_BYTES,
+    ShardPlan,
+    Slice,
+    chunk_digests,
+    digest_of_digests,
+    shared_out,
+)
 from finetune_trainers.checkpoint.storage.errors import StorageConflictError
 from finetune_trainers.checkpoint.storage.protocol import Parts, Storage
 
@@ -24,7 +33,10 @@ __all__ = ["SliceData", "announce", "write_blob", "write_rank"]
 SliceData = Callable[[Slice], memoryview]
 """The bytes of a slice; asked again when an upload starts again."""
 
+Item = TypeVar("Item")
+
 _BLOCK_BYTES = 8 << 20
+_FILES_AT_ONCE = 4
 
 
 def announce(storage: Storage, intent: Intent) -> None:
@@ -40,15 +52,20 @@ def write_rank(
     slices: Sequence[Slice],
     data: SliceData,
     aux: Mapping[str, bytes],
+    shard_bytes: int = SHARD_BYTES,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Receipt:
-    """Write what a rank holds. `aux`: name with suffix (`rng.json`) -> content. Durable when it returns."""
+    """Write what a rank holds, a few files at a time. `aux`: name with suffix (`rng.json`) -> content.
+
+    Durable when it returns.
+    """
+    parts = enumerate(shared_out(intent, slices, shard_bytes, chunk_bytes) if slices else [])
     receipt = Receipt(
         step=intent.step,
         epoch=intent.epoch,
         token=intent.token,
         rank=rank,
-        shards=(_write_shard(storage, intent, rank, slices, data, chunk_bytes),) if slices else (),
+        shards=_all_at_once(lambda part: _write_shard(storage, intent, rank, *part, data, chunk_bytes), parts),
         aux=tuple(_write_aux(storage, intent, rank, name, content) for name, content in aux.items()),
     )
     storage.create(layout.receipt(intent.id, rank), sealed(receipt))
@@ -75,10 +92,26 @@ def _write_aux(storage: Storage, intent: Intent, rank: int, name: str, content: 
     return AuxRecord(name=stem, file=_last(place), bytes=len(content), digest=blake3(content).hexdigest())
 
 
+def _all_at_once(write: Callable[[Item], ShardRecord], items: Iterable[Item]) -> tuple[ShardRecord, ...]:
+    """A few at a time; after a failure no other is begun."""
+    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="shard") as pool:
+        futures = [pool.submit(write, item) for item in items]
+        try:
+            return tuple(future.result() for future in futures)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
 def _write_shard(
-    storage: Storage, intent: Intent, rank: int, slices: Sequence[Slice], data: SliceData, chunk_bytes: int
+    storage: Storage,
+    intent: Intent,
+    rank: int,
+    part: int,
+    slices: Sequence[Slice],
+    data: SliceData,
+    chunk_bytes: int,
 ) -> ShardRecord:
-    plan, place = ShardPlan.of(intent, rank, slices, chunk_bytes), layout.shard(intent.id, rank)
+    plan, place = ShardPlan.of(intent, rank, slices, chunk_bytes), layout.shard(intent.id, rank, part)
     digests: list[str] = []
     with ThreadPoolExecutor(1, thread_name_prefix="digest") as hashing:
         storage.write(place, lambda: _stream(plan, data, hashing, digests), plan.bytes)

@@ -1,11 +1,11 @@
 """A bucket as a storage: S3, what speaks like it, and GCS, through obstore (the Rust library object_store).
 
-Large files go up as multipart uploads, several parts at once, each with a SHA-256 that the store checks; they appear
-when the upload is completed, whole. `create` is a conditional put. obstore repeats a request that failed on its
+Shards go up in one conditional put each, which the store checks by SHA-256. Larger files, of exports, are multipart
+uploads, several parts at once, that appear whole when they are completed. obstore repeats a request that failed on its
 way, with growing and jittered pauses; `resilient` repeats what it gives up.
 
-Parts of an upload whose writer died cannot be listed through obstore: a bucket needs a lifecycle rule that aborts
-incomplete multipart uploads, as its vendor recommends anyway. They are invisible and cost space, nothing else.
+Parts of an upload whose writer died cannot be listed through obstore: a bucket that takes exports needs a lifecycle
+rule that aborts incomplete multipart uploads, as its vendor recommends anyway. They are invisible and cost space only.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from finetune_trainers.checkpoint.storage.protocol import Parts, Stored
 
 __all__ = ["ObjectStorage"]
 
+_SINGLE_BYTES = 65 << 20
+"""A shard with its header and digests goes up in one conditional request."""
 _PART_BYTES = 16 << 20
 _PARTS_AT_ONCE = 8
 _REQUESTS_AT_ONCE = 32
@@ -66,13 +68,16 @@ class ObjectStorage:
     def write(self, name: str, parts: Parts, size: int) -> None:
         import obstore
 
+        if size <= _SINGLE_BYTES:
+            self.create(name, b"".join(parts()))
+            return
         self._request(
             name,
             lambda key: obstore.put(
                 self._store,
                 key,
                 iter(parts()),
-                use_multipart=size > _PART_BYTES,
+                use_multipart=True,
                 chunk_size=_PART_BYTES,
                 max_concurrency=_PARTS_AT_ONCE,
             ),
