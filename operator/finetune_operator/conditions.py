@@ -36,6 +36,7 @@ JOBS_FAULT = frozenset({FailureClass.USER_ERROR, FailureClass.DATA_ERROR})
 
 _MESSAGE_LIMIT = 4096
 _ORDER = ("Valid", "Admitted", "ClusterReady", "Running", "Suspended", "ArtifactsPublished", "Complete", "Failed")
+_PLACES = {name: place for place, name in enumerate(_ORDER)}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def updated(
     listed = {condition.type: condition for condition in previous}
     for finding in findings:
         listed[finding.type] = _dated(finding, listed.get(finding.type), now, generation)
-    return sorted(listed.values(), key=lambda one: _ORDER.index(one.type) if one.type in _ORDER else len(_ORDER))
+    return sorted(listed.values(), key=_place)
 
 
 def find(listed: Iterable[Condition], name: str) -> Condition | None:
@@ -109,6 +110,10 @@ def artifacts_published(artifacts: Iterable[Artifact], is_over: bool) -> Finding
     if is_over:
         return Finding("ArtifactsPublished", "False", "NoArtifact", "The run ended before a model was written.")
     return Finding("ArtifactsPublished", "False", "NotYet", "The model is written after training.")
+
+
+def _place(condition: Condition) -> int:
+    return _PLACES.get(condition.type, len(_PLACES))
 
 
 def _dated(finding: Finding, before: Condition | None, now: datetime, generation: int | None) -> Condition:

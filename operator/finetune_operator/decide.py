@@ -23,14 +23,11 @@ from __future__ import annotations
 import traceback
 from datetime import datetime
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import ValidationError
-
-from finetune_api.base import Contract
 from finetune_api.failures import FailureClass
 from finetune_api.job import Attempt, FineTuneJob
-from finetune_api.spec import Action, FailurePolicy, Lifecycle
+from finetune_api.spec import Action
 from finetune_operator import endings
 from finetune_operator.conditions import TRAINING_STAGES, Finding
 from finetune_operator.decision import Create, Decision, Delete, Event
@@ -63,8 +60,6 @@ _OUTCOME_SECONDS = 15.0
 _FAULT_SECONDS = 300.0
 _CLOCKS_DIFFER_SECONDS = 300.0
 """The trainers' clocks may be behind by this much without their reports counting as older than their admission."""
-
-_Block = TypeVar("_Block", bound=Contract)
 
 
 def decide(job: Document, observed: Observed, now: datetime, settings: Settings) -> Decision:
@@ -107,7 +102,7 @@ class _Pass:
     # -- the job has ended ---------------------------------------------------------------------------------------------
 
     def _retain(self, finished_at: datetime) -> Decision:
-        expiry = expires_at(finished_at, self.lifecycle)
+        expiry = expires_at(finished_at, self.seen.lifecycle)
         if expiry is not None and expiry <= self.now:
             return Decision(delete=(Delete(FINETUNE_JOB, self.seen.job.key, self.seen.job.uid),))
         self._keep_until(finished_at, expiry)
@@ -118,7 +113,7 @@ class _Pass:
     def _keep_until(self, finished_at: datetime, expiry: datetime | None) -> None:
         """Clusters that outlive the job are ended when their time is over."""
         active = self._active()
-        until = cluster_kept_until(finished_at, self.draft.failure is not None, self.lifecycle)
+        until = cluster_kept_until(finished_at, self.draft.failure is not None, self.seen.lifecycle)
         if active and until <= self.now:
             self._end_ray_jobs(active)
         elif active:
@@ -185,8 +180,7 @@ class _Pass:
         attempt, ray_job = self.draft.open, self._ray_job()
         if attempt is None:
             return
-        if self.report.progress is not None or self.report.outcome is not None:
-            self.draft.progress = job_progress(self.report.outcome, self.report.progress)
+        self._show_progress()
         if ray_job is not None:
             self._admit(ray_job)
         known = self.draft.post_mortem
@@ -199,6 +193,14 @@ class _Pass:
         elif ray_job is not None and not ray_job.deleting:
             self._note_evidence(attempt)
             self._watch_clocks(ray_job)
+
+    def _show_progress(self) -> None:
+        progress, outcome, shown = self.report.progress, self.report.outcome, self.draft.progress
+        if progress is None and outcome is None:
+            return
+        if outcome is None and progress is not None and shown is not None and shown.updated_at == progress.updated_at:
+            return  # each report has a time of its own
+        self.draft.progress = job_progress(outcome, progress)
 
     def _outcome_is_awaited(self, ending: Ending, ray_job: RayJobState | None) -> bool:
         """The RayJob has succeeded, and what the trainers wrote last is still on its way to us."""
@@ -245,9 +247,9 @@ class _Pass:
     def _watch_clocks(self, ray_job: RayJobState) -> None:
         attempt, heartbeat = self.draft.attempts[-1], self._heartbeat()
         due = [
-            active_due(attempt, self.draft.active_seconds, self.lifecycle),
-            start_due(attempt, heartbeat is not None, self.lifecycle, obstacle(self.pods)),
-            hang_due(attempt, heartbeat, self.policy),
+            active_due(attempt, self.draft.active_seconds, self.seen.lifecycle),
+            start_due(attempt, heartbeat is not None, self.seen.lifecycle, obstacle(self.pods)),
+            hang_due(attempt, heartbeat, self.seen.policy),
         ]
         first = min((one for one in due if one is not None), key=lambda one: one.at, default=None)
         if first is None:
@@ -269,7 +271,7 @@ class _Pass:
             endings.give_up(draft, ending)
             self.events.append(endings.told(draft, ending, None))
         else:
-            verdict = endings.settle(draft, ending, self.policy)
+            verdict = endings.settle(draft, ending, self.seen.policy)
             self.failed_into_hold = verdict is not None and verdict.action is Action.SUSPEND
             self.events.append(endings.told(draft, ending, verdict))
         if out_of_time and ray_job is not None and not self._is_kept_to_look_at(ending):
@@ -278,7 +280,7 @@ class _Pass:
     def _is_kept_to_look_at(self, ending: Ending) -> bool:
         """The last cluster of a job that hung may stay for a while; one whose time is up must not train on."""
         is_last = self.draft.finished_at is not None and ending.failure_class is not FailureClass.DEADLINE_EXCEEDED
-        return is_last and self.lifecycle.keep_failed_cluster_seconds > 0
+        return is_last and self.seen.lifecycle.keep_failed_cluster_seconds > 0
 
     # -- what comes next -----------------------------------------------------------------------------------------------
 
@@ -335,7 +337,7 @@ class _Pass:
             self._end_ray_jobs(active)
             self.moments.append(after(self.now, _SOON_SECONDS))
             return
-        overdue = used_up(self.draft.active_seconds, self.lifecycle)
+        overdue = used_up(self.draft.active_seconds, self.seen.lifecycle)
         if overdue is not None:
             endings.fail(self.draft, FailureClass.DEADLINE_EXCEEDED, "DeadlineExceeded", overdue)
             return
@@ -379,7 +381,7 @@ class _Pass:
         draft.add(attempt)
         draft.resolved, draft.next_attempt_at = prepared.resolved, None
         self.events.append(Event("Normal", "AttemptStarted", f"Attempt {number} starts as RayJob {attempt.ray_job}."))
-        self.moments.append(after(self.now, self.lifecycle.start_deadline_seconds))
+        self.moments.append(after(self.now, self.seen.lifecycle.start_deadline_seconds))
 
     def _clear_away(self, number: int) -> None:
         """What attempts before this one left. Looked for while it goes on too: a pass may break off in its middle."""
@@ -418,7 +420,7 @@ class _Pass:
         )
         finished_at = self.draft.finished_at
         if finished_at is not None:
-            self._keep_until(finished_at, expires_at(finished_at, self.lifecycle))
+            self._keep_until(finished_at, expires_at(finished_at, self.seen.lifecycle))
 
     def _queue(self) -> str | None:
         scheduling = self.spec.get("scheduling")
@@ -426,17 +428,14 @@ class _Pass:
         return queue if isinstance(queue, str) else None
 
     def _decision(self) -> Decision:
-        status = self.draft.to_status().to_document()
-        told = [*self.events, *events(self.draft)]
-        changed = status != self.document.get("status")
         wait = min(((moment - self.now).total_seconds() for moment in self.moments), default=None)
-        return Decision(
-            tuple(self.creates),
-            tuple(self.deletes),
-            status if changed else None,
-            tuple(told) if changed else (),
-            None if wait is None else max(wait, 0.01),
-        )
+        again = None if wait is None else max(wait, 0.01)
+        status = self.draft.to_status()
+        document = status.to_document() if status is not None else None
+        if document is None or document == self.document.get("status"):
+            return Decision(tuple(self.creates), tuple(self.deletes), requeue_after=again)
+        told = (*self.events, *events(self.draft))
+        return Decision(tuple(self.creates), tuple(self.deletes), document, told, again)
 
     # -- the spec, as far as it is needed ------------------------------------------------------------------------------
 
@@ -449,22 +448,6 @@ class _Pass:
     def parsed(self) -> FineTuneJob | Finding:
         """The whole job, or what is wrong with its spec. Reading it costs more than all the rest: last resort."""
         return judge_spec(self.document, self.seen.job)
-
-    @cached_property
-    def policy(self) -> FailurePolicy:
-        return _block(FailurePolicy, self.spec.get("failurePolicy"))
-
-    @cached_property
-    def lifecycle(self) -> Lifecycle:
-        return _block(Lifecycle, self.spec.get("lifecycle"))
-
-
-def _block(model: type[_Block], value: Any) -> _Block:
-    """A block of the spec on its own; its defaults where it is absent or, for now, wrong."""
-    try:
-        return model.model_validate(value or {})
-    except ValidationError:
-        return model()
 
 
 def _ended(failure: FailureClass, message: str) -> Ending:

@@ -11,12 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
+from finetune_api.base import Contract
 from finetune_api.job import Status
-from finetune_api.spec import MANAGER
+from finetune_api.spec import MANAGER, FailurePolicy, Lifecycle
 from finetune_operator import names
 from finetune_operator.kinds import CONFIG_MAP, RAY_JOB, Key, Kind
+from finetune_operator.remembered import Remembered
 from finetune_operator.states import PodState, RayJobState, Report, read_pod, read_ray_job, read_report
 from finetune_operator.status import read_status
 from finetune_operator.times import sane
@@ -24,6 +28,7 @@ from finetune_operator.times import sane
 __all__ = ["Document", "Header", "Observed", "World", "observe"]
 
 Document = dict[str, Any]
+_Block = TypeVar("_Block", bound=Contract)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,9 @@ class Observed:
     job: Header
     status: Status | None
     """The status that stands, as far as it can be read."""
+    policy: FailurePolicy = field(default_factory=FailurePolicy)
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    """Blocks of the spec that hold while an attempt goes on, also when another block is wrong."""
     runtime: Document | None = None
     ray_jobs: Mapping[int, RayJobState] = field(default_factory=dict)
     """The job's own RayJobs by attempt, oldest first."""
@@ -92,31 +100,51 @@ class Observed:
 
 def observe(world: World) -> Observed:
     """`world`, sorted. Never raises."""
-    job = _header(world.job)
+    job, status, policy, lifecycle = _READ_JOB(world.job)
     own: dict[tuple[Kind, str], Document] = {}
+    uids: dict[tuple[Kind, str], str] = {}
     foreign: set[tuple[Kind, str]] = set()
     for kind, documents in world.children.items():
         for document in documents:
-            metadata = _mapping(_mapping(document).get("metadata"))
-            where = (kind, _text(metadata.get("name")))
-            if job.uid and _controller(metadata) == job.uid:
-                own[where] = document
+            name, uid, controller = _READ_CHILD(document)
+            if job.uid and controller == job.uid:
+                own[kind, name], uids[kind, name] = document, uid
             else:
-                foreign.add(where)
+                foreign.add((kind, name))
     return Observed(
         job=job,
-        status=read_status(_mapping(world.job).get("status")),
+        status=status,
+        policy=policy,
+        lifecycle=lifecycle,
         runtime=world.runtime,
         ray_jobs=_ray_jobs(job.name, own),
         plans=_plans(job.name, own),
         snapshot=own.get((CONFIG_MAP, names.runtime_config_map(job.name))),
-        report=_sane_report(read_report(own.get((CONFIG_MAP, names.progress_config_map(job.name))))),
+        report=_READ_REPORT(own.get((CONFIG_MAP, names.progress_config_map(job.name)))),
         pods=_pods(world.pods),
-        own={where: _text(_mapping(document["metadata"]).get("uid")) for where, document in own.items()},
+        own=uids,
         foreign=frozenset(foreign),
         watched=frozenset(world.children),
         dependencies=world.dependencies,
     )
+
+
+def _read_job(document: Any) -> tuple[Header, Status | None, FailurePolicy, Lifecycle]:
+    spec, status = _mapping(_mapping(document).get("spec")), _mapping(document).get("status")
+    return (
+        _header(document),
+        read_status(status),
+        _block(FailurePolicy, spec.get("failurePolicy")),
+        _block(Lifecycle, spec.get("lifecycle")),
+    )
+
+
+def _block(model: type[_Block], value: Any) -> _Block:
+    """A block of the spec on its own; its defaults where it is absent or, for now, wrong."""
+    try:
+        return model.model_validate(value or {})
+    except ValidationError:
+        return model()
 
 
 def _header(document: Any) -> Header:
@@ -136,31 +164,33 @@ def _header(document: Any) -> Header:
 def _ray_jobs(job: str, own: Mapping[tuple[Kind, str], Document]) -> dict[int, RayJobState]:
     found = {}
     for (kind, name), document in own.items():
-        number = names.attempt_from(name.removeprefix(f"{job}-")) if kind == RAY_JOB else None
-        if number is not None and names.ray_job(job, number) == name:
-            found[number] = read_ray_job(document)
-    return dict(sorted(found.items()))
+        if kind == RAY_JOB:
+            number = names.attempt_from(name.removeprefix(f"{job}-"))
+            if number is not None and names.ray_job(job, number) == name:
+                found[number] = _READ_RAY_JOB(document)
+    return dict(sorted(found.items())) if len(found) > 1 else found
 
 
 def _plans(job: str, own: Mapping[tuple[Kind, str], Document]) -> dict[int, Document]:
     found = {}
     for (kind, name), document in own.items():
-        text = name.removeprefix(f"{job}-").removesuffix("-plan")
-        number = names.attempt_from(text) if kind == CONFIG_MAP else None
-        if number is not None and names.plan_config_map(job, number) == name:
-            found[number] = document
+        if name.endswith("-plan") and kind == CONFIG_MAP:
+            number = names.attempt_from(name.removeprefix(f"{job}-").removesuffix("-plan"))
+            if number is not None and names.plan_config_map(job, number) == name:
+                found[number] = document
     return found
 
 
 def _pods(documents: Iterable[Document]) -> dict[int, tuple[PodState, ...]]:
     found: dict[int, tuple[PodState, ...]] = {}
-    for pod in map(read_pod, documents):
+    for pod in map(_READ_POD, documents):
         if pod.attempt is not None:
             found[pod.attempt] = (*found.get(pod.attempt, ()), pod)
     return found
 
 
-def _sane_report(report: Report) -> Report:
+def _read_report(config_map: Document | None) -> Report:
+    report = read_report(config_map)
     progress = report.progress
     if progress is None or sane(progress.updated_at) is progress.updated_at:
         return report
@@ -168,11 +198,14 @@ def _sane_report(report: Report) -> Report:
     return Report(report.attempt, progress.model_copy(update={"updated_at": moment}), report.outcome)
 
 
-def _controller(metadata: Mapping[str, Any]) -> str | None:
+def _read_child(document: Any) -> tuple[str, str, str | None]:
+    """Name, uid, and the uid of the object that controls it."""
+    metadata = _mapping(_mapping(document).get("metadata"))
     owners: Any = metadata.get("ownerReferences")
     listed: Iterable[Any] = owners if isinstance(owners, list) else ()
     controllers = (owner for owner in map(_mapping, listed) if owner.get("controller") is True)
-    return next((_text(owner.get("uid")) for owner in controllers), None)
+    controller = next((_text(owner.get("uid")) for owner in controllers), None)
+    return _text(metadata.get("name")), _text(metadata.get("uid")), controller
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -181,3 +214,11 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
+
+
+# The jobs that are active at one time, with their pods; a status takes much more memory than a pod.
+_READ_JOB = Remembered(_read_job, 1024)
+_READ_CHILD = Remembered(_read_child, 8192)
+_READ_RAY_JOB = Remembered(read_ray_job, 4096)
+_READ_REPORT = Remembered(_read_report, 2048)
+_READ_POD = Remembered(read_pod, 16_384)

@@ -56,6 +56,7 @@ class Draft:
         """Starts as `standing`. `now` dates what changes, `generation` is the spec's."""
         status = standing or Status()
         self.standing = status
+        self._stands = standing is not None
         self.now = whole(now)
         self.generation = max(generation, status.observed_generation or 0)
         self.phase: Phase = status.phase
@@ -88,7 +89,8 @@ class Draft:
     @property
     def open(self) -> Attempt | None:
         """The attempt that goes on; there is never more than one."""
-        return self.last if self.last is not None and self.last.ended_at is None else None
+        attempts = self.attempts
+        return attempts[-1] if attempts and attempts[-1].ended_at is None else None
 
     def change_last(self, **changes: Any) -> Attempt:
         """The newest attempt with other values; an attempt exists."""
@@ -100,27 +102,32 @@ class Draft:
         """A new attempt; whatever was open before it is over."""
         self.attempts = [*self.attempts, attempt]
 
-    def to_status(self) -> Status:
-        """The status as it now is."""
-        return Status(
-            observed_generation=self.generation,
-            phase=self.phase,
-            method=self.method,
-            tuning=self.tuning,
-            conditions=updated(self.standing.conditions, self.findings.values(), self.now, self.generation),
-            resolved=self.resolved,
-            progress=self.progress,
-            attempts=self.attempts[-_ATTEMPTS_LIMIT:],
-            ray_job=self.last.ray_job if self.last is not None else self.standing.ray_job,
-            restarts=self.restarts,
-            preemptions=self.preemptions,
-            active_seconds=self.active_seconds,
-            next_attempt_at=self.next_attempt_at,
-            failure=self.failure,
-            post_mortem=self.post_mortem,
-            finished_at=self.finished_at,
-            artifacts=self.artifacts[:_ARTIFACTS_LIMIT],
-        )
+    def to_status(self) -> Status | None:
+        """The status as it now is; None when it is the one that stands."""
+        last = self.last
+        values: dict[str, Any] = {
+            "observed_generation": self.generation,
+            "phase": self.phase,
+            "method": self.method,
+            "tuning": self.tuning,
+            "conditions": updated(self.standing.conditions, self.findings.values(), self.now, self.generation),
+            "resolved": self.resolved,
+            "progress": self.progress,
+            "attempts": self.attempts[-_ATTEMPTS_LIMIT:],
+            "ray_job": last.ray_job if last is not None else self.standing.ray_job,
+            "restarts": self.restarts,
+            "preemptions": self.preemptions,
+            "active_seconds": self.active_seconds,
+            "next_attempt_at": self.next_attempt_at,
+            "failure": self.failure,
+            "post_mortem": self.post_mortem,
+            "finished_at": self.finished_at,
+            "artifacts": self.artifacts[:_ARTIFACTS_LIMIT],
+        }
+        # Values that were only handed on are the same objects, which makes this comparison a cheap one.
+        if self._stands and values == vars(self.standing):
+            return None
+        return Status(**values)
 
 
 def project(
@@ -193,8 +200,10 @@ def _as_text(metrics: Mapping[str, float]) -> dict[str, str]:
     return {name: f"{value:.6g}" for name, value in islice(metrics.items(), _METRICS_LIMIT)}
 
 
-def _in_order(attempts: Iterable[Attempt]) -> list[Attempt]:
+def _in_order(attempts: list[Attempt]) -> list[Attempt]:
     """By number, each once: whatever a person made of the list."""
+    if len(attempts) < 2:
+        return list(attempts)
     by_number = {attempt.number: attempt for attempt in attempts}
     return [by_number[number] for number in sorted(by_number)]
 

@@ -12,6 +12,7 @@ __all__ = ["after", "sane", "seconds_between", "whole"]
 
 _EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 _LATEST = datetime(2200, 1, 1, tzinfo=UTC)
+_CENTURY_SECONDS = 3_155_760_000
 
 
 def sane(moment: datetime) -> datetime:
@@ -30,7 +31,8 @@ def whole(moment: datetime) -> datetime:
 
 def after(moment: datetime, seconds: float) -> datetime:
     """The moment `seconds` later; never beyond 2200."""
-    return min(_LATEST, sane(moment) + timedelta(seconds=min(seconds, 3_000_000_000)))
+    later = sane(moment) + timedelta(seconds=seconds if seconds < _CENTURY_SECONDS else _CENTURY_SECONDS)
+    return later if later.year < _LATEST.year else _LATEST
 
 
 def seconds_between(start: datetime, end: datetime) -> float:

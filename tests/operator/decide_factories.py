@@ -64,6 +64,7 @@ class Cluster:
     def __init__(self, changes: Mapping[str, Any] | None = None, name: str = "example") -> None:
         """`changes` to the default job, by dotted path below spec."""
         self.now = NOON
+        self._name = name
         self._last_uid = 0
         document = job(changes, name).to_document()
         metadata = {"name": name, "namespace": "team", "uid": self._uid(), "generation": 1, "resourceVersion": "1"}
@@ -213,7 +214,7 @@ class Cluster:
         assert self.job is not None
         number = attempt or self.attempt["number"]
         labels = names.pod_labels(self.job["metadata"]["name"], number, role)
-        metadata = {"name": name, "namespace": "team", "labels": labels}
+        metadata = {"name": name, "namespace": "team", "uid": self._uid(), "labels": labels}
         self.pods = [pod for pod in self.pods if pod["metadata"]["name"] != name]
         self.pods.append({"metadata": metadata, "spec": {}, "status": dict(status)})
         return self
@@ -280,7 +281,7 @@ class Cluster:
 
     def _uid(self) -> str:
         self._last_uid += 1
-        return f"uid-{self._last_uid}"
+        return f"{self._name}-uid-{self._last_uid}"
 
 
 def _text(moment: datetime) -> str:

@@ -205,8 +205,8 @@ def _finished(ray_job: RayJobState, clue: Ending | None) -> Ending:
 
 def _clue(pods: Iterable[PodState]) -> Ending | None:
     """What the pods tell: the uppermost row of the table that any of them matches."""
-    listed = list(pods)
-    for sign in POD_SIGNS:
+    listed = [pod for pod in pods if pod.reason or pod.disruption or pod.terminated_reason or pod.phase == "Unknown"]
+    for sign in POD_SIGNS if listed else ():
         pod = next((one for one in listed if sign.holds(one)), None)
         if pod is None:
             continue
