@@ -46,14 +46,15 @@ def test_a_rank_that_holds_nothing_leaves_a_receipt_and_no_shard(storage: Storag
     assert [stored.name for stored in storage.list("")] == [layout.receipt(synthetic.intent().id, 1)]
 
 
-def test_a_long_slice_goes_in_blocks_that_are_hashed_once(storage: Storage) -> None:
+@pytest.mark.parametrize("chunk", [CHUNK_BYTES, 3 * 4096])
+def test_a_long_slice_goes_in_blocks_of_whole_chunks(storage: Storage, chunk: int) -> None:
     intent = synthetic.intent(tensors=(TensorRecord(name="x", shape=(5_000_000,), states={"param": "F32"}),))
     data = memoryview(bytes(range(250)) * 80_000)
     piece = Slice(0, "param", 0, 5_000_000)
-    (shard,) = write_rank(storage, intent, 0, [piece], lambda _: data, {}).shards
-    assert shard.extents[0].digest == digest_of_digests(chunk_digests(data, CHUNK_BYTES))
+    (shard,) = write_rank(storage, intent, 0, [piece], lambda _: data, {}, chunk_bytes=chunk).shards
+    assert shard.extents[0].digest == digest_of_digests(chunk_digests(data, chunk))
     table = storage.read_range(layout.shard(intent.id, 0), shard.table_offset, shard.bytes)
-    assert bytes(table) == chunk_digests(data, CHUNK_BYTES)
+    assert bytes(table) == chunk_digests(data, chunk)
 
 
 def test_an_upload_that_starts_again_has_the_same_digests() -> None:

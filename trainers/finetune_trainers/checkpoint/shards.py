@@ -31,6 +31,7 @@ __all__ = [
     "digest_of_digests",
     "num_chunks",
     "shared_out",
+    "whole_chunks",
 ]
 
 CHUNK_BYTES = 32 << 10
@@ -77,6 +78,11 @@ def shared_out(intent: Intent, slices: Sequence[Slice], shard_bytes: int, chunk_
 
 def num_chunks(size: int, chunk_bytes: int) -> int:
     return -(-size // chunk_bytes)
+
+
+def whole_chunks(size: int, chunk_bytes: int) -> int:
+    """`size` or a little less: a multiple of chunks, at least one."""
+    return max(size // chunk_bytes, 1) * chunk_bytes
 
 
 def chunk_digests(data: memoryview, chunk_bytes: int) -> bytes:

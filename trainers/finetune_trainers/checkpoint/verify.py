@@ -27,6 +27,7 @@ from finetune_trainers.checkpoint.shards import (
     chunk_digests,
     digest_of_digests,
     num_chunks,
+    whole_chunks,
 )
 from finetune_trainers.checkpoint.storage.errors import StorageMissingError, StorageTornError
 from finetune_trainers.checkpoint.storage.protocol import Storage
@@ -168,7 +169,7 @@ def _slice_damages(storage: Storage, manifest: Manifest, shard: ShardRecord, fil
 
 
 def _digests(storage: Storage, file: str, extent: Extent, size: int, chunk: int) -> bytes:
-    block = max(_BLOCK_BYTES // chunk, 1) * chunk
+    block = whole_chunks(_BLOCK_BYTES, chunk)
     parts = []
     for begin in range(0, size, block):
         data = storage.read_range(file, extent.offset + begin, extent.offset + min(begin + block, size))

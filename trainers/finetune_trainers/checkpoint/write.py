@@ -5,7 +5,6 @@ No rank waits for another one. Memory is that of the slices, which the caller ho
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -24,6 +23,7 @@ from finetune_trainers.checkpoint.shards import (
     chunk_digests,
     digest_of_digests,
     shared_out,
+    whole_chunks,
 )
 from finetune_trainers.checkpoint.storage.errors import StorageConflictError
 from finetune_trainers.checkpoint.storage.protocol import Parts, Storage
@@ -122,14 +122,14 @@ def _stream(plan: ShardPlan, data: SliceData, hashing: ThreadPoolExecutor, diges
     """The file's content. Each block is hashed by another thread while the storage writes it; `digests` gets the
     digest of each slice."""
     digests.clear()
-    tables = []
+    tables, each = [], whole_chunks(_BLOCK_BYTES, plan.chunk_bytes)
     yield memoryview(plan.header)
     for piece, offset, end in zip(plan.slices, plan.offsets, (*plan.offsets[1:], plan.table_offset), strict=True):
         content = data(piece)
         assert content.nbytes == end - offset, f"{piece} is {end - offset} bytes long, not {content.nbytes}"
-        pending: deque[Future[bytes]] = deque()
-        for begin in range(0, len(content), max(_BLOCK_BYTES, plan.chunk_bytes)):
-            block = content[begin : begin + max(_BLOCK_BYTES, plan.chunk_bytes)]
+        pending: list[Future[bytes]] = []
+        for begin in range(0, len(content), each):
+            block = content[begin : begin + each]
             pending.append(hashing.submit(chunk_digests, block, plan.chunk_bytes))
             yield block
         tables.append(b"".join(future.result() for future in pending))
