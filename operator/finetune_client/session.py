@@ -145,7 +145,7 @@ class Session:
                 return
             self._reconciled, self._due = self._cluster.version, float("inf")
             for key in self.jobs:
-                # One that has ended is left as it is: nothing here has to be given back, and its status is the result.
+                # One that has ended is left as it is, and not deleted when its time is over: its status is the result.
                 if self.status(key).finished_at is None:
                     self._due = min(self._due, self._timer() + await self._pass(key))
 
@@ -201,11 +201,9 @@ def key_of_job(job: FineTuneJob) -> Key:
 
 
 def _for_this_machine(job: FineTuneJob) -> dict[str, Any]:
-    """The job as it is submitted here: it is not deleted after its end, when its status is still to be told, and no
-    process is left of it to look around in."""
+    """The job as it is submitted here: there are no pods to look around in after a failure."""
     document = job.to_document()
-    for kept_by_a_cluster in ("ttlSecondsAfterFinished", "keepFailedClusterSeconds"):
-        document["spec"].get("lifecycle", {}).pop(kept_by_a_cluster, None)
+    document["spec"].get("lifecycle", {}).pop("keepFailedClusterSeconds", None)
     for given_by_the_cluster in ("generation", "uid", "resourceVersion", "creationTimestamp"):
         document["metadata"].pop(given_by_the_cluster, None)
     document.pop("status", None)

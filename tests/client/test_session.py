@@ -26,6 +26,8 @@ from tests.operator.runtime.virtual_time import run
 TINY = Key("default", "tiny")
 SOURCE = "hf://org/tiny-8B"
 Script = Callable[["Laptop", FakeEntrypoint], None]
+_LONGEST_SECONDS = 2000.0
+"""Of virtual time: a run that has not ended by then never will."""
 
 
 class Laptop:
@@ -87,7 +89,8 @@ def play(path: Path, jobs: list[FineTuneJob], *scripts: Script, looks: Callable[
             laptop = Laptop(folder, *scripts)
             if looks is not None:
                 laptop.looks.append(lambda: looks(laptop))
-            await laptop.play(*jobs)
+            async with asyncio.timeout(_LONGEST_SECONDS):
+                await laptop.play(*jobs)
             return laptop
 
     return run(scenario())
@@ -97,7 +100,8 @@ def go_on(path: Path, *scripts: Script) -> Laptop:
     async def scenario() -> Laptop:
         with RunFolder.reopen(path / "run") as folder:
             laptop = Laptop(folder, *scripts)
-            await laptop.go_on()
+            async with asyncio.timeout(_LONGEST_SECONDS):
+                await laptop.go_on()
             return laptop
 
     return run(scenario())
@@ -277,8 +281,21 @@ def test_jobs_that_need_nothing_of_each_other_train_one_after_the_other(tmp_path
 
 
 def test_a_job_is_not_deleted_while_its_end_is_still_to_be_told(tmp_path: Path) -> None:
-    job = tiny({"lifecycle": {"ttlSecondsAfterFinished": 0, "keepFailedClusterSeconds": 60}})
-    assert play(tmp_path, [job], DONE).status().phase is Phase.SUCCEEDED
+    first = tiny({"lifecycle": {"ttlSecondsAfterFinished": 1}}, name="first")
+    laptop = play(tmp_path, [first, tiny({"failurePolicy": {"hangTimeoutSeconds": 60}})], DONE, FOR_EVER, DONE)
+    assert laptop.status(Key("default", "first")).phase is Phase.SUCCEEDED
+
+
+def test_no_process_is_kept_to_look_around_in(tmp_path: Path) -> None:
+    job = tiny(
+        {
+            "failurePolicy": {"hangTimeoutSeconds": 60, "maxRestarts": 0},
+            "lifecycle": {"keepFailedClusterSeconds": 86_400},
+        }
+    )
+    laptop = play(tmp_path, [job], FOR_EVER)
+    assert laptop.status().failure is FailureClass.HANG
+    assert laptop.started[0].code == 130
 
 
 def test_a_runtime_that_the_job_names_is_kept_for_all_attempts(tmp_path: Path) -> None:

@@ -284,3 +284,19 @@ def test_a_job_that_was_deleted_while_it_ran_leaves_no_report_and_no_process() -
         assert machine.reported() is None
 
     run(scenario())
+
+
+def test_a_ray_job_that_is_let_go_too_early_still_waits_for_the_machine() -> None:
+    async def scenario() -> None:
+        machine = Machine()
+        await machine.create("first")
+        await machine.create("second")
+        await machine.look(6)
+        await machine.cluster.merge(RAY_JOB, Key("default", "second-1"), {"spec": {"suspend": False}})
+        await machine.look(6)
+        assert machine.status("second")["jobDeploymentStatus"] == "Initializing"
+        machine.started[0].code = 0
+        await machine.look(3)
+        assert [one.launch.job.name for one in machine.started] == ["first", "second"]
+
+    run(scenario())
