@@ -74,3 +74,11 @@ def test_a_storage_that_is_away_rejects_nothing() -> None:
     for at in range(counting.passed):
         with pytest.raises(StorageUnavailableError):
             find_newest(FaultingStorage(inner, Schedule(at=at, kind="unavailable")), deep=True)
+
+
+def test_a_checkpoint_that_is_being_deleted_is_none(storage: Storage) -> None:
+    fence = start(storage)
+    older, newer = save(storage, fence, 10), save(storage, fence, 20)
+    storage.create(layout.tombstone(newer.id), b"")
+    search = find_newest(storage)
+    assert (search.manifest, search.rejected) == (older, ())

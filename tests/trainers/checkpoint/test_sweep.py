@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 
 from finetune_trainers.checkpoint import layout
@@ -15,7 +17,7 @@ from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.sweep import pin, plan_sweep, sweep, unpin
 from finetune_trainers.checkpoint.write import announce
-from tests.trainers.checkpoint.faulting import FaultingStorage, Schedule, SimulatedDisk
+from tests.trainers.checkpoint.faulting import Crash, FaultingStorage, Schedule, SimulatedDisk
 from tests.trainers.checkpoint.saving import intent_of, save, start, write_all
 from tests.trainers.checkpoint.synthetic import NOON
 from tests.trainers.checkpoint.test_crashes import blob, put
@@ -166,3 +168,23 @@ def test_a_sweep_deletes_nothing_more_once_a_newer_attempt_has_begun() -> None:
         sweep(FaultingStorage(storage, late), ONE, fence)
     assert late.fired
     assert there(storage) == [10, 20, 30]
+
+
+def test_what_was_half_deleted_is_never_completed_again() -> None:
+    """All its receipts may still be there: without the tombstone the next attempt would publish it anew."""
+    at = 0
+    while True:
+        storage = PosixStorage("/run", SimulatedDisk())
+        fence = start(storage)
+        for step in (10, 20):
+            save(storage, fence, step)
+        schedule = Schedule(at=at)
+        with suppress(Crash):
+            sweep(FaultingStorage(storage, schedule), ONE, fence)
+        if not schedule.fired:
+            break
+        _, settled = begin(storage, "next", NOON)
+        assert settled.completed == (), schedule.names[at]
+        assert there(storage) in ([10, 20], [20]), schedule.names[at]
+        at += 1
+    assert at > 30
