@@ -14,6 +14,7 @@ here is only what keeps a decision from being made on old news, and what happens
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +59,14 @@ class _Memory:
     written_at: datetime | None = None
 
 
+@dataclass(frozen=True)
+class _Created:
+    """What came of creating: the RayJob, and what turned out to be there and must be decided on first."""
+
+    ray_job: Document | None = None
+    unseen: tuple[Kind, Document] | None = None
+
+
 class Reconciler:
     """Brings one job at a time to what it should be."""
 
@@ -96,12 +105,12 @@ class Reconciler:
         for _ in range(_LOOKS):
             decision = decide(world.job, observe(world), self._clock(), self._settings)
             try:
-                unseen = await self._create(world, decision.create)
+                created = await self._create(world, decision.create)
             except _Refused as refused:
                 return await self._report_refusal(key, world.job, decision, refused.refusal)
-            if unseen is None:
-                return await self._carry_out(key, world.job, decision)
-            world = _with_child(world, *unseen)
+            if created.unseen is None:
+                return await self._carry_out(key, world.job, _with_uid(decision, created.ray_job))
+            world = _with_child(world, *created.unseen)
         raise AssertionError("what the world shows is not created")
 
     async def _with_present_attempt(self, world: World) -> World:
@@ -112,25 +121,38 @@ class Reconciler:
         there = await self._cluster.get(RAY_JOB, Key(_namespace(world.job), name))
         return world if there is None else _with_child(world, RAY_JOB, there)
 
-    async def _create(self, world: World, wanted: Sequence[Create]) -> tuple[Kind, Document] | None:
-        """Creates what is wanted, in order. Returns what turned out to be there and must be decided on first."""
+    async def _create(self, world: World, wanted: Sequence[Create]) -> _Created:
+        """Creates what is wanted: side by side what pods will need, and then, when all of that is there, the RayJob."""
         if not self._knows_ray_jobs() and any(one.kind == RAY_JOB for one in wanted):
             raise _Refused(KUBERAY_MISSING)
+        needed = [one for one in wanted if one.kind != RAY_JOB]
+        # Each is waited for, whatever the others come to: nothing of this pass goes on behind the next one's back.
+        done = await asyncio.gather(*(self._create_one(world, one) for one in needed), return_exceptions=True)
+        for result in done:
+            if isinstance(result, BaseException):
+                raise result
+            if result.unseen is not None:
+                return result
+        created = _Created()
         for one in wanted:
-            name = one.document["metadata"]["name"]
-            try:
-                await self._cluster.create(one.kind, one.document)
-                _log.info("created %s %s", one.kind.name, name)
-            except AlreadyExists:
-                unseen = await self._holder(world, one.kind, name)
-                if unseen is not None:
-                    return one.kind, unseen
-            except ApiError as error:
-                refusal = refusal_of(error, one.kind, name)
-                if refusal is None:
-                    raise
-                raise _Refused(refusal) from error
-        return None
+            if one.kind == RAY_JOB:
+                created = await self._create_one(world, one)
+        return created
+
+    async def _create_one(self, world: World, one: Create) -> _Created:
+        name = one.document["metadata"]["name"]
+        try:
+            created = await self._cluster.create(one.kind, one.document)
+            _log.info("created %s %s", one.kind.name, name)
+        except AlreadyExists:
+            unseen = await self._holder(world, one.kind, name)
+            return _Created(unseen=None if unseen is None else (one.kind, unseen))
+        except ApiError as error:
+            refusal = refusal_of(error, one.kind, name)
+            if refusal is None:
+                raise
+            raise _Refused(refusal) from error
+        return _Created(ray_job=created) if one.kind == RAY_JOB else _Created()
 
     async def _holder(self, world: World, kind: Kind, name: str) -> Document | None:
         """Who has a name that the job needs. None: the job itself, and that is fine; raises _Refused: another.
@@ -205,6 +227,15 @@ class _Refused(Exception):
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.message)
         self.refusal = refusal
+
+
+def _with_uid(decision: Decision, ray_job: Document | None) -> Decision:
+    """The decision, whose new attempt knows the RayJob that was just made: one write of the status less."""
+    if decision.status is None or ray_job is None:
+        return decision
+    *before, last = decision.status["attempts"]
+    known = {**last, "uid": ray_job["metadata"]["uid"]}
+    return replace(decision, status={**decision.status, "attempts": [*before, known]})
 
 
 def _without_progress(status: Document) -> Document:

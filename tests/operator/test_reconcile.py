@@ -58,6 +58,32 @@ def test_a_job_becomes_a_ray_job_whose_end_becomes_its_own() -> None:
     play(scenario)
 
 
+def test_an_attempt_starts_with_one_write_of_the_status_after_its_ray_job_which_comes_after_all_else() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.submit(job_document())
+        await asyncio.sleep(1)
+        writes = [one for one in stage.cluster.writes() if one.kind != EVENT]
+        assert [one.kind for one in writes[-2:]] == [RAY_JOB, FINETUNE_JOB]
+        assert [one.verb for one in writes if one.kind == FINETUNE_JOB] == ["status"]
+
+    play(scenario)
+
+
+def test_when_one_object_is_refused_the_ray_job_is_not_created_and_the_others_are() -> None:
+    def refuse(asked: Asked) -> None:
+        if asked.verb == "create" and asked.kind == SERVICE_ACCOUNT:
+            raise Forbidden(403, "Forbidden", "not you")
+
+    async def scenario(stage: Stage) -> None:
+        stage.cluster.before = refuse
+        await stage.submit(job_document())
+        await asyncio.sleep(1)
+        assert stage.names(RAY_JOB) == []
+        assert "example-progress" in stage.names(CONFIG_MAP)
+
+    play(scenario)
+
+
 def test_the_ends_of_attempts_and_the_first_step_are_counted_once() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.submit(job_document())
