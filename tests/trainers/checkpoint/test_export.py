@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,17 @@ from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from finetune_trainers.checkpoint.commit import publish
 from finetune_trainers.checkpoint.export import export_weights
 from finetune_trainers.checkpoint.manifest import Manifest, TensorRecord
 from finetune_trainers.checkpoint.precision import OutOfRangeError, converted
+from finetune_trainers.checkpoint.shards import Slice
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
+from finetune_trainers.checkpoint.write import announce, write_rank
 from finetune_trainers.errors import UserError
 from tests.trainers.checkpoint import synthetic
-from tests.trainers.checkpoint.saving import save, start
+from tests.trainers.checkpoint.saving import intent_of, save, start
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 TENSORS = (
@@ -143,3 +147,23 @@ def test_an_infinity_that_was_there_is_no_overflow() -> None:
     assert bytes(converted(data, "F32", "F16")) == np.array([np.inf, -np.inf], np.float16).tobytes()
     with pytest.raises(OutOfRangeError, match="-70000"):
         converted(np.array([1, -70000], np.float32).data.cast("B"), "F32", "F16")
+
+
+def test_memory_is_that_of_a_few_blocks_whatever_the_size(tmp_path: Path) -> None:
+    """160 MB of state; and of its own the export may take half of that."""
+    storage, numel = PosixStorage(str(tmp_path / "run")), 40_000_000
+    fence = start(storage)
+    tensor = TensorRecord(name="large", shape=(numel,), states={"param": "F32"})
+    intent = intent_of(fence, 10, world=1, tensors=(tensor,))
+    zeros = memoryview(bytes(numel * 4))
+    announce(storage, intent)
+    held = [Slice(0, "param", 0, numel)]
+    write_rank(storage, intent, 0, held, lambda piece: zeros[piece.start * 4 : piece.end * 4], {})
+    manifest = publish(storage, fence, intent.id)
+    tracemalloc.start()
+    try:
+        export_weights(storage, manifest, PosixStorage(str(tmp_path / "out")))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 80_000_000
