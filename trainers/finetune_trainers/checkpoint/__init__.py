@@ -1,18 +1,24 @@
 """Checkpoints: verified bytes, or nothing.
 
-    layout      what everything in a run's folder is called                                         pure
-    slices      who holds which elements of a tensor, and which bytes to read for others            pure
-    manifest    what a checkpoint is made of, as versioned models in canonical JSON                 pure
-    shards      the bytes of one rank's file: header, slices, digests                               pure
-    storage/    the only code that touches a disk or an object store
-    fence       which attempt may publish
-    write       one rank's shards, auxiliary files and receipt
-    commit      receipts of all ranks -> MANIFEST.json
-    verify      is every byte what the manifest says
-    find        the newest checkpoint that is whole
-    reading     slices for any rank of any world size, verified as they are read
-    retention   which checkpoints stay                                                              pure
-    sweep       deleting the others
+    layout            what everything in a run's folder is called                                   pure
+    slices            who holds which elements of a tensor, and which bytes to read for others      pure
+    documents         canonical JSON with a version and a digest                                    pure
+    manifest          what a checkpoint is made of, as models                                       pure
+    assembly          whether intent and receipts make a checkpoint                                 pure
+    safetensors_file  the header of a file that is written as a stream                              pure
+    shards            the bytes of one rank's files: header, slices, digests                        pure
+    retention         which checkpoints stay                                                        pure
+    precision         elements of one type as elements of another                                   pure
+    storage/          the only code that touches a disk or an object store
+    fence             which attempt may publish
+    write             one rank's shards, auxiliary files and receipt
+    listing           the folders of a run, as one listing has them
+    commit            receipts of all ranks -> MANIFEST.json
+    verify            is every byte what the manifest says
+    find              the newest checkpoint that is whole
+    reading           slices for any rank of any world size, verified as they are read
+    sweep             deleting what retention does not keep, and what dead attempts left
+    export            weights as Hugging Face safetensors, by streaming
 
 A checkpoint exists when its MANIFEST.json exists. That file is written last and never over another one, so a crash
 at any moment leaves either no checkpoint or a whole one. Nothing here is pickled, and no rank waits for another one
