@@ -32,6 +32,8 @@ __all__ = ["STATE_FILE", "NoRun", "RunFolder", "RunState", "jobs_in"]
 
 STATE_FILE = "state.json"
 _ATTEMPT = "attempt-"
+_OF_ALL_ATTEMPTS = frozenset({STATE_FILE})
+"""What stays where it is when another attempt begins."""
 _VERSION = 1
 _LOCK_WAIT_SECONDS = 60.0
 """Longer than what is left of a killed run takes to end."""
@@ -124,7 +126,7 @@ class RunFolder:
             aside = _free(folder / f"{_ATTEMPT}{before}")
             aside.mkdir()
             for file in list(folder.iterdir()):
-                if file.name != STATE_FILE and not file.name.startswith(_ATTEMPT):
+                if file.name not in _OF_ALL_ATTEMPTS and not file.name.startswith(_ATTEMPT):
                     file.replace(aside / file.name)
         self.state.attempts[name] = attempt
         return folder

@@ -114,6 +114,11 @@ class Session:
             await asyncio.sleep(_LOOK_SECONDS)
 
     @property
+    def version(self) -> int:
+        """Grows with every change of any object."""
+        return self._cluster.version
+
+    @property
     def is_training(self) -> bool:
         """Whether an attempt has processes now."""
         return not self._kubelet.idle

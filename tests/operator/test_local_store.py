@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -12,7 +13,7 @@ from finetune_operator.cluster.protocol import Cluster, Document
 from finetune_operator.errors import ApiError, Gone
 from finetune_operator.kinds import CONFIG_MAP, FINETUNE_JOB, Key, Kind
 from finetune_operator.local import LocalCluster
-from finetune_operator.runtime.reflector import WatchEvent
+from finetune_operator.runtime.reflector import Change, Reflector, WatchEvent
 from tests.factories import job_document
 from tests.operator.cluster_promises import ClusterPromises, World, owned_by
 from tests.operator.runtime.virtual_time import run
@@ -88,6 +89,30 @@ def test_a_quiet_watch_gets_a_bookmark_a_minute_that_a_later_watch_can_begin_at(
         await cluster.merge(FINETUNE_JOB, JOB, {"spec": {"suspend": True}})
         later = await watched(cluster, bookmarks[-1].object["metadata"]["resourceVersion"], 1)
         assert [event.type for event in later] == ["MODIFIED", "BOOKMARK"]
+
+    run(scenario())
+
+
+def test_a_reflector_follows_it_also_past_what_is_remembered() -> None:
+    async def scenario() -> None:
+        cluster = LocalCluster(history=1)
+        changes: list[tuple[bool, bool]] = []
+
+        def note(change: Change) -> None:
+            changes.append((change.old is not None, change.new is not None))
+
+        await cluster.create(FINETUNE_JOB, job())
+        reflector = Reflector(cluster.source(FINETUNE_JOB), "FineTuneJob", on_change=note)
+        following = asyncio.create_task(reflector.run())
+        await reflector.synced.wait()
+        await cluster.merge(FINETUNE_JOB, JOB, {"spec": {"suspend": True}})
+        await cluster.merge(FINETUNE_JOB, JOB, {"spec": {"suspend": False}})  # one is forgotten before it is read
+        await asyncio.sleep(60)
+        await cluster.delete(FINETUNE_JOB, JOB)
+        await asyncio.sleep(60)
+        assert changes == [(False, True), (True, True), (True, False)]
+        assert len(reflector.store) == 0
+        following.cancel()
 
     run(scenario())
 

@@ -123,6 +123,7 @@ class _Run:
         self._session = Session(folder, self._attempts)
         self._suspended: set[Key] = set()
         self._killed = False
+        self._seen = 0
 
     async def play(self) -> list[Ending]:
         """To the end, whatever it is. Raises NoRun."""
@@ -146,8 +147,10 @@ class _Run:
         self._display.say(f"Running {names} in {self._folder.path}")
 
     def _look(self, num_signals: int, narrator: Narrator) -> None:
+        is_news, self._seen = self._seen != self._session.version, self._session.version
         for key in self._session.jobs:
-            narrator.look(key, self._session.job(key), self._session.status(key))
+            if is_news:
+                narrator.look(key, self._session.job(key), self._session.status(key))
             self._suspend_when_due(key)
         self._obey(num_signals)
 
