@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.job import Resolved
 from tests.cluster.client import ApiError, Client
 from tests.cluster.processes import wait_until
 from tests.control_plane.conftest import JOBS, Store
@@ -39,11 +40,20 @@ def test_every_field_of_our_group_can_be_explained(api: Client) -> None:
 
 def test_the_server_shows_how_far_a_job_is(api: Client, stored_job: Store) -> None:
     stored = stored_job(job_document({"scheduling.queue": "night"}, "columns"))
+    resolved = Resolved(
+        world_size=8,
+        gpus=8,
+        global_batch_size=64,
+        micro_batch_size=2,
+        gradient_accumulation_steps=4,
+        zero_stage=3,
+        precision="bf16",
+    )
     status = {
         "method": "sft",
         "tuning": "lora",
         "phase": "Running",
-        "resolved": {"gpus": 8},
+        "resolved": resolved.to_document(),
         "restarts": 2,
         "rayJob": "columns-3",
         "progress": {"step": 120, "totalSteps": 400, "etaSeconds": 90, "metrics": {"loss": "1.25"}},
