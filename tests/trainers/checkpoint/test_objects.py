@@ -14,6 +14,7 @@ from finetune_trainers.checkpoint.find import find_newest
 from finetune_trainers.checkpoint.storage.errors import StorageDeniedError, StorageError, StorageUnavailableError
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.checkpoint.storage.protocol import Storage
+from finetune_trainers.checkpoint.storage.resilient import Patience
 from tests.cluster.s3 import S3, s3_server
 from tests.trainers.checkpoint.s3_faults import Fault, FaultyEndpoint, faulty_endpoint
 from tests.trainers.checkpoint.saving import original, restored, save, start
@@ -126,7 +127,7 @@ def test_bytes_that_changed_on_the_servers_disk_are_noticed(s3: S3) -> None:
 def test_a_server_that_is_killed_has_what_was_committed(versitygw: Path, tmp_path: Path) -> None:
     with s3_server(versitygw, tmp_path) as mortal:
         bucket = mortal.bucket()
-        storage = open_storage(f"s3://{bucket}/run", options=options(mortal))
+        storage = open_storage(f"s3://{bucket}/run", options=options(mortal), patience=Patience(num_tries=1))
         manifest = save(storage, start(storage), 10)
         mortal.process.kill()
         with pytest.raises(StorageUnavailableError):

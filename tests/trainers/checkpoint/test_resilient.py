@@ -82,8 +82,11 @@ def test_the_same_bytes_are_taken_for_ones_own() -> None:
 def test_a_large_file_of_somebody_else_stays_a_conflict() -> None:
     storage, _ = resilient(Schedule())
     storage.write("x", lambda: [b"abc"], 3)
-    with pytest.raises(StorageConflictError):
-        storage.write("x", lambda: [b"xyz"], 3)
+    storage.write("x", lambda: [b"ab", b"c"], 3)
+    for other in (b"xyz", b"abcd"):
+        with pytest.raises(StorageConflictError):
+            storage.write("x", lambda content=other: [content], len(other))  # type: ignore[misc]
+    assert storage.read("x") == b"abc"
 
 
 def test_content_is_made_again_for_every_try() -> None:

@@ -20,7 +20,7 @@ from finetune_trainers.checkpoint.storage.errors import StorageConflictError, St
 from finetune_trainers.checkpoint.storage.objects import ObjectStorage
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
-from finetune_trainers.checkpoint.storage.resilient import ResilientStorage
+from finetune_trainers.checkpoint.storage.resilient import Patience, ResilientStorage
 
 __all__ = ["SCHEMES", "open_storage", "refuses_to_overwrite"]
 
@@ -39,6 +39,7 @@ def open_storage(
     pvc_root: str = "/mnt/pvc",
     options: Mapping[str, Any] | None = None,
     exclusive: bool | None = None,
+    patience: Patience | None = None,
 ) -> Storage:
     """The storage at a URI. `options` are obstore's for the bucket (`endpoint`, `access_key_id`, ...), over the
     environment's.
@@ -51,13 +52,13 @@ def open_storage(
     if uri.scheme is Scheme.FILE:
         if not uri.path.startswith("/"):
             raise ValueError(f"{text} is relative; a place for checkpoints is named by its whole path, file:///...")
-        return ResilientStorage(PosixStorage(uri.path))
+        return ResilientStorage(PosixStorage(uri.path), patience)
     if uri.scheme is Scheme.PVC:
-        return ResilientStorage(PosixStorage(f"{pvc_root}/{uri.authority}/{uri.path}".rstrip("/")))
+        return ResilientStorage(PosixStorage(f"{pvc_root}/{uri.authority}/{uri.path}".rstrip("/")), patience)
     store = _bucket(uri, options or {})
     if exclusive is None:
         exclusive = refuses_to_overwrite(ObjectStorage(store, uri.path, str(uri)))
-    return ResilientStorage(ObjectStorage(store, uri.path, str(uri), exclusive))
+    return ResilientStorage(ObjectStorage(store, uri.path, str(uri), exclusive), patience)
 
 
 def refuses_to_overwrite(storage: Storage) -> bool:

@@ -2,9 +2,9 @@
 
 Only StorageUnavailableError is. A full disk stays full, a torn file stays torn, and both are for the caller to judge.
 
-A create whose answer was lost meets its own file when it is sent again, by us or by a library below. So a conflict is
-looked at: the very same bytes mean that it was ours. (They could be another's only if both meant the same: every
-document carries its attempt's token.) A large file is told by its size: nobody else writes under its name.
+A new file whose answer was lost is met when it is sent again, by us or by a library below that does not tell. So a
+conflict is looked at: the very same bytes mean that it was ours. (They could be another's only if both meant the same:
+every document carries its attempt's token.)
 """
 
 from __future__ import annotations
@@ -62,20 +62,11 @@ class ResilientStorage:
         return self._inner.exclusive
 
     def write(self, name: str, parts: Parts, size: int) -> None:
-        failed = False
-
-        def once() -> None:
-            nonlocal failed
-            try:
-                self._inner.write(name, parts, size)
-            except StorageUnavailableError:
-                failed = True
+        try:
+            self._retried(lambda: self._inner.write(name, parts, size))
+        except StorageConflictError:
+            if self.size(name) != size or not self._holds(name, parts):
                 raise
-            except StorageConflictError:
-                if not failed or self._inner.size(name) != size:
-                    raise
-
-        self._retried(once)
 
     def create(self, name: str, data: bytes) -> None:
         try:
@@ -118,3 +109,12 @@ class ResilientStorage:
             except StorageUnavailableError:
                 self._sleep(pause)
         return call()
+
+    def _holds(self, name: str, parts: Parts) -> bool:
+        offset = 0
+        for part in parts():
+            data = memoryview(part).cast("B")
+            if memoryview(self.read_range(name, offset, offset + len(data))) != data:
+                return False
+            offset += len(data)
+        return True
