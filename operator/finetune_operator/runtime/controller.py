@@ -71,8 +71,9 @@ class Controller:
                 self._queue.done(key)
 
     async def _pass(self, key: Key) -> None:
+        limit = asyncio.timeout(self._pass_seconds)
         try:
-            async with asyncio.timeout(self._pass_seconds) as limit:
+            async with limit:
                 look_again = await self._reconcile(key)
         except asyncio.CancelledError:
             if _this_task_is_cancelled():
@@ -102,7 +103,7 @@ class Controller:
         _log.log(
             level,
             "%s %s/%s failed for the %d. time in a row: %s",
-            *(self._name, *key, self._queue.num_requeues(key), error or type(error).__name__),
+            *(self._name, *key, self._queue.num_requeues(key), str(error) or type(error).__name__),
             exc_info=None if isinstance(error, ClusterError) else error,
             extra={"namespace": key.namespace, "job": key.name},
         )

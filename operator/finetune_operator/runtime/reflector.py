@@ -242,8 +242,9 @@ class Reflector:
         """
         loop = asyncio.get_running_loop()
         num_events = 0
+        silence = asyncio.timeout(self._idle_seconds)
         try:
-            async with asyncio.timeout(self._idle_seconds) as silence:
+            async with silence:
                 async for event in stream:
                     num_events += 1
                     silence.reschedule(loop.time() + self._idle_seconds)

@@ -170,7 +170,7 @@ def test_a_timeout_inside_a_pass_is_a_failure_like_others(caplog: pytest.LogCapt
 def test_a_pass_that_waited_for_something_cancelled_does_not_take_its_worker_along() -> None:
     async def main() -> None:
         async def waits_for_something_cancelled() -> float | None:
-            inner = asyncio.ensure_future(asyncio.sleep(10, result=None))
+            inner = asyncio.ensure_future(asyncio.sleep(10, result=1.0))
             asyncio.get_running_loop().call_later(1, inner.cancel)
             return await inner
 

@@ -454,7 +454,7 @@ def test_a_bug_in_a_handler_is_logged_and_stops_nothing(
 def test_a_source_that_breaks_is_begun_anew(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         server = FakeServer()
-        server.watch_faults.append(ValueError("not JSON"))  # type: ignore[arg-type]
+        server.watch_faults.append(ValueError("not JSON"))
         async with reflecting(server):
             await asyncio.sleep(1)
             assert len(server.lists) == 2
