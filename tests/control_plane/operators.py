@@ -118,12 +118,17 @@ class Jobs:
     def condition(self, name: str, type: str) -> tuple[str, str]:
         """Its status and reason."""
         listed = self.status(name).get("conditions") or []
-        found = next((one for one in listed if one["type"] == type), {})
-        return found.get("status", ""), found.get("reason", "")
+        found = ((one["status"], one["reason"]) for one in listed if one["type"] == type)
+        return next(found, ("", ""))
 
     def attempts(self, name: str) -> list[tuple[int, str | None]]:
         """Number and outcome of each."""
         return [(one["number"], one.get("outcome")) for one in self.status(name).get("attempts") or []]
+
+    def knows_its_ray_job(self, name: str, attempt: int = 1) -> bool:
+        """Whether the status has the attempt with the RayJob that there is."""
+        recorded = [one.get("uid") for one in self.status(name).get("attempts") or [] if one["number"] == attempt]
+        return recorded == [self.ray_jobs().get(f"{name}-{attempt}", "none")]
 
     def ray_jobs(self) -> dict[str, str]:
         """Names and uids."""

@@ -10,6 +10,7 @@ import pytest
 from tests.cluster.client import Client
 from tests.cluster.kuberay import KubeRay
 from tests.cluster.pods import Kwok
+from tests.cluster.processes import Started
 from tests.cluster.server import Server
 from tests.control_plane.operators import Jobs, Operator, operator
 
@@ -56,9 +57,9 @@ def test_a_failed_cluster_is_replaced_by_another(jobs: Jobs, running: Operator, 
     kuberay.ray.end(
         jobs.namespace, "tiny-1", "FAILED", "Job entrypoint command failed with exit code 6, last available logs: none"
     )
-    running.wait(jobs.has("tiny-2"), "the second attempt")
-    running.wait(lambda: kuberay.ray.running(jobs.namespace, "tiny-2"), "its entrypoint to run")
-    assert jobs.attempts("tiny") == [(1, "StorageError"), (2, None)]
+    running.wait(lambda: kuberay.ray.running(jobs.namespace, "tiny-2"), "the entrypoint of the second attempt to run")
+    running.wait(lambda: jobs.attempts("tiny") == [(1, "StorageError"), (2, None)], "the status to tell of both")
+    running.wait(jobs.has("tiny-2"), "the first RayJob to be gone")
 
 
 def test_a_suspended_job_holds_no_pods_and_a_deleted_one_leaves_none(
@@ -73,3 +74,47 @@ def test_a_suspended_job_holds_no_pods_and_a_deleted_one_leaves_none(
     running.wait(lambda: kuberay.ray.running(jobs.namespace, "tiny-2"), "the next attempt to run")
     jobs.delete("tiny")
     running.wait(lambda: roles(jobs) == [] and jobs.children() == [], "everything to be gone")
+
+
+QUEUES = "/apis/kueue.x-k8s.io/v1beta2"
+
+
+def queue(jobs: Jobs, gpus: int) -> str:
+    """The ClusterQueue behind a new LocalQueue "mine"."""
+    name, api = f"quota-{jobs.namespace}", jobs.api
+    version = {"apiVersion": "kueue.x-k8s.io/v1beta2"}
+    flavor = {**version, "kind": "ResourceFlavor", "metadata": {"name": "any"}}
+    api.apply(f"{QUEUES}/resourceflavors/any", flavor)
+    quotas = {"cpu": "200", "memory": "2Ti", "nvidia.com/gpu": gpus}
+    resources = [{"name": resource, "nominalQuota": quota} for resource, quota in quotas.items()]
+    groups = [{"coveredResources": list(quotas), "flavors": [{"name": "any", "resources": resources}]}]
+    spec = {"namespaceSelector": {}, "resourceGroups": groups}
+    api.create(f"{QUEUES}/clusterqueues", {**version, "kind": "ClusterQueue", "metadata": {"name": name}, "spec": spec})
+    local = {**version, "kind": "LocalQueue", "metadata": {"name": "mine"}, "spec": {"clusterQueue": name}}
+    api.create(f"{QUEUES}/namespaces/{jobs.namespace}/localqueues", local)
+    return name
+
+
+def test_queued_jobs_run_in_turn_and_one_that_is_evicted_keeps_its_attempt(
+    jobs: Jobs, running: Operator, kuberay: KubeRay, nodes: Kwok, kueue: Started
+) -> None:
+    quota = queue(jobs, gpus=2)
+    queued = GPUS | {"scheduling": {"queue": "mine"}}
+    jobs.submit("first", queued)
+    running.wait(lambda: kuberay.ray.running(jobs.namespace, "first-1"), "the first to be admitted")
+    jobs.report("first", 1, step=1)
+    running.wait(jobs.is_at("first", "Running"), "the first to run")
+    jobs.submit("second", queued)
+    running.wait(jobs.is_at("second", "Queued"), "the second to wait in the queue")
+    assert jobs.condition("second", "Admitted") == ("False", "Queued")
+    uid = jobs.ray_jobs()["first-1"]
+    jobs.api.merge(f"{QUEUES}/clusterqueues/{quota}", {"spec": {"stopPolicy": "HoldAndDrain"}})
+    running.wait(jobs.is_at("first", "Queued"), "the first to be evicted")
+    jobs.api.merge(f"{QUEUES}/clusterqueues/{quota}", {"spec": {"stopPolicy": "None"}})
+    running.wait(lambda: kuberay.ray.running(jobs.namespace, "first-1"), "the first to be admitted again")
+    assert jobs.ray_jobs()["first-1"] == uid
+    jobs.report("first", 1, step=100)
+    kuberay.ray.end(jobs.namespace, "first-1")
+    running.wait(jobs.is_at("first", "Succeeded"), "the first to succeed")
+    assert jobs.attempts("first") == [(1, "Succeeded")]
+    running.wait(lambda: kuberay.ray.running(jobs.namespace, "second-1"), "the second to be admitted")

@@ -30,7 +30,7 @@ def running(jobs: Jobs, faults: Faults, tmp_path: Path) -> Iterator[Operator]:
 def test_a_job_becomes_a_ray_job_and_its_end_the_jobs(jobs: Jobs, running: Operator) -> None:
     jobs.submit("tiny")
     running.wait(jobs.has("tiny-1"), "its RayJob")
-    running.wait(lambda: jobs.status("tiny")["attempts"][0].get("uid"), "the attempt to know its RayJob")
+    running.wait(lambda: jobs.knows_its_ray_job("tiny"), "the attempt to know its RayJob")
     assert sorted(jobs.children()) == [
         "configmaps/tiny-1-plan",
         "configmaps/tiny-progress",
@@ -48,7 +48,7 @@ def test_a_job_becomes_a_ray_job_and_its_end_the_jobs(jobs: Jobs, running: Opera
     running.wait(jobs.is_at("tiny", "Succeeded"), "the job to have succeeded")
     assert jobs.attempts("tiny") == [(1, "Succeeded")]
     assert jobs.status("tiny")["artifacts"][0]["uri"] == "s3://models/tiny"
-    running.wait(lambda: {"AttemptStarted", "Succeeded"} <= set(jobs.events("tiny")), "events that tell of it")
+    running.wait(lambda: {"AttemptStarted", "Complete"} <= set(jobs.events("tiny")), "events that tell of it")
     assert running.metric("finetune_attempts_total", outcome="Succeeded") == 1
     assert running.metric("finetune_jobs", phase="Succeeded") == 1
     assert {line["job"] for line in running.log() if "created" in line["message"]} == {"tiny"}
@@ -81,8 +81,8 @@ def test_a_job_is_suspended_and_resumed(jobs: Jobs, running: Operator) -> None:
     running.wait(jobs.is_at("tiny", "Suspended"), "the job to be suspended")
     running.wait(jobs.has(), "its RayJob to be gone")
     jobs.change("tiny", {"spec": {"suspend": False}})
-    running.wait(jobs.has("tiny-2"), "the next attempt")
-    assert jobs.attempts("tiny") == [(1, "Suspended"), (2, None)]
+    running.wait(lambda: jobs.attempts("tiny") == [(1, "Suspended"), (2, None)], "the next attempt")
+    assert jobs.has("tiny-2")()
     assert jobs.status("tiny")["restarts"] == 0
 
 
@@ -91,8 +91,8 @@ def test_a_job_waits_for_its_runtime(jobs: Jobs, running: Operator) -> None:
     jobs.submit("early", {"runtimeRef": {"name": pool}})
     running.wait(lambda: jobs.condition("early", "Valid") == ("False", "RuntimeNotFound"), "the job to say so")
     jobs.submit_runtime(pool)
-    running.wait(jobs.has("early-1"), "its RayJob")
-    assert jobs.condition("early", "Valid") == ("True", "Accepted")
+    running.wait(lambda: jobs.condition("early", "Valid") == ("True", "Accepted"), "the job to be accepted")
+    assert jobs.has("early-1")()
     jobs.api.delete(f"/apis/finetune-operator.io/v1alpha1/finetuneruntimes/{pool}")
     jobs.run("early")
     jobs.succeed("early")
@@ -105,8 +105,8 @@ def test_a_ray_job_deleted_by_hand_is_an_attempt_that_failed(jobs: Jobs, running
     jobs.run("tiny")
     running.wait(jobs.is_at("tiny", "Running"), "the job to run")
     jobs.delete_ray_job("tiny-1")
-    running.wait(jobs.has("tiny-2"), "the next attempt")
-    assert jobs.attempts("tiny") == [(1, "Unknown"), (2, None)]
+    running.wait(lambda: jobs.attempts("tiny") == [(1, "Unknown"), (2, None)], "the next attempt")
+    assert jobs.has("tiny-2")()
     assert "deleted" in jobs.status("tiny")["attempts"][0]["message"]
 
 
@@ -199,5 +199,4 @@ def test_a_job_is_created_again_under_its_name_while_the_old_one_is_still_being_
     jobs.delete("tiny")
     jobs.submit("tiny")
     running.wait(lambda: jobs.ray_jobs().get("tiny-1") not in (None, before), "a RayJob of its own")
-    running.wait(lambda: jobs.status("tiny")["attempts"][0].get("uid"), "the attempt to know its RayJob")
-    assert jobs.status("tiny")["attempts"][0]["uid"] == jobs.ray_jobs()["tiny-1"]
+    running.wait(lambda: jobs.knows_its_ray_job("tiny"), "the attempt to know it")

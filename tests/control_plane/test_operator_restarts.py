@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.client import Client
-from tests.cluster.faults import Faults, Freeze, LoseAnswer
+from tests.cluster.faults import Faults, Freeze, LoseAnswer, Rule
 from tests.cluster.server import Server
-from tests.control_plane.operators import Jobs, operator
+from tests.control_plane.operators import Jobs, Operator, operator
 
 pytestmark = pytest.mark.control_plane
 
@@ -23,27 +25,19 @@ def jobs(api: Client, namespace: str) -> Jobs:
 def test_an_operator_killed_at_each_write_of_a_start_starts_every_job_once(
     jobs: Jobs, faults: Faults, tmp_path: Path, action: Freeze | LoseAnswer
 ) -> None:
-    flags = ("--no-leader-election",)  # nobody is left to give the lease back
-    names = []
-    for place in range(13):
-        name = f"killed-{place}"
-        names.append(name)
-        rule = {"verb": "write", "namespace": jobs.namespace, "times": 1, "after": place}
+    names = [f"killed-{place}" for place in range(13)]
+    for place, name in enumerate(names):
         with (
-            operator(tmp_path, faults.kubeconfig, jobs.namespace, *flags) as one,
-            faults.rule(action, **rule) as struck,  # type: ignore[arg-type]
+            faults.rule(action, verb="write", namespace=jobs.namespace, times=1, after=place) as rule,
+            alone(jobs, faults, tmp_path) as one,
         ):
             jobs.submit(name)
-            wait = [struck.struck]
-            one.wait(lambda struck=struck, name=name: struck.struck or jobs.phase(name) == "Starting", f"write {place}")
+            one.wait(partial(_struck_or_started, rule, jobs, name), f"write {place}")
             one.process.kill()
-            del wait
-    with operator(tmp_path, faults.kubeconfig, jobs.namespace, *flags) as last:
+    with alone(jobs, faults, tmp_path) as last:
         last.wait(jobs.has(*(f"{name}-1" for name in names)), "every RayJob, and no second one")
-        uids = jobs.ray_jobs()
         for name in names:
-            last.wait(lambda name=name: (jobs.status(name).get("attempts") or [{}])[0].get("uid"), f"{name} to know it")
-            assert jobs.status(name)["attempts"][0]["uid"] == uids[f"{name}-1"]
+            last.wait(partial(jobs.knows_its_ray_job, name), f"{name} to know its RayJob")
             jobs.run(name)
         for name in names:
             last.wait(jobs.is_at(name, "Running"), f"{name} to run")
@@ -51,6 +45,16 @@ def test_an_operator_killed_at_each_write_of_a_start_starts_every_job_once(
         for name in names:
             last.wait(jobs.is_at(name, "Succeeded"), f"{name} to succeed")
             assert jobs.attempts(name) == [(1, "Succeeded")]
+
+
+def alone(jobs: Jobs, faults: Faults, folder: Path) -> AbstractContextManager[Operator]:
+    """An operator that asks nobody whether it may: one that is killed does not give its lease back."""
+    return operator(folder, faults.kubeconfig, jobs.namespace, "--no-leader-election")
+
+
+def _struck_or_started(rule: Rule, jobs: Jobs, name: str) -> bool:
+    """A start needs fewer writes than the largest place."""
+    return rule.struck > 0 or jobs.phase(name) == "Starting"
 
 
 def test_what_happened_while_no_operator_was_there_is_noticed_by_the_next(
@@ -73,17 +77,15 @@ def test_what_happened_while_no_operator_was_there_is_noticed_by_the_next(
     jobs.submit("new")
     with operator(tmp_path, server.kubeconfig, jobs.namespace) as one:
         one.wait(jobs.is_at("ends", "Succeeded"), "the one that ended")
-        one.wait(jobs.has("ends-1", "fails-2", "vanishes-2", "waits-1", "new-1"), "what follows from the others")
-        assert jobs.attempts("fails") == [(1, "StorageError"), (2, None)]
-        assert jobs.attempts("vanishes") == [(1, "Unknown"), (2, None)]
+        one.wait(lambda: jobs.attempts("fails") == [(1, "StorageError"), (2, None)], "the one that failed")
+        one.wait(lambda: jobs.attempts("vanishes") == [(1, "Unknown"), (2, None)], "the one whose RayJob is gone")
+        one.wait(jobs.has("ends-1", "fails-2", "vanishes-2", "waits-1", "new-1"), "the RayJobs of all")
         assert jobs.attempts("waits") == [(1, None)]
 
 
 @pytest.mark.parametrize("how", ["killed", "told to end"])
 def test_when_the_leader_ends_the_other_replica_goes_on(jobs: Jobs, server: Server, tmp_path: Path, how: str) -> None:
-    with (
-        operator(tmp_path, server.kubeconfig, jobs.namespace, name="first") as first,
-    ):
+    with operator(tmp_path, server.kubeconfig, jobs.namespace, name="first") as first:
         first.wait(lambda: first.leads, "the first to lead")
         with operator(tmp_path, server.kubeconfig, jobs.namespace, name="second") as second:
             jobs.submit("tiny")
@@ -100,7 +102,7 @@ def test_when_the_leader_ends_the_other_replica_goes_on(jobs: Jobs, server: Serv
             assert second.leads
             lease = jobs.api.get(f"/apis/coordination.k8s.io/v1/namespaces/{jobs.namespace}/leases/finetune-operator")
             assert lease["spec"]["holderIdentity"].startswith("second_")
-            second.wait(lambda: jobs.status("tiny")["attempts"][0].get("uid"), "the attempt to know its RayJob")
+            second.wait(lambda: jobs.knows_its_ray_job("tiny"), "the attempt to know its RayJob")
             assert jobs.attempts("tiny") == [(1, None)]
 
 

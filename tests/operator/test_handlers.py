@@ -83,7 +83,8 @@ def test_a_job_of_another_manager_is_left_alone() -> None:
 def test_a_job_that_cannot_be_handled_does_not_keep_others_from_running() -> None:
     async def scenario(stage: Stage) -> None:
         broken: dict[str, Any] = {"apiVersion": "finetune-operator.io/v1alpha1", "kind": "FineTuneJob"}
-        for number, spec in enumerate((None, [], "text", {}, {"model": 7}, {"runtimeRef": {"name": ["a"]}})):
+        specs: list[Any] = [None, [], "text", {}, {"model": 7}, {"runtimeRef": {"name": ["a"]}}]
+        for number, spec in enumerate(specs):
             metadata = {"name": f"broken-{number}", "namespace": NAMESPACE}
             await stage.there.create(FINETUNE_JOB, {**broken, "metadata": metadata, "spec": spec})
         await stage.submit(job_document())

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from kubernetes.aio import config as kubernetes_config
+from kubernetes.aio import config
 from kubernetes.aio.client import Configuration
 
 from finetune_operator.errors import ApiError, Unreachable, api_error
@@ -158,11 +158,12 @@ class _Login:
         if self._file is not None and not self._file.is_file():
             raise Unusable(f"{self._file} is not there; name a kubeconfig with --kubeconfig or $KUBECONFIG")
         configuration: Any = Configuration()
+        client: Any = config  # it has no types
         try:
             if self._file is None:
-                kubernetes_config.load_incluster_config(client_configuration=configuration)
+                client.load_incluster_config(client_configuration=configuration)
             else:
-                await kubernetes_config.load_kube_config(
+                await client.load_kube_config(
                     str(self._file), self._context, client_configuration=configuration, persist_config=False
                 )
             self._trust(configuration)
