@@ -30,7 +30,7 @@ def plans_of(file: Path) -> list[RunPlan]:
 
 
 def test_there_are_samples() -> None:
-    assert len(FILES) >= 16
+    assert len(FILES) >= 19
 
 
 @pytest.fixture(params=FILES, ids=lambda file: str(file.relative_to(SAMPLES)))
@@ -39,8 +39,9 @@ def file(request: pytest.FixtureRequest) -> Path:
     return request.param
 
 
-def test_a_sample_holds_one_job_named_after_its_file(file: Path) -> None:
-    (loaded,) = load_manifests(file).jobs
+def test_a_samples_last_job_is_named_after_its_file(file: Path) -> None:
+    *before, loaded = load_manifests(file).jobs
+    assert [one.job.metadata.name for one in before] == (["chain-first"] if file.stem == "chain" else [])
     assert loaded.job.metadata.name == (file.parent.name if file.name == "job.yaml" else file.stem)
 
 

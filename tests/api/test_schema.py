@@ -197,3 +197,19 @@ def test_checking_says_which_file_is_behind(tmp_path: Path, capsys: pytest.Captu
 def test_checking_an_empty_folder_finds_every_file_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "--check"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == len(CRDS)
+
+
+def test_no_field_has_a_name_that_yaml_takes_for_a_truth_value() -> None:
+    """`on:` as a key is the truth value true to YAML 1.1, which kubectl reads."""
+
+    def names(schema: Any) -> Iterator[str]:
+        for name, child in (schema.get("properties") or {}).items():
+            yield name
+            yield from names(child)
+        for key in ("items", "additionalProperties"):
+            if isinstance(schema.get(key), dict):
+                yield from names(schema[key])
+
+    for crd in custom_resource_definitions().values():
+        found = set(names(crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]))
+        assert found & {"on", "off", "yes", "no", "y", "n", "true", "false"} == set()

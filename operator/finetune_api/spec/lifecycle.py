@@ -37,7 +37,7 @@ class Action(StrEnum):
 class FailureRule(Contract):
     """What to do after some failures. The first rule that matches wins; all conditions of a rule must match."""
 
-    on: Annotated[list[FailureClass], Field(max_length=16)] = Field(default_factory=list)
+    classes: Annotated[list[FailureClass], Field(max_length=16)] = Field(default_factory=list)
     """Classes of failure; empty matches every class."""
     exit_codes: Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(max_length=32)] = Field(default_factory=list)
     """Exit codes of the trainers; empty matches every code."""

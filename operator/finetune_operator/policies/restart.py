@@ -91,7 +91,7 @@ def _action(failure: FailureClass, exit_code: int | None, message: str, policy: 
 
 
 def _matches(rule: FailureRule, failure: FailureClass, exit_code: int | None, message: str) -> bool:
-    if rule.on and failure not in rule.on:
+    if rule.classes and failure not in rule.classes:
         return False
     if rule.exit_codes and exit_code not in rule.exit_codes:
         return False

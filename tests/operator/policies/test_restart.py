@@ -65,7 +65,7 @@ def test_no_class_of_failure_is_without_a_default() -> None:
     assert set(DEFAULT_ACTIONS) == set(FailureClass)
 
 
-FAIL_ON_NODE_LOST = {"on": ["NodeLost"], "action": "Fail"}
+FAIL_ON_NODE_LOST = {"classes": ["NodeLost"], "action": "Fail"}
 SUSPEND_ON_ALL = {"action": "Suspend"}
 
 
@@ -120,12 +120,12 @@ SUSPEND_ON_ALL = {"action": "Suspend"}
             id="nothing but the star is special",
         ),
         pytest.param(
-            [{"on": ["Unknown"], "exitCodes": [1], "messagePattern": "boom", "action": "Fail"}],
+            [{"classes": ["Unknown"], "exitCodes": [1], "messagePattern": "boom", "action": "Fail"}],
             *("Unknown", 1, "bang", Action.RETRY),
             id="all conditions of a rule must hold",
         ),
         pytest.param(
-            [{"on": ["UserError"], "action": "Retry"}],
+            [{"classes": ["UserError"], "action": "Retry"}],
             *("UserError", 2, "", Action.RETRY),
             id="a rule can try again what fails by default",
         ),
