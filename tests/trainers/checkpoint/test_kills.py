@@ -46,13 +46,15 @@ def run_and_kill(uri: str, lines: int, environment: Mapping[str, str]) -> int:
 
 def kill_again_and_again(uri: str, storage: Storage, environment: Mapping[str, str]) -> None:
     rng, last = random.Random(11), 0
+    search = find_newest(storage, deep=True)
     for _ in range(NUM_KILLS):
         last = max(last, run_and_kill(uri, rng.randrange(400), environment))
         search = find_newest(storage, deep=True)
         assert search.rejected == ()
         assert (search.manifest.id.step if search.manifest else 0) >= last
-    assert search.manifest is not None
-    assert restored(storage, search.manifest) == original(search.manifest.intent)
+    newest = find_newest(storage).manifest
+    assert newest is not None
+    assert restored(storage, newest) == original(newest.intent)
     fence = start(storage)
     sweep(storage, Retention(keep_last=1), fence)
     assert len(listed(storage)) == 1, "nothing half written is left"
