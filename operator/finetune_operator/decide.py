@@ -20,6 +20,7 @@ is active. What is written moves forward only: attempts are numbered upwards, co
 
 from __future__ import annotations
 
+import re
 import traceback
 from datetime import datetime
 from functools import cached_property
@@ -35,7 +36,7 @@ from finetune_operator.describe import Scene, describe, events, obstacle
 from finetune_operator.kinds import CONFIG_MAP, FINETUNE_JOB, RAY_JOB, Key
 from finetune_operator.launch import Blocked, Launch, Prepared, expected_config_maps, judge_spec, prepare
 from finetune_operator.observe import Document, Observed
-from finetune_operator.policies.classification import SUCCEEDED, Ending, classify, evidence
+from finetune_operator.policies.classification import CANCELLED, SUCCEEDED, Ending, classify, evidence
 from finetune_operator.policies.deadline import active_due, start_due, used_up
 from finetune_operator.policies.hang import hang_due
 from finetune_operator.policies.restart import halved
@@ -58,6 +59,7 @@ _SOON_SECONDS = 5.0
 """For what a watch will tell anyway, should it be late."""
 _OUTCOME_SECONDS = 15.0
 _FAULT_SECONDS = 300.0
+_ADDRESS = re.compile(r"0x[0-9a-f]+")
 _CLOCKS_DIFFER_SECONDS = 300.0
 """The trainers' clocks may be behind by this much without their reports counting as older than their admission."""
 
@@ -185,8 +187,11 @@ class _Pass:
             self._admit(ray_job)
         known = self.draft.post_mortem
         ending = classify(ray_job, self.pods, self.report, attempt=attempt.number, seen=known)
-        if ending is None and ray_job is None and attempt.uid is not None:
+        if ray_job is None and attempt.uid is not None and (ending is None or ending.outcome == CANCELLED):
+            # Nobody stopped the run but by deleting it, be it ourselves in a pass whose status was refused.
             ending = _ended(FailureClass.UNKNOWN, f"RayJob {attempt.ray_job} was deleted while the attempt went on.")
+        if self.seen.job.suspend and (ending is None or ending.outcome != SUCCEEDED):
+            return  # whatever else it came to, by then it had to end
         if ending is not None:
             if not self._outcome_is_awaited(ending, ray_job):
                 self._end_attempt(ending, ray_job)
@@ -458,7 +463,9 @@ def _fault(job: Any, seen: Observed, now: datetime, error: Exception) -> Decisio
     """A fault of the operator, told on the job that shows it. Nothing else is touched."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
-    message = clip(f"The operator failed on this job, which is a fault of its own: {error!r} ({where})", 1024)
+    # An address in it would be another each time, and each time be written.
+    what = _ADDRESS.sub("0x…", repr(error))
+    message = clip(f"The operator failed on this job, which is a fault of its own: {what} ({where})", 1024)
     status = job.get("status") if isinstance(job, dict) else None
     status = dict(status) if isinstance(status, dict) else {}
     listed = status.get("conditions")

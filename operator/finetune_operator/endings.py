@@ -31,7 +31,7 @@ _MESSAGE, _REASON, _POD, _POST_MORTEM = 1024, 256, 253, 4096
 def close(draft: Draft, outcome: str, message: str, step: int = 0, ended_at: datetime | None = None) -> Attempt:
     """The newest attempt has ended. Its running time is added to the job's."""
     attempt = draft.attempts[-1]
-    moment = draft.now if ended_at is None else min(draft.now, max(ended_at, attempt.created_at))
+    moment = max(attempt.created_at, draft.now if ended_at is None else min(draft.now, ended_at))
     if attempt.admitted_at is not None:
         draft.active_seconds += int(seconds_between(attempt.admitted_at, moment))
     return draft.change_last(
@@ -117,6 +117,7 @@ def told(draft: Draft, ending: Ending, verdict: Verdict | None) -> Event:
 
 def _finish(draft: Draft, phase: Phase, finding: Finding) -> None:
     draft.phase = phase
-    draft.finished_at = draft.now
+    ended_at = draft.last.ended_at if draft.last is not None else None
+    draft.finished_at = max(draft.now, ended_at or draft.now)
     draft.next_attempt_at = None
     draft.find(finding)

@@ -183,7 +183,8 @@ def _plans(job: str, own: Mapping[tuple[Kind, str], Document]) -> dict[int, Docu
 
 def _pods(documents: Iterable[Document]) -> dict[int, tuple[PodState, ...]]:
     found: dict[int, tuple[PodState, ...]] = {}
-    for pod in map(_READ_POD, documents):
+    # By name, so that what is said of the first of them does not change with the order of a store.
+    for pod in sorted(map(_READ_POD, documents), key=lambda pod: pod.name):
         if pod.attempt is not None:
             found[pod.attempt] = (*found.get(pod.attempt, ()), pod)
     return found

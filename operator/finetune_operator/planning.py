@@ -200,19 +200,21 @@ class _Planner:
                 f"must be a multiple of the {world} training processes; set it to {nearest}",
             )
             per_process = max(per_process, 1)
-        micro = self.spec.training.micro_batch_size
+        asked = self.spec.training.micro_batch_size
         if self.micro_batch_size is not None:
             micro = max(d for d in _divisors(per_process) if d <= max(1, self.micro_batch_size))
             self._decide("training.microBatchSize", micro, "an attempt with a larger one ran out of memory")
-        elif micro == "auto":
+        elif not isinstance(asked, int):
             micro = self._auto_micro_batch(per_process, workers.device)
-        elif not rest and per_process % micro:
-            self._refuse(
-                "training.microBatchSize",
-                micro,
-                f"must divide the {per_process} sequences that each of {world} training processes has per step; "
-                f"set it to one of {', '.join(map(str, _divisors(per_process)))}",
-            )
+        else:
+            micro = asked
+            if not rest and per_process % micro:
+                self._refuse(
+                    "training.microBatchSize",
+                    micro,
+                    f"must divide the {per_process} sequences that each of {world} training processes has per step; "
+                    f"set it to one of {', '.join(map(str, _divisors(per_process)))}",
+                )
         return BatchPlan(
             global_batch_size=total,
             micro_batch_size=micro,

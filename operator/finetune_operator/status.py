@@ -58,7 +58,7 @@ class Draft:
         self.standing = status
         self._stands = standing is not None
         self.now = whole(now)
-        self.generation = max(generation, status.observed_generation or 0)
+        self.generation = generation
         self.phase: Phase = status.phase
         self.method, self.tuning = status.method, status.tuning
         self.resolved: Resolved | None = status.resolved
@@ -106,7 +106,7 @@ class Draft:
         """The status as it now is; None when it is the one that stands."""
         last = self.last
         values: dict[str, Any] = {
-            "observed_generation": self.generation,
+            "observed_generation": max(self.generation, self.standing.observed_generation or 0),
             "phase": self.phase,
             "method": self.method,
             "tuning": self.tuning,
@@ -252,7 +252,8 @@ def _with_sane_times(status: Status) -> Status:
         moments.append(status.progress.updated_at)
     if all(one is None or (one.tzinfo is not None and 2000 <= one.year < 2200) for one in moments):
         return status
-    return _sane_model(status)
+    sane_status: Status = _sane_model(status)
+    return sane_status
 
 
 def _sane_model(value: Any) -> Any:

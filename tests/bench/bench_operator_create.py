@@ -105,7 +105,7 @@ async def measure(
 
 def cpu_seconds() -> dict[str, float]:
     """What each process used so far: the load (this one), the API server, its store and the controller."""
-    used = {}
+    used: dict[str, float] = {}
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         times, name = process.cpu_times(), process.name() if process.pid != os.getpid() else "load"
         used[name] = round(used.get(name, 0.0) + times.user + times.system, 1)

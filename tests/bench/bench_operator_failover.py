@@ -18,6 +18,7 @@ from tests.bench.bench_operator_create import JOBS, RAY_JOBS
 from tests.bench.common import busy, write_results
 from tests.bench.control_plane import bench_server, run_operator, say
 from tests.cluster.server import Server
+from tests.control_plane.operators import Operator
 from tests.factories import job_document
 
 LEASE_SECONDS = 15
@@ -29,7 +30,7 @@ def fail_over(server: Server, how: signal.Signals, number: int) -> float:
     name = f"{how.name.lower()}-{number}"
     with run_operator(server, f"first-{name}") as first, run_operator(server, f"second-{name}") as second:
         for one in (first, second):
-            one.wait(lambda one=one: one.ready, "both to be ready")
+            _wait_ready(one)
         first.wait(lambda: first.leads or second.leads, "one to lead")
         leader, other = (first, second) if first.leads else (second, first)
         time.sleep(3)
@@ -38,6 +39,10 @@ def fail_over(server: Server, how: signal.Signals, number: int) -> float:
         server.client.create(JOBS, job_document(name=name))
         other.wait(lambda: server.client.find(f"{RAY_JOBS}/{name}-1"), "the other to act")
         return time.monotonic() - begin
+
+
+def _wait_ready(one: Operator) -> None:
+    one.wait(lambda: one.ready, "both to be ready")
 
 
 def main() -> int:

@@ -23,7 +23,12 @@ from tests.cluster.server import Server
 from tests.control_plane.operators import Operator
 from tests.factories import job_document
 
-GOALS = {"memory_mb": {1000: 150, 5000: 400}, "restart_seconds": 15.0, "status_writes_a_second": 70.0, "p99": 2.0}
+GOALS: dict[str, Any] = {
+    "memory_mb": {1000: 150, 5000: 400},
+    "restart_seconds": 15.0,
+    "status_writes_a_second": 70.0,
+    "p99": 2.0,
+}
 CONFIG_MAPS = f"/api/v1/namespaces/{NAMESPACE}/configmaps"
 FLOOR_SECONDS = 15.0
 """The trainers write their progress at most so often."""

@@ -124,7 +124,7 @@ class Helm:
         self, verb: str, values: Mapping[str, Any] | None = None, chart: Path = CHART, options: Iterable[str] = ()
     ) -> str:
         """What `helm VERB` (template, install, upgrade) prints. Raises ToolFailed."""
-        command = (verb, RELEASE, chart, "--namespace", NAMESPACE, "--values", "-", *options)
+        command: tuple[str | Path, ...] = (verb, RELEASE, chart, "--namespace", NAMESPACE, "--values", "-", *options)
         return self.tool(*command, stdin=json.dumps(values or {}))
 
 

@@ -37,8 +37,8 @@ def test_the_base_is_what_the_chart_renders(helm: Helm) -> None:
 
 @pytest.mark.control_plane
 def test_kustomize_builds_what_helm_installs(helm: Helm, built: Built) -> None:
-    command = [built("kubectl"), "kustomize", str(MANIFESTS)]
-    built = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    command = [str(built("kubectl")), "kustomize", str(MANIFESTS)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     test_pod = ("Pod", "finetune-operator-test-ready")
-    ours = Rendered(tuple(yaml.safe_load_all(built))).names
+    ours = Rendered(tuple(yaml.safe_load_all(printed))).names
     assert ours == helm.template().names - {test_pod} | {("Namespace", NAMESPACE)}

@@ -29,7 +29,7 @@ def faults(values: dict[str, Any]) -> list[str]:
 
 
 def with_value(path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    values = deepcopy(VALUES)
+    values: dict[str, Any] = deepcopy(VALUES)
     inner = values
     for key in path[:-1]:
         inner = inner[key]

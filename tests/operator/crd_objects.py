@@ -101,7 +101,8 @@ def _strings(schema: Schema) -> st.SearchStrategy[str]:
         return _TEXTS.filter(lambda text: len(text) >= schema.get("minLength", 0))
     if "://" in pattern:
         return _URIS.filter(lambda uri: re.search(pattern, uri) is not None)
-    return st.from_regex(pattern, fullmatch=True).filter(lambda text: len(text) <= schema.get("maxLength", 1024))
+    matching: st.SearchStrategy[str] = st.from_regex(str(pattern), fullmatch=True)
+    return matching.filter(lambda text: len(text) <= schema.get("maxLength", 1024))
 
 
 def _integers(schema: Schema) -> st.SearchStrategy[int]:

@@ -125,6 +125,7 @@ class Cluster:
 
     def settle(self, passes: int = 8) -> Decision:
         """Passes until one changes nothing; fails when they never end."""
+        decision = Decision()
         for _ in range(passes):
             if self.job is None:
                 return Decision()
@@ -193,7 +194,7 @@ class Cluster:
     def ended(self, status: str = "FAILED", message: str = "", reason: str = "AppFailed") -> Cluster:
         """The entrypoint has ended."""
         deployment = "Failed" if status == "FAILED" else "Complete"
-        why = {"reason": reason} if status == "FAILED" else {}
+        why: dict[str, Any] = {"reason": reason} if status == "FAILED" else {}
         return self.kuberay(
             jobDeploymentStatus=deployment, jobStatus=status, message=message, endTime=_text(self.now), **why
         )

@@ -78,7 +78,8 @@ def test_the_second_pass_learns_the_ray_jobs_uid_and_the_third_changes_nothing()
 
 def test_a_job_goes_from_starting_to_running_to_succeeded() -> None:
     cluster = Cluster()
-    phases = [cluster.settle() and cluster.status["phase"]]
+    cluster.settle()
+    phases = [cluster.status["phase"]]
     cluster.running().report(Stage.LOADING_MODEL).settle()
     phases.append(cluster.status["phase"])
     cluster.wait(30).report(step=3, metrics={"loss": 1.5}).settle()
@@ -237,7 +238,7 @@ def test_a_failed_pods_evidence_outlives_the_pod() -> None:
 
 
 def test_a_failure_can_hold_the_job_until_a_person_lets_it_go() -> None:
-    rules = [{"on": ["NonFiniteLoss"], "action": "Suspend"}]
+    rules = [{"classes": ["NonFiniteLoss"], "action": "Suspend"}]
     cluster = break_attempt(started({"failurePolicy": {"rules": rules}}), FailureClass.NON_FINITE_LOSS)
     assert (cluster.status["phase"], cluster.holds("Suspended")) == ("Suspended", ("True", "FailurePolicy"))
     cluster.wait(10_000).settle()
@@ -384,6 +385,18 @@ def test_an_attempt_that_succeeds_before_it_can_be_suspended_has_succeeded() -> 
     cluster = started()
     cluster.outcome(succeeded()).ended("SUCCEEDED").spec(suspend=True).settle()
     assert cluster.status["phase"] == "Succeeded"
+
+
+@pytest.mark.parametrize("told", [None, stopped(), failed(FailureClass.UNKNOWN)])
+def test_a_suspension_whose_status_was_refused_is_still_one(told: Any) -> None:
+    cluster = started().spec(suspend=True)
+    decision = cluster.decide()
+    for delete in decision.delete:
+        cluster.delete(delete.kind, delete.key.name)
+    if told is not None:
+        cluster.outcome(told)
+    cluster.settle()
+    assert (cluster.attempt["outcome"], cluster.status["phase"]) == ("Suspended", "Suspended")
 
 
 # Queues
@@ -591,6 +604,13 @@ def test_a_ray_job_of_our_name_with_another_uid_is_not_ours_to_follow() -> None:
     assert cluster.named(RAY_JOB) == ["example-2"]
 
 
+def test_trainers_that_were_stopped_by_the_deletion_do_not_cancel_the_job() -> None:
+    cluster = started()
+    cluster.outcome(stopped()).delete(RAY_JOB, "example-1")
+    cluster.settle()
+    assert (cluster.attempt["outcome"], cluster.attempt["action"]) == ("Unknown", "Retry")
+
+
 def test_a_success_is_not_lost_with_its_ray_job() -> None:
     cluster = started()
     cluster.outcome(succeeded()).delete(RAY_JOB, "example-1")
@@ -715,7 +735,8 @@ def test_the_generation_that_was_seen_never_goes_back() -> None:
 def test_a_fault_in_a_builder_is_told_on_the_job_and_the_next_version_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster()
     with monkeypatch.context() as broken:
-        broken.setattr(launch, "build_rayjob", lambda *_: {}["nothing"])
+        nothing: dict[str, Any] = {}
+        broken.setattr(launch, "build_rayjob", lambda *_: nothing["nothing"])
         decision = cluster.settle()
         assert (cluster.holds("Valid"), decision.requeue_after) == (("False", "InternalError"), 300)
         assert "KeyError('nothing')" in cluster.says("Valid")
@@ -723,6 +744,25 @@ def test_a_fault_in_a_builder_is_told_on_the_job_and_the_next_version_goes_on(mo
         assert (cluster.objects, cluster.events) == ({}, ["InternalError"])
     cluster.settle()
     assert (cluster.holds("Valid"), cluster.status["phase"]) == (("True", "Accepted"), "Starting")
+
+
+def test_a_fault_that_reads_differently_each_time_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError(object())
+
+    monkeypatch.setattr(launch, "build_rayjob", fail)
+    Cluster().settle(passes=2)
+
+
+def test_what_is_said_of_pods_does_not_depend_on_their_order() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    for name in ("b", "a", "c"):
+        cluster.pod(name, {"containerStatuses": [{"name": "ray", "state": {"waiting": {"reason": "ErrImagePull"}}}]})
+    cluster.settle()
+    assert "pod a waits" in cluster.says("ClusterReady")
+    cluster.pods.reverse()
+    assert cluster.step().status is None
 
 
 def test_the_same_world_gives_the_same_decision() -> None:

@@ -11,7 +11,7 @@ import os
 from datetime import datetime
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -31,7 +31,7 @@ JOBS: list[dict[str, Any]] = [
     {"runtimeRef": {"name": "pool"}},
     {"scheduling": {"queue": "team"}},
     {"model.source": "job://sft"},
-    {"failurePolicy": {"maxRestarts": 1, "rules": [{"on": ["Unknown"], "action": "Suspend"}]}},
+    {"failurePolicy": {"maxRestarts": 1, "rules": [{"classes": ["Unknown"], "action": "Suspend"}]}},
     {"failurePolicy": {"maxRestarts": 2, "maxPreemptions": 2, "hangTimeoutSeconds": 60}},
     {"lifecycle": {"activeDeadlineSeconds": 5000, "startDeadlineSeconds": 300, "ttlSecondsAfterFinished": 100}},
     {"lifecycle": {"keepFailedClusterSeconds": 600}, "training.microBatchSize": 8, "training.globalBatchSize": 16},
@@ -181,6 +181,18 @@ class Life(RuleBasedStateMachine):
     def trainers_end(self, outcome: Any, data: st.DataObject) -> None:
         self.cluster.outcome(outcome, attempt=self.some_attempt(data))
 
+    @precondition(lambda self: self.can_report and self.cluster.attempt["rayJob"] in self.cluster.named(RAY_JOB))
+    @rule(kind=st.sampled_from(FailureClass), step=st.integers(0, 50))
+    def an_attempt_runs_and_fails(self, kind: FailureClass, step: int) -> None:
+        """All at once, so that a run gets to its later attempts."""
+        self.cluster.kuberay(suspend=False, jobDeploymentStatus="Running", jobStatus="RUNNING")
+        self.cluster.report(Stage.TRAINING, step).wait(30)
+        self.settle()
+        if self.can_report and self.cluster.attempt["rayJob"] in self.cluster.named(RAY_JOB):
+            self.cluster.outcome(failed(kind, step=step)).ended()
+            self.settle()
+            self.cluster.wait(600)
+
     # People
 
     @precondition(lambda self: self.exists)
@@ -252,12 +264,14 @@ class Life(RuleBasedStateMachine):
         for _ in range(60):
             if not self.exists:
                 return
-            decision = self.settle()
+            self.settle()
             self.cluster.let_go()
+            decision = self.settle()
             if decision.requeue_after is None or self.is_taken():
                 break
             self.cluster.wait(decision.requeue_after)
         status = self.cluster.status if self.exists else {}
+        event(f"{len(status.get('attempts', []))} attempts, {self.cluster.holds('Failed') if status else 'deleted'}")
         if not self.exists or status.get("finishedAt"):
             return
         assert self.waits(status), f"{status['phase']}: {status['conditions']}"

@@ -64,7 +64,7 @@ def test_config_maps_are_known_by_their_names() -> None:
 def test_an_object_that_is_not_controlled_by_the_job_is_foreign(owners: Any) -> None:
     document = {"metadata": {"name": "example-1", "ownerReferences": owners}}
     seen = observe(World(job(), children={RAY_JOB: [document]}))
-    assert (seen.ray_jobs, seen.foreign) == ({}, {(RAY_JOB, "example-1")})
+    assert (dict(seen.ray_jobs), set(seen.foreign)) == ({}, {(RAY_JOB, "example-1")})
 
 
 def test_a_job_without_a_uid_owns_nothing() -> None:

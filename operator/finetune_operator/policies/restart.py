@@ -154,7 +154,8 @@ def _over(reason: str, why: str, history: History) -> Verdict:
 
 def _wait_seconds(backoff: Backoff, restarts: int) -> int:
     """Doubled with each restart; the exponent is bounded because the count is not."""
-    return min(backoff.max_seconds, backoff.initial_seconds * 2 ** min(restarts - 1, 32))
+    doublings: int = min(max(restarts - 1, 0), 32)
+    return min(backoff.max_seconds, backoff.initial_seconds << doublings)
 
 
 def _stalled(attempts: Sequence[Attempt]) -> bool:
