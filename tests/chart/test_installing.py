@@ -157,7 +157,7 @@ def test_the_rights_are_enough_for_a_job_from_its_first_attempt_to_its_deletion(
         jobs.run(tiny, 2)
         jobs.succeed(tiny, 2)
         one.wait(lambda: not jobs.status(tiny), "the job to be deleted")
-        assert {"AttemptStarted", "Succeeded"} <= {*jobs.events(tiny)}, jobs.events(tiny)
+        assert {"AttemptStarted", "AttemptFailed"} <= {*jobs.events(tiny)}
         assert not [line for line in one.log() if "forbidden" in json.dumps(line).lower()]
 
 
