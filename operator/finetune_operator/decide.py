@@ -322,12 +322,11 @@ class _Pass:
     def _keep_whole(self) -> None:
         """The attempt goes on: what it needs and somebody deleted is made again, what is not its own is ended."""
         attempt = self.draft.attempts[-1]
-        self._end_ray_jobs(self._active(but=attempt.number))
+        self._clear_away(attempt.number)
         runtime_hash = self.draft.resolved.runtime_hash if self.draft.resolved is not None else None
         wanted = [(CONFIG_MAP, name) for name in expected_config_maps(self.seen, attempt.number, runtime_hash)]
         never_made = attempt.uid is None and attempt.number not in self.seen.ray_jobs
         if not never_made and all(one in self.seen.own for one in wanted):
-            self._clear_away(attempt.number)
             return
         prepared = self._prepare(attempt.number, attempt.micro_batch_size)
         if isinstance(prepared, Prepared):

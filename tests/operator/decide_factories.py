@@ -170,7 +170,7 @@ class Cluster:
         """An object of somebody else, with the job's label on it."""
         assert self.job is not None
         labels = names.job_labels(self.job["metadata"]["name"])
-        return self.create(kind, {"metadata": {"name": name, "namespace": "team", "labels": labels}})
+        return self.create(kind, {"metadata": {"name": name, "namespace": "team", "labels": labels}, "spec": {}})
 
     def use_runtime(self, changes: Mapping[str, Any] | None = None) -> Cluster:
         """The runtime that the job names comes to be, or is changed."""

@@ -336,6 +336,7 @@ def test_a_clock_that_jumps_back_ends_nothing_and_adds_no_time() -> None:
     assert cluster.status["phase"] == "Running"
     break_attempt(cluster)
     assert cluster.status["activeSeconds"] == 0
+    assert cluster.attempt["endedAt"] == cluster.attempt["createdAt"]
 
 
 # Suspension
@@ -353,6 +354,14 @@ def test_suspending_ends_the_attempt_and_resuming_starts_the_next() -> None:
     cluster.spec(suspend=False).settle()
     assert (cluster.attempt["number"], cluster.status["phase"]) == (2, "Starting")
     assert cluster.events == ["AttemptStarted", "Suspended", "AttemptStarted", "Resumed"]
+
+
+def test_suspending_ends_the_wait_for_another_attempt() -> None:
+    cluster = break_attempt(started({"failurePolicy": {"backoff": {"initialSeconds": 600}}}))
+    cluster.spec(suspend=True).settle()
+    assert "nextAttemptAt" not in cluster.status
+    cluster.spec(suspend=False).settle()
+    assert cluster.attempt["number"] == 2
 
 
 def test_a_job_that_is_created_suspended_starts_nothing() -> None:
@@ -625,6 +634,14 @@ def test_a_config_map_deleted_by_hand_is_made_again(name: str) -> None:
     cluster.settle()
     assert name in cluster.named(CONFIG_MAP)
     assert "endedAt" not in cluster.attempt
+
+
+def test_a_plan_that_is_made_again_keeps_the_smaller_micro_batch() -> None:
+    cluster = started({"training.microBatchSize": 4, "training.globalBatchSize": 8})
+    break_attempt(cluster, FailureClass.OUT_OF_MEMORY).wait(10).settle()
+    cluster.delete(CONFIG_MAP, "example-2-plan")
+    cluster.settle()
+    assert plan_of(cluster, 2)["batch"]["microBatchSize"] == 2
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_pass_over_an_old_world(self, data: st.DataObject) -> None:
         """As a leader does that does not know yet that it is none: its status is refused, what it does is not."""
-        old = data.draw(st.sampled_from(self.photographs))
+        old = self.some_photograph(data)
         decision = self.cluster.decide(old)
         if self.cluster.apply(decision, old):
             self.check_status(decision)
@@ -118,7 +118,7 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data(), kinds=st.sets(st.sampled_from([RAY_JOB, CONFIG_MAP]), min_size=1))
     def a_pass_over_a_half_old_world(self, data: st.DataObject, kinds: set[Any]) -> None:
         """Watches of different kinds are not equally quick. The present RayJob is looked up, as the pass does."""
-        old, now = data.draw(st.sampled_from(self.photographs)), self.cluster.world()
+        old, now = self.some_photograph(data), self.cluster.world()
         if old.job["metadata"]["uid"] != now.job["metadata"]["uid"]:
             return
         children = {kind: old.children[kind] if kind in kinds else now.children[kind] for kind in now.children}
@@ -303,6 +303,9 @@ class Life(RuleBasedStateMachine):
 
     def some_ray_job(self, data: st.DataObject) -> Document:
         return self.cluster.objects[RAY_JOB, data.draw(st.sampled_from(self.cluster.named(RAY_JOB)))]
+
+    def some_photograph(self, data: st.DataObject) -> World:
+        return self.photographs[data.draw(st.integers(0, len(self.photographs) - 1))]
 
     def some_attempt(self, data: st.DataObject) -> int:
         newest: int = self.cluster.attempt["number"]
