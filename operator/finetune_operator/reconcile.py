@@ -4,6 +4,7 @@
 here is only what keeps a decision from being made on old news, and what happens when the cluster says no.
 
 - Nothing is decided on a job that is older than our own last write to its status: the watch will bring the newer one.
+  No RayJob is created for a job that is older than the server's.
 - A RayJob that the watch does not show is looked up before anybody concludes that it was deleted.
 - A name that is taken is looked at: ours, and merely not seen yet, or somebody else's.
 - Objects are created first and the status, which tells of them, written after. A pass that is cut off between the two
@@ -125,10 +126,11 @@ class Reconciler:
         """Creates what is wanted: side by side what pods will need, and then, when all of that is there, the RayJob."""
         if not self._knows_ray_jobs() and any(one.kind == RAY_JOB for one in wanted):
             raise _Refused(KUBERAY_MISSING)
-        needed = [one for one in wanted if one.kind != RAY_JOB]
+        steps = [self._create_one(world, one) for one in wanted if one.kind != RAY_JOB]
+        if len(steps) < len(wanted):
+            steps.append(self._check_that_nothing_changed(world.job))
         # Each is waited for, whatever the others come to: nothing of this pass goes on behind the next one's back.
-        done = await asyncio.gather(*(self._create_one(world, one) for one in needed), return_exceptions=True)
-        for result in done:
+        for result in await asyncio.gather(*steps, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
             if result.unseen is not None:
@@ -138,6 +140,17 @@ class Reconciler:
             if one.kind == RAY_JOB:
                 created = await self._create_one(world, one)
         return created
+
+    async def _check_that_nothing_changed(self, job: Document) -> _Created:
+        """Raises Conflict where the job is not what the watch shows.
+
+        A watch can hang for a minute before anybody notices, here or in the replica that has just taken over. What is
+        old news for a status is refused by the server; a RayJob for an attempt of the past would be started.
+        """
+        there = await self._cluster.get(FINETUNE_JOB, Key(_namespace(job), job["metadata"]["name"]))
+        if there is None or _version(there) != _version(job):
+            raise Conflict(409, "Conflict", "the job has changed since it was last seen")
+        return _Created()
 
     async def _create_one(self, world: World, one: Create) -> _Created:
         name = one.document["metadata"]["name"]

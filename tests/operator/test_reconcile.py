@@ -181,6 +181,24 @@ def test_a_ray_job_that_the_watch_does_not_show_is_looked_up_before_it_counts_as
     run(main())
 
 
+def test_no_ray_job_is_created_for_a_job_that_is_older_than_the_servers() -> None:
+    async def main() -> None:
+        stage = Stage()
+        await stage.submit(job_document({"suspend": True}))
+        async with stage.operator() as operator:
+            await asyncio.sleep(1)
+            world = operator.world(KEY)
+        assert world is not None
+        hanging = type(world)(**{**vars(world), "job": {**world.job, "spec": job_document()["spec"]}})
+        await stage.change("example", {"training": {"seed": 7}})
+        reconciler = Reconciler(stage.cluster, lambda _: hanging, now, stage.settings)
+        with pytest.raises(Conflict):
+            await reconciler.reconcile(KEY)
+        assert stage.names(RAY_JOB) == []
+
+    run(main())
+
+
 def test_a_ray_job_deleted_by_hand_ends_its_attempt_and_the_next_one_follows() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.submit(job_document())
