@@ -68,5 +68,5 @@ def runtime_hash(runtime: FineTuneRuntime) -> str:
 
 
 def progress_config_map(owner: Owner) -> Document:
-    """An empty ConfigMap for the trainers to report into; finetune_operator.states names its keys."""
-    return child(CONFIG_MAP, owner, names.progress_config_map(owner.name), {"data": {}})
+    """A ConfigMap for the trainers to report into; finetune_operator.states names its keys."""
+    return child(CONFIG_MAP, owner, names.progress_config_map(owner.name), {})
