@@ -50,7 +50,14 @@ class RunningAttempt:
 
     @property
     def log_tail(self) -> str:
-        """The last lines of the log."""
+        """The last lines of the log.
+
+        A process that a signal killed wrote none of them: they are the complaints of the workers that it left alone,
+        and would be taken for the cause.
+        """
+        failure = self.last.failure if self.last is not None else None
+        if self._code is not None and self._code > _SIGNALLED and failure is not None:
+            return failure.message
         return tail(self.run.log)
 
     def poll(self) -> int | None:

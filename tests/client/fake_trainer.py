@@ -68,6 +68,9 @@ class FakeTrainer:
         match self.behaviour:
             case "crash":
                 raise RuntimeError("the fake trainer broke")
+            case "killed-among-workers":
+                print("gloo: Connection reset by peer", flush=True)  # as a worker does when its driver is gone
+                os.kill(os.getpid(), signal.SIGKILL)
             case "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "data-error":

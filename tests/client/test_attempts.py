@@ -45,6 +45,15 @@ def test_a_killed_trainer_is_followed_by_another_attempt(finetune: Any, write_jo
     assert "Attempt 2 begins again at step 0: there is no checkpoint" in done.stderr
 
 
+def test_what_workers_complain_of_after_their_driver_was_killed_is_not_the_cause(
+    finetune: Any, write_job: Any, tmp_path: Path
+) -> None:
+    fake = "killed-among-workers"
+    done = finetune("run", write_job(), "--workdir", tmp_path / "run", "-o", "json", "--no-retry", fake=fake)
+    assert (done.code, done.document["failure"]) == (1, "Unknown")
+    assert "killed (SIGKILL)" in done.document["postMortem"]["message"]
+
+
 def test_the_runs_folder_shows_the_last_attempt_and_keeps_the_others(
     finetune: Any, write_job: Any, tmp_path: Path
 ) -> None:

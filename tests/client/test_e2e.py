@@ -172,21 +172,22 @@ def trainer_among(children: list[psutil.Process]) -> psutil.Process:
 
 def test_a_trainer_that_is_killed_in_mid_run_is_followed_by_an_attempt_that_completes(world: World) -> None:
     folder = world.folder / "retried"
-    job = world.write_job("retried", {"training": {"maxSteps": 12, "globalBatchSize": 8}})
+    job = world.write_job("retried", {"training": {"maxSteps": 60, "globalBatchSize": 8}})
     process = world.start(
         *("run", job, "--workdir", folder, "-o", "json", "--set", "failurePolicy.backoff.initialSeconds=1")
     )
     reports = folder / "progress.jsonl"
     wait_until(
-        lambda: process.poll() is not None or (reports.exists() and '"step":2' in reports.read_text()), seconds=300
+        lambda: process.poll() is not None or (reports.exists() and '"step":1' in reports.read_text()), seconds=300
     )
+    assert process.poll() is None, process.communicate()
     children = psutil.Process(process.pid).children(recursive=True)
     trainer_among(children).kill()
     done = finish(process)
     assert done.code == 0, done.stderr
     document = done.document
     assert [(one["number"], one["outcome"]) for one in document["attempts"]] == [(1, "Unknown"), (2, "Succeeded")]
-    assert (document["phase"], document["restarts"], document["progress"]["step"]) == ("Succeeded", 1, 12)
+    assert (document["phase"], document["restarts"], document["progress"]["step"]) == ("Succeeded", 1, 60)
     assert document["postMortem"]["exitCode"] == 137
     assert document["artifact"] == (folder / "artifact").as_uri()
     assert (folder / "artifact" / "adapter_model.safetensors").is_file()
