@@ -10,9 +10,10 @@
     nodes            fake nodes with GPUs, on which pods are scheduled and run
     kueue            Kueue, for RayJobs that name a queue
 
-A test pays for what it asks for: each starts once in a session (but `namespace` and `faults`) and ends with it. The
-first run on a machine builds the programs, which takes minutes; they are kept. A test whose programs cannot be built
-is skipped with the reason.
+A test pays for what it asks for. The server, its controllers and the nodes start once in a session; KubeRay and
+Kueue act on whatever they see, and therefore end with the module that asked for them. The first run on a machine
+builds the programs, which takes minutes; they are kept. A test whose programs cannot be built is skipped with the
+reason.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def faults(server: Server, stored_crds: dict[str, dict[str, Any]]) -> Iterator[F
         yield faults
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kuberay(server: Server, controllers: Started, built: Built) -> Iterator[KubeRay]:
     with start_kuberay(built("kuberay"), server) as operator:
         yield operator
@@ -137,7 +138,7 @@ def nodes(server: Server, controllers: Started, built: Built) -> Iterator[Kwok]:
         yield kubelets
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kueue(server: Server, controllers: Started, built: Built) -> Iterator[Started]:
     with start_kueue(built("kueue"), built("kueue-manifests"), server) as process:
         yield process

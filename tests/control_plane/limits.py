@@ -39,6 +39,36 @@ _SOURCE = {
     },
 }
 
+_KEY = {"name": "object", "key": "entry"}
+_ENV = {"value": {"value": "8"}, "secret": {"secret": _KEY}, "config map": {"configMap": _KEY}}
+_VOLUMES = {
+    "value": {"claim": "models", "readOnly": True},
+    "secret": {"secret": "certificates"},
+    "config map": {"configMap": "settings"},
+}
+
+
+def _pods(choice: str) -> dict[str, Any]:
+    """Additions to pods, with one of the three sources that a variable and a volume may have."""
+    return {
+        "labels": {"team": "a"},
+        "annotations": {"note": "b"},
+        "nodeSelector": {"pool": "a100"},
+        "tolerations": [{"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}],
+        "env": [{"name": "NCCL_DEBUG"} | _ENV[choice]],
+        "volumes": [{"mountPath": "/mnt/extra"} | _VOLUMES[choice]],
+        "imagePullSecrets": ["registry"],
+    }
+
+
+_HEAD = {"cpus": 2, "memory": "8Gi"}
+_SCHEDULING = {
+    "queue": "night",
+    "scheduler": "kueue",
+    "priorityClass": "low",
+    "topology": {"mode": "pack", "key": "topology.kubernetes.io/zone", "required": True},
+}
+
 EXAMPLES = {
     "job with lora": job_document(
         {
@@ -83,7 +113,32 @@ EXAMPLES = {
                 "offload": {"optimizer": "cpu", "parameters": "none"},
                 "config": {"a": {"b": 1}},
             },
-            "cluster.workers": {"replicas": 2, "gpus": 1, "cpus": 4},
+            "cluster": {
+                "workers": {"replicas": 2, "gpus": 1, "cpus": 4, "memory": "64Gi"},
+                "head": _HEAD,
+                "image": "registry.local/trainers:1",
+                "rayVersion": "2.60.0",
+                "pods": _pods("value"),
+            },
+            "checkpoint": {"everySteps": 100, "keepLast": 3, "resume": "auto"},
+            "scheduling": _SCHEDULING,
+            "failurePolicy": {
+                "maxRestarts": 3,
+                "maxPreemptions": 10,
+                "backoff": {"initialSeconds": 10, "maxSeconds": 600},
+                "hangTimeoutSeconds": 600,
+                "rules": [
+                    {"classes": ["OutOfMemory"], "exitCodes": [1], "messagePattern": "CUDA", "action": "Retry"},
+                ],
+            },
+            "lifecycle": {
+                "startDeadlineSeconds": 600,
+                "activeDeadlineSeconds": 86_400,
+                "ttlSecondsAfterFinished": 3600,
+                "keepFailedClusterSeconds": 600,
+            },
+            "suspend": False,
+            "managedBy": "finetune-operator.io/operator",
             "outputs": [{"to": "file:///models/out", "merge": True}],
             "tracking": {
                 "tensorboard": {},
@@ -96,18 +151,29 @@ EXAMPLES = {
         {
             "tuning": {"freeze": {"train": ["lm_head.*"], "unfreeze": [{"at": 0.5, "layers": ["model.layers.2?.*"]}]}},
             "training": {"maxSteps": 100},
+            "cluster.pods": _pods("secret"),
         }
     ),
-    "job with full": job_document({"tuning": {"full": {}}}),
+    "job with full": job_document({"tuning": {"full": {}}, "cluster.pods": _pods("config map")}),
     "runtime": runtime_document(
         {
             "description": "eight GPUs a node",
-            "workers": {"gpus": 8, "cpus": 96, "maxReplicas": 4},
+            "workers": {"gpus": 8, "cpus": 96, "memory": "256Gi", "maxReplicas": 4},
+            "head": _HEAD,
+            "image": "registry.local/trainers:1",
+            "rayVersion": "2.60.0",
+            "gpuResource": "nvidia.com/gpu",
+            "pods": _pods("value"),
+            "scheduling": _SCHEDULING,
+            "networkPolicy": True,
+            "rayTokenAuth": True,
             "storage": "pvc://claim/runs",
             "precision": "bf16",
             "zeroStage": 2,
         }
     ),
+    "runtime with secrets": runtime_document({"pods": _pods("secret")}),
+    "runtime with config maps": runtime_document({"pods": _pods("config map")}),
 }
 """Valid documents that together set every field of both kinds."""
 
@@ -189,6 +255,8 @@ def _broken_values(schema: dict[str, Any], value: Any) -> Iterator[tuple[str, An
         yield "minItems", []
     if "maxItems" in schema:
         yield "maxItems", [copy.deepcopy(value[0]) for _ in range(schema["maxItems"] + 1)]
+    if "maxProperties" in schema:
+        yield "maxProperties", {f"key-{number}": "value" for number in range(schema["maxProperties"] + 1)}
 
 
 def _in_brackets(path: str) -> str:

@@ -162,6 +162,48 @@ RULE_ROWS = [
         "spec.outputs",
         {"tuning": {"full": {}}, "outputs": [{"to": "file:///out"}, {"to": "pvc://c/out", "merge": True}]},
     ),
+    RuleRow(
+        "EnvVar",
+        "names that start with FINETUNE_ or RAY_ are set by the operator; choose another",
+        "spec.cluster.pods.env[0].name",
+        {"cluster.pods.env": [{"name": "RAY_ADDRESS", "value": "auto"}]},
+    ),
+    *(
+        RuleRow(
+            "EnvVar",
+            "set exactly one of: value, secret, configMap",
+            "spec.cluster.pods.env[0]",
+            {"cluster.pods.env": [{"name": "TOKEN"} | sources]},
+        )
+        for sources in ({}, {"value": "x", "secret": {"name": "s", "key": "k"}})
+    ),
+    *(
+        RuleRow(
+            "Volume",
+            "set exactly one of: claim, secret, configMap",
+            "spec.cluster.pods.volumes[0]",
+            {"cluster.pods.volumes": [{"mountPath": "/mnt/extra"} | sources]},
+        )
+        for sources in ({}, {"claim": "a", "configMap": "b"})
+    ),
+    RuleRow(
+        "Toleration",
+        "a toleration without a key needs operator Exists",
+        "spec.cluster.pods.tolerations[0].operator",
+        {"cluster.pods.tolerations": [{"effect": "NoSchedule"}]},
+    ),
+    RuleRow(
+        "Toleration",
+        "operator Exists compares no value; remove it",
+        "spec.cluster.pods.tolerations[0].value",
+        {"cluster.pods.tolerations": [{"key": "gpu", "operator": "Exists", "value": "yes"}]},
+    ),
+    RuleRow(
+        "Backoff",
+        "initialSeconds must not be more than maxSeconds",
+        "spec.failurePolicy.backoff.initialSeconds",
+        {"failurePolicy.backoff": {"initialSeconds": 20, "maxSeconds": 10}},
+    ),
     *(
         RuleRow("FineTuneJobSpec", _NO_EVAL, "spec.data.eval", {"data.eval": [], f"training.{asks}": value})
         for asks, value in (("evalEverySteps", 10), ("earlyStopping", {}), ("generation", {}))

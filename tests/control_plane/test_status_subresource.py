@@ -69,9 +69,9 @@ def test_a_write_of_the_job_leaves_the_status_alone(api: Client, stored_job: Sto
     stored = stored_job(job_document(name="job-write"))
     status = STATUSES["while training"].to_document()
     with_status = api.replace(f"{JOBS}/job-write/status", stored | {"status": status})
-    with_status["spec"]["cluster"]["workers"]["replicas"] = 3
+    with_status["spec"]["suspend"] = True
     written = api.replace(f"{JOBS}/job-write", with_status | {"status": {"phase": "Failed"}})
-    assert written["spec"]["cluster"]["workers"]["replicas"] == 3
+    assert written["spec"]["suspend"]
     assert written["status"] == status
 
 
