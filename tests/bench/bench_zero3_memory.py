@@ -57,7 +57,7 @@ def run(workers: int, rows: Path, folder: Path) -> tuple[list[int], int]:
     )
     folder.mkdir()
     (folder / "given.json").write_text(plan.model_dump_json(by_alias=True))
-    command = [sys.executable, "-m", "finetune_trainers", "run", "--plan", str(folder / "given.json")]
+    command = [sys.executable, "-m", "finetune_trainers", "run", "--ray", "--plan", str(folder / "given.json")]
     environment = os.environ | {"FINETUNE_CACHE": str(cache_folder()), "OMP_NUM_THREADS": "1"}
     with (folder / "process.log").open("wb") as log:
         process = subprocess.Popen([*command, "--workdir", str(folder)], stdout=log, stderr=log, env=environment)
