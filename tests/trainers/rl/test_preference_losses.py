@@ -80,6 +80,11 @@ def test_rows_that_are_liked_and_rows_that_are_not() -> None:
     assert weighted.tolist() == pytest.approx([2 * 0.4013123, 3 * 0.5986877])
 
 
+def test_the_weights_are_as_exact_as_the_log_probabilities() -> None:
+    nothing = torch.zeros(1, dtype=torch.float64)
+    assert kto_loss(nothing, nothing, nothing > 1, nothing, beta=0.1, undesirable_weight=1.33).item() == 1.33 / 2
+
+
 def test_the_reference_point_is_a_mean_that_is_never_negative_and_has_no_gradient() -> None:
     near, far = torch.tensor([-1.0, -3.0], requires_grad=True), torch.tensor([-2.0, -2.5])
     assert kto_kl(near, far).item() == pytest.approx(0.25)

@@ -103,7 +103,8 @@ def kto_loss(
     _require_positive("beta", beta)
     distance = beta * (log_probs - ref_log_probs - kl)
     liked = desirable.bool()
-    weights = torch.where(liked, desirable_weight, undesirable_weight).to(distance.dtype)
+    # Two plain numbers would make a float32 tensor, whatever the type of the log-probabilities.
+    weights = torch.where(liked, distance.new_tensor(desirable_weight), distance.new_tensor(undesirable_weight))
     # 1 - s(x) = s(-x), which keeps its digits where s(x) is almost 1.
     return weights * torch.sigmoid(torch.where(liked, -distance, distance))
 
