@@ -53,8 +53,8 @@ def test_gradients_are_those_of_small_differences(aggregation: Aggregation) -> N
 
 
 def test_sixteen_bit_losses_are_summed_in_thirty_two() -> None:
-    losses = torch.ones(1, 1000, dtype=torch.bfloat16)
-    assert aggregate(losses, torch.ones(1, 1000), "token", 1.0).item() == 1000
+    losses = torch.ones(1, 1001, dtype=torch.bfloat16)  # 1001 is 1000 in bfloat16
+    assert aggregate(losses, torch.ones(1, 1001), "token", 1.0).item() == 1001
 
 
 def test_a_response_without_a_token_counts_as_a_response_of_no_loss() -> None:

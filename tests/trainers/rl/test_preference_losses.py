@@ -108,11 +108,11 @@ def test_odds_of_one_against_odds_of_a_third() -> None:
 
 
 def test_odds_keep_their_digits_and_their_gradient_at_both_ends() -> None:
-    chosen = torch.tensor([-1e-6, -60.0], dtype=torch.float64, requires_grad=True)
-    rejected = torch.tensor([-60.0, -1e-6], dtype=torch.float64)
+    chosen = torch.tensor([-1e-20, -60.0], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([-60.0, -1e-20], dtype=torch.float64)
     losses = orpo_loss(chosen, rejected, torch.zeros(2, dtype=torch.float64), beta=1.0)
-    # The log odds at -1e-6 are -log(1e-6) = 13.8155, at -60 they are -60.
-    assert losses.tolist() == pytest.approx([0.0, 60 + 13.8155], abs=1e-3)
+    # The log odds at -1e-20 are -log(1e-20) = 46.0517, at -60 they are -60; exp(-1e-20) is 1.
+    assert losses.tolist() == pytest.approx([0.0, 60 + 46.0517], abs=1e-3)
     losses.sum().backward()
     assert chosen.grad is not None
     assert chosen.grad.isfinite().all()
