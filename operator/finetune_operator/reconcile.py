@@ -156,7 +156,7 @@ class Reconciler:
         name = one.document["metadata"]["name"]
         try:
             created = await self._cluster.create(one.kind, one.document)
-            _log.info("created %s %s", one.kind.name, name)
+            _log.log(logging.INFO if one.kind == RAY_JOB else logging.DEBUG, "created %s %s", one.kind.name, name)
         except AlreadyExists:
             unseen = await self._holder(world, one.kind, name)
             return _Created(unseen=None if unseen is None else (one.kind, unseen))

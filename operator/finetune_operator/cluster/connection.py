@@ -17,6 +17,8 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies_environment, proxy_bypass_environment
 
 import aiohttp
 from kubernetes.aio import config
@@ -25,7 +27,7 @@ from kubernetes.aio.client import Configuration
 from finetune_operator.errors import ApiError, Unreachable, api_error
 from finetune_operator.metrics import Metrics
 
-__all__ = ["JSON", "Connection", "Unusable", "connect"]
+__all__ = ["JSON", "Connection", "Unusable", "connect", "proxy_of_environment"]
 
 JSON = "application/json"
 
@@ -53,9 +55,7 @@ async def connect(
     await login.load()
     connector = aiohttp.TCPConnector(limit=_CONNECTIONS, ssl=login.tls or True)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
-    async with aiohttp.ClientSession(
-        connector=connector, timeout=timeout, trust_env=True, read_bufsize=_READ_AT_ONCE
-    ) as session:
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=_READ_AT_ONCE) as session:
         yield Connection(session, login, metrics or Metrics())
 
 
@@ -169,6 +169,7 @@ class _Login:
             self._trust(configuration)
         except Exception as error:  # a malformed file makes the client raise whatever its code stumbles over
             raise Unusable(f"{where} does not say how to reach a cluster: {error}") from error
+        configuration.proxy = configuration.proxy or proxy_of_environment(str(configuration.host))
         self.configuration = configuration
         self._loaded_at = asyncio.get_running_loop().time()
 
@@ -221,6 +222,14 @@ def _kubeconfig_from_environment() -> Path | None:
     if named := os.environ.get("KUBECONFIG"):
         return Path(named)
     return None if os.environ.get("KUBERNETES_SERVICE_HOST") else Path.home() / ".kube" / "config"
+
+
+def proxy_of_environment(host: str) -> str | None:
+    """What HTTPS_PROXY and NO_PROXY say. Looked up once: aiohttp would do so for each request, in a thread."""
+    url = urlsplit(host)
+    if proxy_bypass_environment(url.hostname or ""):
+        return None
+    return getproxies_environment().get(url.scheme)
 
 
 def _parsed(text: bytes) -> Any:

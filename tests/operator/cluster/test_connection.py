@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from finetune_operator.cluster.connection import Connection, Unusable, connect
+from finetune_operator.cluster.connection import Connection, Unusable, connect, proxy_of_environment
 from finetune_operator.cluster.kubernetes import KubernetesCluster
 from finetune_operator.errors import (
     AlreadyExists,
@@ -402,3 +402,21 @@ def test_a_kubeconfig_that_cannot_be_used_is_named_with_what_is_wrong(
         asyncio.run(main())
     assert str(file) in str(caught.value)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "proxy"),
+    [
+        ("https://api.example.com:6443", "http://proxy.example.com:3128"),
+        ("https://10.96.0.1:443", None),
+        ("http://127.0.0.1:8001", None),
+    ],
+)
+def test_the_environments_proxy_is_used_where_no_proxy_does_not_except_the_server(
+    host: str, proxy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example.com:3128")
+    monkeypatch.setenv("NO_PROXY", "10.96.0.1,127.0.0.1")
+    assert proxy_of_environment(host) == proxy
