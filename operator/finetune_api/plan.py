@@ -58,6 +58,11 @@ class WorkersPlan(Contract):
     """Training processes in all: replicas × max(gpus, 1)."""
     device: Device
 
+    @property
+    def cpus_per_process(self) -> float | None:
+        """Cores of one training process: the processes of a worker, one for each GPU, share the worker's."""
+        return None if self.cpus is None else self.cpus / max(self.gpus, 1)
+
 
 class BatchPlan(Contract):
     """micro × accumulation × world size = global, always."""

@@ -454,3 +454,8 @@ class TestCheckpoints:
         assert with_uid is not None
         assert without.checkpoint is not None
         assert (with_uid.job, without.checkpoint.job) == ("1-2-3", f"{without.namespace}/{without.name}")
+
+
+@pytest.mark.parametrize(("workers", "cpus"), [({"gpus": 8, "cpus": 96}, 12), ({"gpus": 0, "cpus": 4}, 4), ({}, None)])
+def test_the_processes_of_a_worker_share_its_cores(workers: dict[str, Any], cpus: float | None) -> None:
+    assert plan({"cluster.workers": workers}).workers.cpus_per_process == cpus

@@ -163,7 +163,7 @@ class RayWorkers:
         workers = self._plan.workers
         on_gpu = workers.device is Device.CUDA
         own_ray = self._address is None
-        resources = {"CPU": 1.0 if own_ray else max(workers.cpus or 1.0, 1.0)} | ({"GPU": 1.0} if on_gpu else {})
+        resources = {"CPU": 1.0 if own_ray else workers.cpus_per_process or 1.0} | ({"GPU": 1.0} if on_gpu else {})
         storage = workdir / "ray"
         trainer = self._trainer_class()(
             self._function,  # what it returns is the result's return_value
