@@ -53,7 +53,13 @@ class Case:
 
 def cases() -> list[Case]:
     learn = ("log_probs",)
-    clipped = {"clip_low": 0.2, "clip_high": 0.2, "beta": 0.04, "weighted": False, "max_length": 2 * LENGTH}
+    clipped: dict[str, Any] = {
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "beta": 0.04,
+        "weighted": False,
+        "max_length": 2 * LENGTH,
+    }
     return [
         *(Case(f"log-probs-{heat}", "log_probs", {"temperature": heat}, ("logits",)) for heat in (1.0, 0.7)),
         Case("dpo-sigmoid", "dpo", {"trl": "sigmoid", "kind": "sigmoid", "beta": 0.1}, learn),
@@ -163,7 +169,7 @@ def ours_grpo(given: Tensors, settings: Settings) -> Tensors:
 
 def _total(losses: Tensor, mask: Tensor, aggregation: Aggregation, max_length: int) -> Tensor:
     """In three micro-batches, as a step would."""
-    parts = list(zip(losses.split(PAIRS - 2), mask.split(PAIRS - 2), strict=True))
+    parts = list(zip(torch.split(losses, PAIRS - 2), torch.split(mask, PAIRS - 2), strict=True))
     total = sum(divisor(held, aggregation, max_length=max_length) for _, held in parts)
     return torch.stack([aggregate(part, held, aggregation, total) for part, held in parts]).sum()
 

@@ -17,7 +17,7 @@ class Largest(TorchDispatchMode):
     """Notes the elements of the largest tensor of one type that any operation makes."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 0
         self._dtype = dtype
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from finetune_trainers.rl.advantages import Baseline, gae, group_advantages, informative_groups, mask_of_lengths
 
+BASELINES: tuple[Baseline, ...] = ("grpo", "dr_grpo", "rloo")
 REWARDS, VALUES = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.6, 0.7]])
 BY_HAND = [0.21712, 0.246, 0.3]  # 0.04 + 0.72 · 0.246, 0.03 + 0.72 · 0.3, 1 - 0.7
 
@@ -106,7 +107,7 @@ def test_a_response_without_a_score_counts_for_nobody(baseline: Baseline, wanted
     assert found.tolist() == pytest.approx([wanted, 0, -wanted])
 
 
-@pytest.mark.parametrize("baseline", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("baseline", BASELINES)
 def test_a_response_left_alone_by_its_group_gets_nothing(baseline: Baseline) -> None:
     assert group_advantages(torch.tensor([5.0, math.nan, math.nan, math.nan]), 2, baseline).tolist() == [0] * 4
 
@@ -115,7 +116,7 @@ GROUPS = st.lists(st.lists(st.floats(-10, 10), min_size=4, max_size=4), min_size
 
 
 @settings(deadline=None, max_examples=50)  # a loaded machine is no fault
-@given(GROUPS, st.sampled_from(["grpo", "dr_grpo", "rloo"]))
+@given(GROUPS, st.sampled_from(BASELINES))
 def test_the_advantages_of_a_group_sum_to_zero(groups: list[list[float]], baseline: Baseline) -> None:
     found = group_advantages(torch.tensor(groups, dtype=torch.float64).flatten(), 4, baseline)
     assert found.view(-1, 4).sum(1).abs().max().item() == pytest.approx(0, abs=1e-9)
@@ -125,7 +126,7 @@ def test_the_advantages_of_a_group_sum_to_zero(groups: list[list[float]], baseli
 @given(st.lists(st.floats(-10, 10), min_size=4, max_size=4), st.floats(-100, 100))
 def test_a_reward_added_to_all_changes_no_advantage(rewards: list[float], shift: float) -> None:
     given_rewards = torch.tensor(rewards, dtype=torch.float64)
-    for baseline in ("grpo", "dr_grpo", "rloo"):
+    for baseline in BASELINES:
         one, other = (group_advantages(given_rewards + by, 4, baseline) for by in (0.0, shift))
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from finetune_trainers.rl.policy_losses import PolicyLoss, log_prob_gap, ppo_policy_loss, truncated_importance
 
 
-def loss_of(ratios: list[float], advantages: list[float], **settings: float) -> PolicyLoss:
+def loss_of(ratios: list[float], advantages: list[float], **settings: Any) -> PolicyLoss:
     log_probs = torch.tensor([ratios], dtype=torch.float64).log()
     gains = torch.tensor([advantages], dtype=torch.float64)
     return ppo_policy_loss(log_probs, torch.zeros_like(log_probs), gains, torch.ones_like(gains), **settings)
@@ -38,7 +39,7 @@ def test_one_token_of_an_enormous_ratio_cannot_ruin_an_update() -> None:
 def test_a_clipped_token_pulls_at_nothing() -> None:
     log_probs = torch.tensor([[1.5, 1.1, 5.0]]).log().requires_grad_()
     gains = torch.tensor([[1.0, 1.0, -1.0]])
-    ppo_policy_loss(log_probs, torch.zeros(1, 3), gains, torch.ones(1, 3), dual_clip=3.0).losses.sum().backward()
+    ppo_policy_loss(log_probs, torch.zeros(1, 3), gains, torch.ones(1, 3), dual_clip=3.0).losses.sum().backward()  # type: ignore[no-untyped-call]
     assert log_probs.grad is not None
     assert log_probs.grad[0].tolist() == pytest.approx([0, -1.1, 0])
 
@@ -53,7 +54,7 @@ def test_the_distance_from_the_sampling_policy_is_measured_on_the_response_alone
 def test_what_is_masked_cannot_reach_the_gradient() -> None:
     log_probs = torch.tensor([[0.0, math.nan, 400.0]], requires_grad=True)
     found = ppo_policy_loss(log_probs, torch.zeros(1, 3), torch.ones(1), torch.tensor([[1, 0, 0]]))
-    found.losses.sum().backward()
+    found.losses.sum().backward()  # type: ignore[no-untyped-call]
     assert log_probs.grad is not None
     assert log_probs.grad[0].tolist() == [-1, 0, 0]
 

@@ -65,7 +65,7 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, beta: float, temperature: float, rows: int) -> Tensor:
         ctx.save_for_backward(student, teacher)
         ctx.beta, ctx.temperature, ctx.rows = beta, temperature, rows
-        parts = zip(student.split(rows), teacher.split(rows), strict=True)
+        parts = zip(torch.split(student, rows), torch.split(teacher, rows), strict=True)
         return torch.cat([_divergence(one, other, beta, temperature) for one, other in parts])
 
     @staticmethod
@@ -73,7 +73,7 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         student, teacher = ctx.saved_tensors
         grad_student = torch.empty_like(student)
-        pieces = (tensor.split(ctx.rows) for tensor in (student, teacher, grads[0], grad_student))
+        pieces = (torch.split(tensor, ctx.rows) for tensor in (student, teacher, grads[0], grad_student))
         for one, other, pull, place in zip(*pieces, strict=True):
             leaf = one.detach().requires_grad_()
             with torch.enable_grad():
