@@ -40,8 +40,12 @@ _SOURCE = {
 }
 
 _KEY = {"name": "object", "key": "entry"}
-_ENV = {"value": {"value": "8"}, "secret": {"secret": _KEY}, "config map": {"configMap": _KEY}}
-_VOLUMES = {
+_ENV: dict[str, dict[str, Any]] = {
+    "value": {"value": "8"},
+    "secret": {"secret": _KEY},
+    "config map": {"configMap": _KEY},
+}
+_VOLUMES: dict[str, dict[str, Any]] = {
     "value": {"claim": "models", "readOnly": True},
     "secret": {"secret": "certificates"},
     "config map": {"configMap": "settings"},
@@ -55,8 +59,8 @@ def _pods(choice: str) -> dict[str, Any]:
         "annotations": {"note": "b"},
         "nodeSelector": {"pool": "a100"},
         "tolerations": [{"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}],
-        "env": [{"name": "NCCL_DEBUG"} | _ENV[choice]],
-        "volumes": [{"mountPath": "/mnt/extra"} | _VOLUMES[choice]],
+        "env": [{"name": "NCCL_DEBUG", **_ENV[choice]}],
+        "volumes": [{"mountPath": "/mnt/extra", **_VOLUMES[choice]}],
         "imagePullSecrets": ["registry"],
     }
 

@@ -18,7 +18,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 import aiohttp
 from kubernetes.aio import config
@@ -227,7 +227,7 @@ def _kubeconfig_from_environment() -> Path | None:
 def proxy_of_environment(host: str) -> str | None:
     """What HTTPS_PROXY and NO_PROXY say. Looked up once: aiohttp would do so for each request, in a thread."""
     url = urlsplit(host)
-    if proxy_bypass_environment(url.hostname or ""):
+    if proxy_bypass(url.hostname or ""):
         return None
     return getproxies_environment().get(url.scheme)
 
