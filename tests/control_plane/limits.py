@@ -124,7 +124,6 @@ EXAMPLES = {
                 "rayVersion": "2.60.0",
                 "pods": _pods("value"),
             },
-            "checkpoint": {"everySteps": 100, "keepLast": 3, "resume": "auto"},
             "scheduling": _SCHEDULING,
             "failurePolicy": {
                 "maxRestarts": 3,
