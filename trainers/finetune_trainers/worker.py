@@ -52,7 +52,7 @@ def artifact_folder(workdir: Path) -> Path:
 def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: Path) -> WorkerResult:
     """Load, train, write. Raises TrainerError; other exceptions are faults of ours or of the machine."""
     started_at = time.time()
-    torch.set_num_threads(threads_per_worker(plan.workers.cpus, context.local_world_size))
+    torch.set_num_threads(threads_per_worker(plan.workers.cpus_per_process, context.local_world_size))
     torch.manual_seed(plan.optimization.seed)  # new weights are the same on every rank
     context.report(Stage.LOADING_MODEL)
     tuned, engine = load(plan, prepared, context)
