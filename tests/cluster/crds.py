@@ -37,6 +37,7 @@ def _is_served(client: Client, name: str) -> bool:
     conditions = crd.get("status", {}).get("conditions") or []
     if not any(condition["type"] == "Established" and condition["status"] == "True" for condition in conditions):
         return False
-    versions = [version["name"] for version in crd["spec"]["versions"] if version["served"]]
+    # The stored version alone: asked for another, a server keeps converting to it for as long as it runs.
+    stored = next(version["name"] for version in crd["spec"]["versions"] if version["storage"])
     group, plural = crd["spec"]["group"], crd["spec"]["names"]["plural"]
-    return all(client.find(f"/apis/{group}/{version}/{plural}?limit=1") for version in versions)
+    return client.find(f"/apis/{group}/{stored}/{plural}?limit=1") is not None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.client import Client
-from tests.cluster.crds import define
+from tests.cluster.crds import CRDS, define
 from tests.cluster.processes import Started, reserved_ports, started, wait_until
 from tests.cluster.server import Server
 from tests.cluster.webhooks import answers, documents_of, registered
@@ -47,8 +47,8 @@ def kueue(program: Path, manifests: Path, server: Server) -> Iterator[Started]:
             return {"service": {"namespace": _NAMESPACE, "name": _SERVICE, "port": port, "path": path}}
 
         _prepare(client)
-        define(client, _crds(components / "crd", service("/convert")))
         with (
+            _converting(client, list(_crds(components / "crd", service("/convert")))),
             registered(client, _configurations(components / "webhook"), service) as webhooks,
             started(command, server.folder / "kueue.log", environment) as process,
         ):
@@ -83,6 +83,18 @@ def _prepare(client: Client) -> None:
     client.apply(f"{inside}/secrets/{_SECRET}", _named("Secret", _SECRET))
     service = _named("Service", _SERVICE) | {"spec": {"type": "ExternalName", "externalName": "localhost"}}
     client.apply(f"{inside}/services/{_SERVICE}", service)
+
+
+@contextmanager
+def _converting(client: Client, crds: list[dict[str, Any]]) -> Iterator[None]:
+    """Kueue's kinds, converted by Kueue for the length of a block; afterwards nobody is asked who is not there."""
+    define(client, crds)
+    try:
+        yield
+    finally:
+        for crd in crds:
+            nobody = {"conversion": {"strategy": "None", "webhook": None}}
+            client.merge(f"{CRDS}/{crd['metadata']['name']}", {"spec": nobody})
 
 
 def _crds(folder: Path, conversion: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -10,10 +10,10 @@
     nodes            fake nodes with GPUs, on which pods are scheduled and run
     kueue            Kueue, for RayJobs that name a queue
 
-A test pays for what it asks for. The server, its controllers and the nodes start once in a session; KubeRay and
-Kueue act on whatever they see, and therefore end with the module that asked for them. The first run on a machine
-builds the programs, which takes minutes; they are kept. A test whose programs cannot be built is skipped with the
-reason.
+A test pays for what it asks for, and most of it starts once in a session. KubeRay acts on every RayJob that it sees,
+and therefore ends with the module that asked for it. Kueue acts on RayJobs that name a queue, and judges all of them;
+it stays. The first run on a machine builds the programs, which takes minutes; they are kept. A test whose programs
+cannot be built is skipped with the reason.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def nodes(server: Server, controllers: Started, built: Built) -> Iterator[Kwok]:
         yield kubelets
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def kueue(server: Server, controllers: Started, built: Built) -> Iterator[Started]:
     with start_kueue(built("kueue"), built("kueue-manifests"), server) as process:
         yield process
