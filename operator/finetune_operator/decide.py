@@ -50,7 +50,7 @@ from finetune_operator.policies.suspend import Hold, hold_on
 from finetune_operator.settings import Settings
 from finetune_operator.states import PodState, RayJobState, Report
 from finetune_operator.status import Draft, clip, job_progress
-from finetune_operator.times import after, sane
+from finetune_operator.times import after, sane, written
 
 __all__ = ["Create", "Decision", "Delete", "Event", "decide"]
 
@@ -475,7 +475,7 @@ def _fault(job: Any, seen: Observed, now: datetime, error: Exception) -> Decisio
         "status": "False",
         "reason": "InternalError",
         "message": message,
-        "lastTransitionTime": f"{now:%Y-%m-%dT%H:%M:%SZ}",
+        "lastTransitionTime": written(sane(now)),
         "observedGeneration": seen.job.generation,
     }
     if before.get("status") == "False" and "lastTransitionTime" in before:

@@ -16,6 +16,7 @@ from finetune_operator.decision import Event
 from finetune_operator.policies.suspend import Hold
 from finetune_operator.states import PodState, RayJobState
 from finetune_operator.status import Draft, clip
+from finetune_operator.times import written
 
 __all__ = ["Scene", "describe", "events", "obstacle"]
 
@@ -136,7 +137,7 @@ def _why_no_attempt(draft: Draft, scene: Scene) -> tuple[str, str]:
     if scene.hold is not Hold.NONE:
         return "Suspended", "The job is suspended."
     if draft.next_attempt_at is not None:
-        return "BackingOff", f"The next attempt starts at {draft.next_attempt_at:%Y-%m-%dT%H:%M:%SZ}."
+        return "BackingOff", f"The next attempt starts at {written(draft.next_attempt_at)}."
     return "NotStarted", "No attempt has started."
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from finetune_operator.cluster.protocol import FIELD_MANAGER, Cluster, Document
 from finetune_operator.errors import ClusterError, NotFound
 from finetune_operator.kinds import EVENT, FINETUNE_JOB, Key
+from finetune_operator.times import written
 
 __all__ = ["EventRecorder"]
 
@@ -64,7 +65,7 @@ class EventRecorder:
 
     async def _said_again(self, job: Document, said: _Said, now: datetime) -> bool:
         """False where the Event is no longer there: they live for an hour, or until somebody tidies up."""
-        patch = {"count": said.count + 1, "lastTimestamp": _text(now)}
+        patch = {"count": said.count + 1, "lastTimestamp": written(now)}
         try:
             await self._cluster.merge(EVENT, Key(job["metadata"].get("namespace", ""), said.name), patch)
         except NotFound:
@@ -93,13 +94,9 @@ class EventRecorder:
             "reason": reason,
             "message": message,
             "count": 1,
-            "firstTimestamp": _text(now),
-            "lastTimestamp": _text(now),
+            "firstTimestamp": written(now),
+            "lastTimestamp": written(now),
             "source": {"component": FIELD_MANAGER},
             "reportingComponent": FIELD_MANAGER,
             "reportingInstance": self._instance,
         }
-
-
-def _text(time: datetime) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -20,14 +19,13 @@ from finetune_api.job import Status
 from finetune_api.spec import MANAGER, FailurePolicy, Lifecycle
 from finetune_operator import names
 from finetune_operator.kinds import CONFIG_MAP, RAY_JOB, Key, Kind
+from finetune_operator.raw import Document, at, controller_uid, only, text
 from finetune_operator.remembered import Remembered
 from finetune_operator.states import PodState, RayJobState, Report, read_pod, read_ray_job, read_report
 from finetune_operator.status import read_status
-from finetune_operator.times import sane
 
 __all__ = ["Document", "Header", "Observed", "World", "observe"]
 
-Document = dict[str, Any]
 _Block = TypeVar("_Block", bound=Contract)
 
 
@@ -130,12 +128,11 @@ def observe(world: World) -> Observed:
 
 
 def _read_job(document: Any) -> tuple[Header, Status | None, FailurePolicy, Lifecycle]:
-    spec, status = _mapping(_mapping(document).get("spec")), _mapping(document).get("status")
     return (
         _header(document),
-        read_status(status),
-        _block(FailurePolicy, spec.get("failurePolicy")),
-        _block(Lifecycle, spec.get("lifecycle")),
+        read_status(at(document, "status")),
+        _block(FailurePolicy, at(document, "spec", "failurePolicy")),
+        _block(Lifecycle, at(document, "spec", "lifecycle")),
     )
 
 
@@ -148,16 +145,16 @@ def _block(model: type[_Block], value: Any) -> _Block:
 
 
 def _header(document: Any) -> Header:
-    metadata, spec = _mapping(_mapping(document).get("metadata")), _mapping(_mapping(document).get("spec"))
-    generation = metadata.get("generation")
+    metadata, spec = at(document, "metadata"), at(document, "spec")
+    generation = at(metadata, "generation")
     return Header(
-        name=_text(metadata.get("name")),
-        namespace=_text(metadata.get("namespace")),
-        uid=_text(metadata.get("uid")),
+        name=text(metadata, "name"),
+        namespace=text(metadata, "namespace"),
+        uid=text(metadata, "uid"),
         generation=generation if isinstance(generation, int) and generation > 0 else 1,
-        deleting=metadata.get("deletionTimestamp") is not None,
-        is_ours=spec.get("managedBy", MANAGER) == MANAGER,
-        suspend=spec.get("suspend") is True,
+        deleting=at(metadata, "deletionTimestamp") is not None,
+        is_ours=only(spec, "managedBy").get("managedBy", MANAGER) == MANAGER,
+        suspend=at(spec, "suspend") is True,
     )
 
 
@@ -190,36 +187,14 @@ def _pods(documents: Iterable[Document]) -> dict[int, tuple[PodState, ...]]:
     return found
 
 
-def _read_report(config_map: Document | None) -> Report:
-    report = read_report(config_map)
-    progress = report.progress
-    if progress is None or sane(progress.updated_at) is progress.updated_at:
-        return report
-    moment: datetime = sane(progress.updated_at)
-    return Report(report.attempt, progress.model_copy(update={"updated_at": moment}), report.outcome)
-
-
 def _read_child(document: Any) -> tuple[str, str, str | None]:
     """Name, uid, and the uid of the object that controls it."""
-    metadata = _mapping(_mapping(document).get("metadata"))
-    owners: Any = metadata.get("ownerReferences")
-    listed: Iterable[Any] = owners if isinstance(owners, list) else ()
-    controllers = (owner for owner in map(_mapping, listed) if owner.get("controller") is True)
-    controller = next((_text(owner.get("uid")) for owner in controllers), None)
-    return _text(metadata.get("name")), _text(metadata.get("uid")), controller
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+    return text(document, "metadata", "name"), text(document, "metadata", "uid"), controller_uid(document)
 
 
 # The jobs that are active at one time, with their pods; a status takes much more memory than a pod.
 _READ_JOB = Remembered(_read_job, 1024)
 _READ_CHILD = Remembered(_read_child, 8192)
 _READ_RAY_JOB = Remembered(read_ray_job, 4096)
-_READ_REPORT = Remembered(_read_report, 2048)
+_READ_REPORT = Remembered(read_report, 2048)
 _READ_POD = Remembered(read_pod, 16_384)

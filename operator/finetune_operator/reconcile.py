@@ -31,6 +31,7 @@ from finetune_operator.kinds import FINETUNE_JOB, RAY_JOB, Key, Kind
 from finetune_operator.logs import about
 from finetune_operator.metrics import Metrics
 from finetune_operator.observe import World, observe
+from finetune_operator.raw import controller_uid, version_of
 from finetune_operator.refusals import (
     KUBERAY_MISSING,
     Refusal,
@@ -97,7 +98,7 @@ class Reconciler:
         if world is None:
             self._memories.pop(key, None)
             return None
-        if _version(world.job) == self._memories.setdefault(key, _Memory()).replaced:
+        if version_of(world.job) == self._memories.setdefault(key, _Memory()).replaced:
             return _WATCH_SECONDS
         with about(namespace=key.namespace, job=key.name, attempt=_present_attempt(world.job).get("number")):
             return await self._pass(key, await self._with_present_attempt(world))
@@ -148,7 +149,7 @@ class Reconciler:
         old news for a status is refused by the server; a RayJob for an attempt of the past would be started.
         """
         there = await self._cluster.get(FINETUNE_JOB, Key(_namespace(job), job["metadata"]["name"]))
-        if there is None or _version(there) != _version(job):
+        if there is None or version_of(there) != version_of(job):
             raise Conflict(409, "Conflict", "the job has changed since it was last seen")
         return _Created()
 
@@ -176,7 +177,7 @@ class Reconciler:
         there = await self._cluster.get(kind, Key(_namespace(world.job), name))
         if there is None:
             raise Conflict(409, "Conflict", f"{kind.name} {name} was there, and is gone")
-        is_ours = _is_owned(there, world.job)
+        is_ours = controller_uid(there) == world.job["metadata"].get("uid")
         is_news = name not in _names(world.children.get(kind, ()))
         if is_news and not is_left_over(there, world.job) and (kind == RAY_JOB or not is_ours):
             return there
@@ -219,7 +220,7 @@ class Reconciler:
             return  # deleted meanwhile, and what it owned goes with it
         memory = self._memories.setdefault(key, _Memory())
         # A server that finds nothing changed leaves the version as it is; there is nothing newer to wait for then.
-        memory.replaced = _version(job) if _version(written) != _version(job) else ""
+        memory.replaced = version_of(job) if version_of(written) != version_of(job) else ""
         memory.written_at = self._clock()
         count_transition(self._metrics, job, status)
 
@@ -276,17 +277,8 @@ def _names(documents: Sequence[Document]) -> set[Any]:
     return {document["metadata"]["name"] for document in documents}
 
 
-def _is_owned(document: Document, job: Document) -> bool:
-    owners = document["metadata"].get("ownerReferences") or ()
-    return any(owner.get("controller") and owner.get("uid") == job["metadata"].get("uid") for owner in owners)
-
-
 def _namespace(job: Document) -> str:
     return str(job["metadata"].get("namespace") or "")
-
-
-def _version(document: Document) -> str:
-    return str(document["metadata"].get("resourceVersion") or "")
 
 
 def _sooner(first: float | None, second: float) -> float:

@@ -6,7 +6,6 @@ reads as absent. `observe` and the policies see these types and never a raw stat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from finetune_api.base import Contract
 from finetune_api.progress import Outcome, Progress
 from finetune_operator import names
+from finetune_operator.raw import Document, at, controller_uid, items, only, text
 from finetune_operator.times import sane
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "read_report",
 ]
 
-Document = dict[str, Any]
 C = TypeVar("C", bound=Contract)
 
 PROGRESS_KEY = "progress.json"
@@ -128,75 +127,74 @@ class Report:
 
 def read_ray_job(document: Document) -> RayJobState:
     """The state of a RayJob; an empty one for a document that is none."""
-    metadata, status = _at(document, "metadata"), _at(document, "status")
+    metadata, status = at(document, "metadata"), at(document, "status")
     return RayJobState(
-        name=_text(metadata, "name"),
-        uid=_text(metadata, "uid"),
-        owner_uid=_owner(metadata),
-        attempt=names.attempt_of(_at(metadata, "labels")),
+        name=text(metadata, "name"),
+        uid=text(metadata, "uid"),
+        owner_uid=controller_uid(document),
+        attempt=names.attempt_of(at(metadata, "labels")),
         created_at=_time(metadata, "creationTimestamp"),
-        suspended=_at(document, "spec", "suspend") is True,
-        deployment_status=_text(status, "jobDeploymentStatus"),
-        job_status=_text(status, "jobStatus"),
-        reason=_text(status, "reason"),
-        message=_text(status, "message"),
+        suspended=at(document, "spec", "suspend") is True,
+        deployment_status=text(status, "jobDeploymentStatus"),
+        job_status=text(status, "jobStatus"),
+        reason=text(status, "reason"),
+        message=text(status, "message"),
         started_at=_time(status, "startTime"),
         ended_at=_time(status, "endTime"),
-        deleting=_text(metadata, "deletionTimestamp") != "",
+        deleting=text(metadata, "deletionTimestamp") != "",
     )
 
 
 def read_pod(document: Document) -> PodState:
     """The state of a pod, whole or projected; an empty one for a document that is none."""
-    metadata, status = _at(document, "metadata"), _at(document, "status")
-    labels = _at(metadata, "labels")
-    conditions = {_text(condition, "type"): condition for condition in _items(status, "conditions")}
+    metadata, status = at(document, "metadata"), at(document, "status")
+    labels = at(metadata, "labels")
+    conditions = {text(condition, "type"): condition for condition in items(status, "conditions")}
     ended = _ended_container(status)
     disruption, scheduled = conditions.get("DisruptionTarget"), conditions.get("PodScheduled")
     return PodState(
-        name=_text(metadata, "name"),
+        name=text(metadata, "name"),
         attempt=names.attempt_of(labels),
-        role=_text(labels, names.ROLE_LABEL),
-        phase=_text(status, "phase"),
-        node=_text(document, "spec", "nodeName") or None,
-        reason=_text(status, "reason"),
-        message=_text(status, "message"),
+        role=text(labels, names.ROLE_LABEL),
+        phase=text(status, "phase"),
+        node=text(document, "spec", "nodeName") or None,
+        reason=text(status, "reason"),
+        message=text(status, "message"),
         waiting_reason=_waiting(status),
-        terminated_reason=_text(ended, "reason") or None,
+        terminated_reason=text(ended, "reason") or None,
         exit_code=_whole(ended, "exitCode"),
-        disruption=_text(disruption, "reason") or None if _text(disruption, "status") == "True" else None,
-        unschedulable=_text(scheduled, "message") or None if _text(scheduled, "status") == "False" else None,
-        ready=_text(conditions.get("Ready"), "status") == "True",
-        deleting=_text(metadata, "deletionTimestamp") != "",
+        disruption=text(disruption, "reason") or None if text(disruption, "status") == "True" else None,
+        unschedulable=text(scheduled, "message") or None if text(scheduled, "status") == "False" else None,
+        ready=text(conditions.get("Ready"), "status") == "True",
+        deleting=text(metadata, "deletionTimestamp") != "",
     )
 
 
 def project_pod(document: Document) -> Document:
     """The pod with only what `read_pod` and a store need: a tenth of the whole. Its state reads the same."""
-    metadata, status = _at(document, "metadata"), _at(document, "status")
+    metadata, status = at(document, "metadata"), at(document, "status")
     kept = ("name", "namespace", "uid", "resourceVersion", "labels", "ownerReferences", "deletionTimestamp")
     statuses = ("containerStatuses", "initContainerStatuses")
     return {
-        "metadata": _only(metadata, *kept),
-        "spec": _only(_at(document, "spec"), "nodeName"),
-        "status": _only(status, "phase", "reason", "message")
+        "metadata": only(metadata, *kept),
+        "spec": only(at(document, "spec"), "nodeName"),
+        "status": only(status, "phase", "reason", "message")
         | {
             "conditions": [
-                _only(condition, "type", "status", "reason", "message")
-                for condition in _items(status, "conditions")
-                if _text(condition, "type") in _CONDITIONS
+                only(condition, "type", "status", "reason", "message")
+                for condition in items(status, "conditions")
+                if text(condition, "type") in _CONDITIONS
             ]
         }
         | {
-            key: [_only(container, "name", "state", "lastState") for container in _items(status, key)]
-            for key in statuses
+            key: [only(container, "name", "state", "lastState") for container in items(status, key)] for key in statuses
         },
     }
 
 
 def read_report(config_map: Document | None) -> Report:
     """What the progress ConfigMap holds; what cannot be read in it is left out."""
-    data = _at(config_map, "data")
+    data = at(config_map, "data")
     progress, outcome = _model(Progress, data, PROGRESS_KEY), _model(Outcome, data, OUTCOME_KEY)
     if progress is not None and not _believable(
         progress.step, progress.total_steps, progress.tokens_per_second, progress.eta_seconds
@@ -208,68 +206,42 @@ def read_report(config_map: Document | None) -> Report:
         outcome.step, outcome.total_steps, *(artifact.bytes for artifact in outcome.artifacts)
     ):
         outcome = None
-    attempt = _at(data, ATTEMPT_KEY)
-    if _at(data, OUTCOME_ATTEMPT_KEY) not in (None, attempt):
+    attempt = at(data, ATTEMPT_KEY)
+    if at(data, OUTCOME_ATTEMPT_KEY) not in (None, attempt):
         outcome = None
     return Report(names.attempt_from(attempt), progress, outcome)
 
 
-def _at(value: Any, *path: str) -> Any:
-    """What is at `path` below `value`, or None."""
-    for step in path:
-        value = value.get(step) if isinstance(value, dict) else None
-    return value
-
-
-def _text(value: Any, *path: str) -> str:
-    found = _at(value, *path)
-    return found if isinstance(found, str) else ""
-
-
 def _whole(value: Any, key: str) -> int | None:
-    found = _at(value, key)
+    found = at(value, key)
     return found if isinstance(found, int) and not isinstance(found, bool) else None
-
-
-def _items(value: Any, key: str) -> Iterator[Any]:
-    found = _at(value, key)
-    return iter(found if isinstance(found, list) else ())
 
 
 def _time(value: Any, key: str) -> datetime | None:
     """A time as the API writes it, made fit to be compared."""
     try:
-        return sane(datetime.fromisoformat(_text(value, key)))
+        return sane(datetime.fromisoformat(text(value, key)))
     except ValueError:
         return None
 
 
-def _only(value: Any, *keys: str) -> Document:
-    return {key: value[key] for key in keys if key in value} if isinstance(value, dict) else {}
-
-
-def _owner(metadata: Any) -> str | None:
-    owners = (owner for owner in _items(metadata, "ownerReferences") if _at(owner, "controller") is True)
-    return next((_text(owner, "uid") or None for owner in owners), None)
-
-
 def _containers(status: Any) -> list[Any]:
     """Ray's container, the others, and those that ran before them."""
-    listed = sorted(_items(status, "containerStatuses"), key=lambda one: _text(one, "name") != names.RAY_CONTAINER)
-    return [*listed, *_items(status, "initContainerStatuses")]
+    listed = sorted(items(status, "containerStatuses"), key=lambda one: text(one, "name") != names.RAY_CONTAINER)
+    return [*listed, *items(status, "initContainerStatuses")]
 
 
 def _ended_container(status: Any) -> Any:
     """How the container ended that tells most: one that failed, then one that failed before it was started again."""
-    states = [_at(one, when, "terminated") for when in ("state", "lastState") for one in _containers(status)]
+    states = [at(one, when, "terminated") for when in ("state", "lastState") for one in _containers(status)]
     ended = [state for state in states if isinstance(state, dict)]
     failed = (state for state in ended if _whole(state, "exitCode") not in (None, 0))
-    main = (_at(one, "state", "terminated") for one in _items(status, "containerStatuses"))
+    main = (at(one, "state", "terminated") for one in items(status, "containerStatuses"))
     return next(failed, None) or next((state for state in main if isinstance(state, dict)), None)
 
 
 def _waiting(status: Any) -> str | None:
-    reasons = [_text(one, "state", "waiting", "reason") for one in _containers(status)]
+    reasons = [text(one, "state", "waiting", "reason") for one in _containers(status)]
     given = [reason for reason in reasons if reason]
     return next((reason for reason in given if reason not in _STARTING), given[0] if given else None)
 
@@ -277,7 +249,7 @@ def _waiting(status: Any) -> str | None:
 def _model(kind: type[C], data: Any, key: str) -> C | None:
     """ValueError covers what pydantic says of wrong contents and of JSON that is none."""
     try:
-        return kind.model_validate_json(_text(data, key))
+        return kind.model_validate_json(text(data, key))
     except ValueError:
         return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-__all__ = ["after", "sane", "seconds_between", "whole"]
+__all__ = ["after", "sane", "seconds_between", "whole", "written"]
 
 _EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 _LATEST = datetime(2200, 1, 1, tzinfo=UTC)
@@ -38,3 +38,8 @@ def after(moment: datetime, seconds: float) -> datetime:
 def seconds_between(start: datetime, end: datetime) -> float:
     """Seconds from `start` to `end`; none when a clock went backwards."""
     return max(0.0, (sane(end) - sane(start)).total_seconds())
+
+
+def written(moment: datetime) -> str:
+    """`moment`, which has a zone, as Kubernetes writes times: in UTC, in whole seconds."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -12,6 +12,7 @@ from typing import Any
 from finetune_api.spec.lifecycle import MANAGER
 from finetune_operator import names
 from finetune_operator.policies.dependencies import dependency_names
+from finetune_operator.raw import Document, at, only
 
 __all__ = [
     "BY_JOB",
@@ -25,8 +26,6 @@ __all__ = [
     "project_ray_job",
     "runtime_name",
 ]
-
-Document = dict[str, Any]
 
 BY_JOB = "job"
 """Index of what belongs to a job, by namespace/name of the job."""
@@ -45,12 +44,12 @@ _RAY_JOB_STATUS = ("jobStatus", "jobDeploymentStatus", "reason", "message", "sta
 
 def is_ours(job: Document) -> bool:
     """Whether this operator looks after the job, rather than the one that `managedBy` names."""
-    return _at(job, "spec", "managedBy") in (None, MANAGER)
+    return at(job, "spec", "managedBy") in (None, MANAGER)
 
 
 def runtime_name(job: Document) -> str | None:
     """The runtime that the job names."""
-    name = _at(job, "spec", "runtimeRef", "name")
+    name = at(job, "spec", "runtimeRef", "name")
     return name if isinstance(name, str) else None
 
 
@@ -71,7 +70,7 @@ def owned_indexers() -> dict[str, Any]:
     """Where an object that belongs to a job is found."""
 
     def by_job(document: Document) -> Iterable[str]:
-        job = names.job_of(_at(document, "metadata", "labels"))
+        job = names.job_of(at(document, "metadata", "labels"))
         return () if job is None else (f"{document['metadata'].get('namespace', '')}/{job}",)
 
     return {BY_JOB: by_job}
@@ -89,11 +88,11 @@ def project_object(document: Document) -> Document:
 
 def project_ray_job(document: Document) -> Document:
     """Identity, spec.suspend, and of the status what `states.read_ray_job` reads: not the cluster and its pods."""
-    spec, status = _at(document, "spec"), _at(document, "status")
+    spec, status = at(document, "spec"), at(document, "status")
     return {
-        "metadata": _only(document["metadata"], _RAY_JOB_METADATA),
-        "spec": _only(spec, ("suspend",)),
-        "status": _only(status, _RAY_JOB_STATUS),
+        "metadata": only(document["metadata"], *_RAY_JOB_METADATA),
+        "spec": only(spec, "suspend"),
+        "status": only(status, *_RAY_JOB_STATUS),
     }
 
 
@@ -103,13 +102,3 @@ def project_config_map(document: Document) -> Document:
     if str(document["metadata"]["name"]).endswith("-plan"):
         kept.pop("data", None)
     return kept
-
-
-def _only(value: Any, keys: Iterable[str]) -> Document:
-    return {key: value[key] for key in keys if key in value} if isinstance(value, Mapping) else {}
-
-
-def _at(value: Any, *path: str) -> Any:
-    for step in path:
-        value = value.get(step) if isinstance(value, Mapping) else None
-    return value

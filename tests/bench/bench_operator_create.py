@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -29,7 +28,9 @@ from tests.bench.control_plane import (
     bench_server,
     namespace_of,
     quantile,
+    rss_bytes,
     run_operator,
+    say,
     watched,
 )
 from tests.cluster.build import files_path, program_path
@@ -42,10 +43,6 @@ _AT_ONCE = 32
 _PATIENCE = 600.0
 JOBS = f"/apis/finetune-operator.io/v1alpha1/namespaces/{NAMESPACE}/finetunejobs"
 RAY_JOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 async def offered(
@@ -118,7 +115,7 @@ def ours(options: Any) -> dict[str, Any]:
         figures = asyncio.run(
             measure(server, JOBS, RAY_JOBS, lambda n: job_document(name=n), lambda n: f"{n}-1", options)
         )
-        figures["operator_rss_mb"] = round(_rss(operator.process.process.pid) / 1e6)
+        figures["operator_rss_mb"] = round(rss_bytes(operator.process) / 1e6)
         return figures
 
 
@@ -131,13 +128,8 @@ def theirs(options: Any) -> dict[str, Any]:
     with bench_server() as server, kubeflow_trainer(programs, manifests, jobset, server) as controller:
         namespace_of(server, namespace)
         figures = asyncio.run(measure(server, jobs, children, train_job, lambda n: n, options))
-        figures["operator_rss_mb"] = round(_rss(controller.process.pid) / 1e6)
+        figures["operator_rss_mb"] = round(rss_bytes(controller) / 1e6)
         return figures
-
-
-def _rss(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * 4096
 
 
 def main() -> int:

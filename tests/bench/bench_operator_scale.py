@@ -101,13 +101,13 @@ def restarted(server: Server, jobs: int, seconds: float) -> dict[str, Any]:
             "writes_when_nothing_changes": writes(operator) - before,
             "passes_when_nothing_changes": operator.metric("controller_runtime_reconcile_total") - passes,
             "in_seconds": seconds,
-            "rss_mb": round(rss_bytes(operator) / 1e6),
+            "rss_mb": round(rss_bytes(operator.process) / 1e6),
         }
 
 
 def buckets(operator: Operator) -> dict[float, float]:
     """The histogram of the time that keys waited in the queue: how many waited no longer than so many seconds."""
-    page = operator._answer("/metrics")[1]
+    page = operator.metrics()
     found: dict[float, float] = {}
     for line in page.splitlines():
         if line.startswith("workqueue_queue_duration_seconds_bucket"):
@@ -130,7 +130,7 @@ def reporting(server: Server, names: list[str], seconds: float) -> dict[str, Any
             "reports_a_second": round(len(names) / FLOOR_SECONDS, 1),
             "status_writes_a_second": round((writes(operator) - before) / took, 1),
             "queue_p99_at_most_seconds": p99,
-            "rss_mb": round(rss_bytes(operator) / 1e6),
+            "rss_mb": round(rss_bytes(operator.process) / 1e6),
         }
 
 

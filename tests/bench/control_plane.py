@@ -25,7 +25,7 @@ import yaml
 from tests.cluster.build import files_path, program_path
 from tests.cluster.crds import define
 from tests.cluster.kuberay import define_ray
-from tests.cluster.processes import started
+from tests.cluster.processes import Started, started
 from tests.cluster.server import Server, control_plane
 from tests.control_plane.operators import Operator
 
@@ -81,9 +81,9 @@ def run_operator(server: Server, name: str, *flags: str) -> Iterator[Operator]:
         yield Operator(process)
 
 
-def rss_bytes(operator: Operator) -> int:
-    """Resident memory of an operator's process."""
-    resident: int = psutil.Process(operator.process.process.pid).memory_info().rss
+def rss_bytes(process: Started) -> int:
+    """Resident memory of a process."""
+    resident: int = psutil.Process(process.process.pid).memory_info().rss
     return resident
 
 

@@ -4,6 +4,7 @@
     api              a client of it, once our kinds are served
     controllers      kube-controller-manager: garbage collection, namespaces, service accounts, Jobs
     namespace        the name of a namespace for one test
+    jobs             FineTuneJobs in it, as their user sees them
     kubectl, helm    the real programs
     faults           a proxy for a program to reach the server through, which misbehaves as it is told
     kuberay          KubeRay's operator, and the Ray jobs that it sees
@@ -39,6 +40,7 @@ from tests.cluster.processes import Started, wait_until
 from tests.cluster.programs import PROGRAMS
 from tests.cluster.server import Server, control_plane
 from tests.cluster.tools import Tool, helm_tool, kubectl_tool
+from tests.control_plane.operators import Jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = "/apis/finetune-operator.io/v1alpha1/namespaces/default/finetunejobs"
@@ -100,6 +102,11 @@ def namespace(api: Client, controllers: Started) -> Iterator[str]:
     wait_until(lambda: api.find(account), "the namespace's service account", controllers)
     yield name
     api.delete(f"/api/v1/namespaces/{name}")
+
+
+@pytest.fixture
+def jobs(api: Client, namespace: str) -> Jobs:
+    return Jobs(api, namespace)
 
 
 @pytest.fixture(scope="session")

@@ -45,9 +45,13 @@ class Operator:
         """Waits as long as the operator lives."""
         wait_until(holds, what, self.process)
 
+    def metrics(self) -> str:
+        """Its metrics, as Prometheus reads them; empty while it serves none."""
+        return self._answer("/metrics")[1]
+
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric over all series with these labels."""
-        lines = [line for line in self._answer("/metrics")[1].splitlines() if re.match(rf"{name}[{{ ]", line)]
+        lines = [line for line in self.metrics().splitlines() if re.match(rf"{name}[{{ ]", line)]
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
         return sum(float(line.rpartition(" ")[2]) for line in lines if all(one in line for one in wanted))
 

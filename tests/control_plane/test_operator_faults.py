@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.client import Client
 from tests.cluster.crds import define_files
 from tests.cluster.faults import CutWatch, Delay, Drop, FailWatch, Faults, LoseAnswer, Refuse
 from tests.cluster.kuberay import define_ray
@@ -15,11 +14,6 @@ from tests.control_plane.conftest import ROOT, Built
 from tests.control_plane.operators import Jobs, operator
 
 pytestmark = pytest.mark.control_plane
-
-
-@pytest.fixture
-def jobs(api: Client, namespace: str) -> Jobs:
-    return Jobs(api, namespace)
 
 
 FAULTS = {

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.client import Client
 from tests.cluster.kuberay import KubeRay
 from tests.cluster.pods import Kwok
 from tests.cluster.processes import Started
@@ -17,11 +16,6 @@ from tests.control_plane.operators import Jobs, Operator, operator
 pytestmark = pytest.mark.control_plane
 
 GPUS = {"cluster.workers": {"replicas": 2, "gpus": 1}, "failurePolicy.backoff": {"initialSeconds": 1, "maxSeconds": 1}}
-
-
-@pytest.fixture
-def jobs(api: Client, namespace: str) -> Jobs:
-    return Jobs(api, namespace)
 
 
 @pytest.fixture

@@ -8,16 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.client import Client
 from tests.cluster.faults import Faults
 from tests.control_plane.operators import Jobs, Operator, operator
 
 pytestmark = pytest.mark.control_plane
-
-
-@pytest.fixture
-def jobs(api: Client, namespace: str) -> Jobs:
-    return Jobs(api, namespace)
 
 
 @pytest.fixture

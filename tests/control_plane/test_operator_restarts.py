@@ -8,17 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.client import Client
 from tests.cluster.faults import Faults, Freeze, LoseAnswer, Rule
 from tests.cluster.server import Server
 from tests.control_plane.operators import Jobs, Operator, operator
 
 pytestmark = pytest.mark.control_plane
-
-
-@pytest.fixture
-def jobs(api: Client, namespace: str) -> Jobs:
-    return Jobs(api, namespace)
 
 
 @pytest.mark.parametrize("action", [Freeze(), LoseAnswer()], ids=["before the write", "after the write"])

@@ -26,6 +26,7 @@ from finetune_operator.decide import Decision, decide
 from finetune_operator.kinds import CONFIG_MAP, FINETUNE_JOB, RAY_JOB, Kind
 from finetune_operator.observe import World, observe
 from finetune_operator.settings import Settings
+from finetune_operator.times import written
 from tests.factories import job, job_document, runtime_document
 
 __all__ = ["ARTIFACT", "NOON", "SETTINGS", "Cluster", "another_job", "failed", "stopped", "succeeded"]
@@ -146,7 +147,7 @@ class Cluster:
     def delete(self, kind: Kind, name: str) -> None:
         """Deletes an object; a RayJob of which `finalized` holds stays a while."""
         if kind == RAY_JOB and self.finalized:
-            self.objects[kind, name]["metadata"]["deletionTimestamp"] = _text(self.now)
+            self.objects[kind, name]["metadata"]["deletionTimestamp"] = written(self.now)
             return
         del self.objects[kind, name]
         if kind == RAY_JOB:
@@ -162,7 +163,7 @@ class Cluster:
     def create(self, kind: Kind, document: Document) -> Document:
         """Creates an object."""
         created = copy.deepcopy(document)
-        created["metadata"] |= {"uid": self._uid(), "creationTimestamp": _text(self.now)}
+        created["metadata"] |= {"uid": self._uid(), "creationTimestamp": written(self.now)}
         self.objects[kind, created["metadata"]["name"]] = created
         return created
 
@@ -189,14 +190,14 @@ class Cluster:
 
     def running(self) -> Cluster:
         """The Ray cluster is up and the entrypoint runs."""
-        return self.kuberay(jobDeploymentStatus="Running", jobStatus="RUNNING", startTime=_text(self.now))
+        return self.kuberay(jobDeploymentStatus="Running", jobStatus="RUNNING", startTime=written(self.now))
 
     def ended(self, status: str = "FAILED", message: str = "", reason: str = "AppFailed") -> Cluster:
         """The entrypoint has ended."""
         deployment = "Failed" if status == "FAILED" else "Complete"
         why: dict[str, Any] = {"reason": reason} if status == "FAILED" else {}
         return self.kuberay(
-            jobDeploymentStatus=deployment, jobStatus=status, message=message, endTime=_text(self.now), **why
+            jobDeploymentStatus=deployment, jobStatus=status, message=message, endTime=written(self.now), **why
         )
 
     def report(self, stage: Stage = Stage.TRAINING, step: int = 0, attempt: int | None = None, **more: Any) -> Cluster:
@@ -283,7 +284,3 @@ class Cluster:
     def _uid(self) -> str:
         self._last_uid += 1
         return f"{self._name}-uid-{self._last_uid}"
-
-
-def _text(moment: datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -19,8 +19,10 @@ from finetune_operator.errors import AlreadyExists, ApiError, Conflict, Gone, In
 from finetune_operator.kinds import Key, Kind
 from finetune_operator.local.patches import applied, copied, merged
 from finetune_operator.local.selectors import Selector, parse_selector
-from finetune_operator.local.store import Document, Documents, Objects, Record, key_of
+from finetune_operator.local.store import Documents, Objects, Record
+from finetune_operator.raw import Document, key_of
 from finetune_operator.runtime.reflector import ListWatch, Page, WatchEvent
+from finetune_operator.times import written
 
 __all__ = ["Admission", "LocalCluster"]
 
@@ -181,7 +183,7 @@ class LocalCluster:
             raise Invalid(422, "Invalid", message)
 
     def _now(self) -> str:
-        return self._clock().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return written(self._clock())
 
     def _out(self, document: Document) -> Document:
         """A copy: a reader that changes what it got must not change what is stored."""

@@ -19,7 +19,7 @@ from finetune_operator import names
 from finetune_operator.kinds import CONFIG_MAP, RAY_JOB, Key, Kind
 from finetune_operator.local import ray_job
 from finetune_operator.local.cluster import LocalCluster
-from finetune_operator.local.store import Document, key_of
+from finetune_operator.raw import Document, key_of
 from finetune_operator.resources.config_map import PLAN_KEY
 from finetune_operator.states import ATTEMPT_KEY, OUTCOME_KEY, PROGRESS_KEY
 

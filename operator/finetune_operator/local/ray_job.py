@@ -10,8 +10,10 @@ Called by `local.kubelet`. The sentences are Ray's own, because policies look fo
 from __future__ import annotations
 
 import secrets
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
+
+from finetune_operator.times import written
 
 __all__ = ["ended", "initializing", "is_finished", "new", "running", "submitted", "suspended", "suspending"]
 
@@ -28,7 +30,7 @@ def initializing(name: str, now: datetime) -> Status:
         "jobDeploymentStatus": "Initializing",
         "jobId": f"{name}-{suffix}",
         "rayClusterName": f"{name}-{suffix}",
-        "startTime": _time(now),
+        "startTime": written(now),
         "succeeded": 0,
         "failed": 0,
     }
@@ -41,13 +43,13 @@ def submitted(status: Status) -> Status:
 
 def running(status: Status, now: datetime) -> Status:
     """The entrypoint runs."""
-    info = {"rayJobInfo": {"startTime": _time(now)}}
+    info = {"rayJobInfo": {"startTime": written(now)}}
     return status | {"jobStatus": "RUNNING", "message": "Job is currently running."} | info
 
 
 def ended(status: Status, exit_code: int | None, was_stopped: bool, log: str, now: datetime) -> Status:
     """The entrypoint has ended; `exit_code` None where nobody was there to see it end."""
-    end = {"endTime": _time(now), "rayJobInfo": status.get("rayJobInfo", {}) | {"endTime": _time(now)}}
+    end = {"endTime": written(now), "rayJobInfo": status.get("rayJobInfo", {}) | {"endTime": written(now)}}
     if exit_code == 0:
         message = "Job finished successfully."
         return status | end | _job("Complete", "SUCCEEDED", message) | {"succeeded": 1}
@@ -90,7 +92,3 @@ def _failure(exit_code: int | None, log: str) -> str:
         f"Job entrypoint command failed with exit code {exit_code}, "
         f"last available logs (truncated to 20,000 chars):\n{log[-_LOGS:]}"
     )
-
-
-def _time(now: datetime) -> str:
-    return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

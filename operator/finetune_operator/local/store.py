@@ -11,14 +11,12 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from finetune_operator.errors import Gone
 from finetune_operator.kinds import Key, Kind
+from finetune_operator.raw import Document, key_of
 
-__all__ = ["Document", "Documents", "Objects", "Record", "key_of"]
-
-Document = dict[str, Any]
+__all__ = ["Documents", "Objects", "Record"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +33,6 @@ class Record:
 Records = list[Record]
 Documents = list[Document]
 """Named here: within a class that has a method `list`, that name means the method."""
-
-
-def key_of(document: Document) -> Key:
-    """The key of an object that has a name."""
-    metadata = document["metadata"]
-    return Key(metadata.get("namespace") or "", metadata["name"])
 
 
 class Objects:

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_api.progress import Artifact
+from finetune_operator.raw import at
 
 __all__ = ["Dependencies", "dependency_names", "resolve"]
 
@@ -36,7 +37,7 @@ class Dependencies:
 
 def dependency_names(job: Any) -> tuple[str, ...]:
     """Names of the jobs whose artifacts `job`, a raw FineTuneJob, needs. Total."""
-    source = _at(job, "spec", "model", "source")
+    source = at(job, "spec", "model", "source")
     return (source.removeprefix(_PREFIX),) if isinstance(source, str) and source.startswith(_PREFIX) else ()
 
 
@@ -53,7 +54,7 @@ def resolve(names: Iterable[str], jobs: Mapping[str, Any]) -> Dependencies:
         elif (failure := _condition(other, "Failed")) is not None:
             failed.append(f"job://{name} failed: {_reason(failure)}")
         elif _condition(other, "Complete") is None:
-            waiting.append(f"job://{name} is {_at(other, 'status', 'phase') or 'Pending'}.")
+            waiting.append(f"job://{name} is {at(other, 'status', 'phase') or 'Pending'}.")
         elif not written:
             failed.append(f"job://{name} succeeded without writing a model.")
         else:
@@ -63,18 +64,18 @@ def resolve(names: Iterable[str], jobs: Mapping[str, Any]) -> Dependencies:
 
 def _condition(job: Any, name: str) -> Any:
     """The condition of that type, when it holds."""
-    listed = _at(job, "status", "conditions")
-    held = (one for one in (listed if isinstance(listed, list) else ()) if _at(one, "status") == "True")
-    return next((one for one in held if _at(one, "type") == name), None)
+    listed = at(job, "status", "conditions")
+    held = (one for one in (listed if isinstance(listed, list) else ()) if at(one, "status") == "True")
+    return next((one for one in held if at(one, "type") == name), None)
 
 
 def _reason(condition: Any) -> str:
-    reason, message = _at(condition, "reason"), _at(condition, "message")
+    reason, message = at(condition, "reason"), at(condition, "message")
     return ": ".join(str(part) for part in (reason, message) if part) or "no reason is known"
 
 
 def _artifacts(job: Any) -> list[Artifact]:
-    listed = _at(job, "status", "artifacts")
+    listed = at(job, "status", "artifacts")
     found = []
     for one in listed if isinstance(listed, list) else ():
         try:
@@ -82,9 +83,3 @@ def _artifacts(job: Any) -> list[Artifact]:
         except ValidationError:
             continue
     return found
-
-
-def _at(value: Any, *path: str) -> Any:
-    for step in path:
-        value = value.get(step) if isinstance(value, dict) else None
-    return value

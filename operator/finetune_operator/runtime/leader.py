@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from finetune_operator.errors import AlreadyExists, ClusterError, Conflict, Unreachable
 from finetune_operator.kinds import LEASE
 from finetune_operator.metrics import Metrics
-from finetune_operator.runtime.store import Document, version_of
+from finetune_operator.raw import Document, version_of
 
 __all__ = ["LeaderElector", "LeaseClient"]
 

@@ -23,8 +23,9 @@ from typing import Literal, Protocol
 from finetune_operator.errors import ApiError, ClusterError, Gone, Unreachable
 from finetune_operator.kinds import Key
 from finetune_operator.metrics import Metrics
+from finetune_operator.raw import Document, key_of, version_of
 from finetune_operator.runtime.limits import exponential
-from finetune_operator.runtime.store import Document, Documents, Indexer, Store, key_of, version_of
+from finetune_operator.runtime.store import Documents, Indexer, Store
 
 __all__ = ["Change", "ListWatch", "Page", "Reflector", "WatchEvent"]
 

@@ -6,27 +6,15 @@ Documents are shared, not copied: whoever reads one leaves it as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, KeysView, Mapping
-from typing import Any
 
 from finetune_operator.kinds import Key
+from finetune_operator.raw import Document, key_of
 
-__all__ = ["Document", "Documents", "Indexer", "Store", "key_of", "version_of"]
+__all__ = ["Documents", "Indexer", "Store"]
 
-Document = dict[str, Any]
 Documents = list[Document]
 Indexer = Callable[[Document], Iterable[str]]
 """The values under which a document is to be found; a pure function, since it is asked again at removal."""
-
-
-def key_of(document: Document) -> Key:
-    """The key of an object; KeyError where it has no name."""
-    metadata = document["metadata"]
-    return Key(metadata.get("namespace") or "", metadata["name"])
-
-
-def version_of(document: Document) -> str:
-    """The object's resourceVersion, an opaque word; empty where it has none."""
-    return str(document.get("metadata", {}).get("resourceVersion") or "")
 
 
 class Store:

@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from finetune_operator.errors import AlreadyExists, Conflict, Gone
 from finetune_operator.kinds import Key
+from finetune_operator.raw import Document, key_of, version_of
 from finetune_operator.runtime.reflector import Page, WatchEvent
-from finetune_operator.runtime.store import Document, key_of, version_of
 
 __all__ = ["FakeLease", "FakeServer", "gone", "thing"]
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from finetune_operator.errors import ApiError, Unreachable
 from finetune_operator.metrics import Metrics
+from finetune_operator.raw import Document
 from finetune_operator.runtime.leader import LeaderElector
-from finetune_operator.runtime.store import Document
 from tests.operator.runtime.fakes import FakeLease
 from tests.operator.runtime.virtual_time import run, settle
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from finetune_operator.errors import ApiError, Gone, TooManyRequests, Unreachable
 from finetune_operator.kinds import Key
 from finetune_operator.metrics import Metrics
+from finetune_operator.raw import Document, key_of
 from finetune_operator.runtime.reflector import Change, Page, Reflector
-from finetune_operator.runtime.store import Document, key_of
 from tests.operator.runtime.fakes import FakeServer, gone, thing
 from tests.operator.runtime.virtual_time import run, settle
 

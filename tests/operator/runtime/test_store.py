@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_operator.kinds import Key
-from finetune_operator.runtime.store import Document, Store, key_of, version_of
+from finetune_operator.raw import Document, key_of, version_of
+from finetune_operator.runtime.store import Store
 from tests.operator.runtime.fakes import thing
 
 
