@@ -27,6 +27,7 @@ from finetune_api.spec import (
 
 __all__ = [
     "BatchPlan",
+    "CheckpointPlan",
     "Decision",
     "DeepSpeedPlan",
     "Device",
@@ -104,6 +105,20 @@ class EvaluationPlan(Contract):
     generation: GenerationEval | None
 
 
+class CheckpointPlan(Contract):
+    """Where and when checkpoints are made."""
+
+    uri: str | None
+    """Their folder; None: `checkpoints` in the run's working folder."""
+    job: str
+    """Whose they are: the job's uid, or its namespace/name where it has none. Another job's are never used."""
+    every_steps: int | None
+    """None: only when the run is asked to stop."""
+    keep_last: int
+    resume: bool
+    """Go on from the newest one that is whole."""
+
+
 class DeepSpeedPlan(Contract):
     """Which engine trains, and its whole configuration."""
 
@@ -142,6 +157,8 @@ class RunPlan(Contract):
     optimization: OptimizationPlan
     evaluation: EvaluationPlan
     deepspeed: DeepSpeedPlan
+    checkpoint: CheckpointPlan | None = None
+    """None: no checkpoints, every attempt begins at step 0."""
     outputs: list[Output]
     tracking: Tracking
     decisions: list[Decision] = Field(default_factory=list)

@@ -48,6 +48,10 @@ class Progress(Contract):
     """At most 16 figures by name: loss, learning_rate, grad_norm, eval_loss, ..."""
     message: str | None = None
     """A sentence for people."""
+    resumed_from_step: int | None = None
+    """Optimizer steps that an earlier attempt had done and that were not done again."""
+    checkpoint_step: int | None = None
+    """Optimizer steps in the newest checkpoint of this attempt."""
     updated_at: datetime
 
 

@@ -2,6 +2,7 @@
 
     runs/<job>/<time>/
       state.json       the objects of the local cluster: the job with its status, its plan, what it reported
+      checkpoints/     what attempts left for each other to go on from
       plan.json, progress.jsonl, outcome.json, artifact/, ...      of the last attempt
       attempt-1/       the same of an attempt before it
 
@@ -32,7 +33,7 @@ __all__ = ["STATE_FILE", "NoRun", "RunFolder", "RunState", "jobs_in"]
 
 STATE_FILE = "state.json"
 _ATTEMPT = "attempt-"
-_OF_ALL_ATTEMPTS = frozenset({STATE_FILE})
+_OF_ALL_ATTEMPTS = frozenset({STATE_FILE, "checkpoints"})
 """What stays where it is when another attempt begins."""
 _VERSION = 1
 _LOCK_WAIT_SECONDS = 60.0

@@ -13,6 +13,7 @@ from finetune_api.job import FineTuneJob
 from finetune_api.learning_rate import auto_learning_rate, parameters_in_name, parse_parameters
 from finetune_api.plan import (
     BatchPlan,
+    CheckpointPlan,
     Decision,
     DeepSpeedPlan,
     Device,
@@ -104,6 +105,7 @@ class _Planner:
                 generation=spec.training.generation,
             ),
             deepspeed=self._deepspeed(workers, batch, precision, zero_stage),
+            checkpoint=self._checkpoint(),
             outputs=spec.outputs,
             tracking=spec.tracking,
             decisions=self.decisions,
@@ -268,6 +270,27 @@ class _Planner:
             return DeepSpeedPlan(engine="torch", zero_stage=0, config={})
         config = deepspeed_config(asked, stage, batch, precision, self.spec.training.max_grad_norm)
         return DeepSpeedPlan(engine="deepspeed", zero_stage=stage, config=config)
+
+    def _checkpoint(self) -> CheckpointPlan | None:
+        """Below the runtime's storage, or in the run's own folder."""
+        asked, metadata = self.spec.checkpoint, self.job.metadata
+        if asked is None:
+            return None
+        storage = storage_of(self.job, self.runtime)
+        uri = f"{storage}/checkpoints" if storage is not None else None
+        if uri is not None:
+            self._decide("checkpoint", uri, f"storage of runtime {self._runtime_name()}")
+        else:
+            self._decide("checkpoint", "checkpoints", "in the run's own folder: no runtime names a storage")
+        if asked.every_steps is None:
+            self._decide("checkpoint.everySteps", "none", "left out: a checkpoint is made when the run is stopped")
+        return CheckpointPlan(
+            uri=uri,
+            job=str((metadata.model_extra or {}).get("uid") or f"{metadata.namespace}/{metadata.name}"),
+            every_steps=asked.every_steps,
+            keep_last=asked.keep_last,
+            resume=asked.resume == "auto",
+        )
 
     def _decide(self, field: str, value: object, reason: str) -> None:
         self.decisions.append(Decision(field=f"spec.{field}", value=str(value), reason=reason))

@@ -263,6 +263,13 @@ TABLE = [
     bad("a reserved key", "spec.deepspeed.config.train_batch_size", 8, "set spec.training.globalBatchSize"),
     bad("a reserved key deep down", "spec.deepspeed.config.zero_optimization.stage", 2, "set spec.deepspeed.zeroStage"),
     bad("a reserved block", "spec.deepspeed.config.bf16.enabled", True, "set spec.training.precision"),
+    # Checkpoints.
+    bad("a checkpoint every no steps", "spec.checkpoint.everySteps", 0, "must be at least 1"),
+    bad("a checkpoint in words", "spec.checkpoint.everySteps", "auto", "must be a whole number"),
+    bad("no checkpoint is kept", "spec.checkpoint.keepLast", 0, "must be at least 1"),
+    bad("going on in another way", "spec.checkpoint.resume", "always", "must be auto or never"),
+    bad("checkpoints as a switch", "spec.checkpoint", True, "must be a mapping of keys to values"),
+    bad("a place for checkpoints", "spec.checkpoint.uri", "s3://b/c", "known here: everySteps, keepLast, resume"),
     # Cluster and runtime.
     bad("no workers", "spec.cluster.workers.replicas", 0, "must be at least 1"),
     bad("more GPUs than a machine has", "spec.cluster.workers.gpus", 17, "must be at most 16"),

@@ -196,6 +196,29 @@ def test_a_trainer_that_is_killed_in_mid_run_is_followed_by_an_attempt_that_comp
     assert [child for child in children if is_alive(child.pid)] == []
 
 
+def test_after_a_kill_the_next_attempt_goes_on_from_the_last_checkpoint(world: World) -> None:
+    folder, reports = world.folder / "resumed", world.folder / "resumed" / "progress.jsonl"
+    training = {"training": {"maxSteps": 60, "globalBatchSize": 8}, "checkpoint": {"everySteps": 2}}
+    job = world.write_job("resumed", training)
+    process = world.start(
+        *("run", job, "--workdir", folder, "-o", "json", "--set", "failurePolicy.backoff.initialSeconds=1")
+    )
+    wait_until(
+        lambda: process.poll() is not None or (reports.exists() and '"checkpointStep":4' in reports.read_text()),
+        seconds=300,
+    )
+    assert process.poll() is None, process.communicate()
+    trainer_among(psutil.Process(process.pid).children(recursive=True)).kill()
+    done = finish(process)
+    assert done.code == 0, done.stderr
+    assert [one["outcome"] for one in done.document["attempts"]] == ["Unknown", "Succeeded"]
+    [resumed] = {json.loads(line).get("resumedFromStep") for line in reports.read_text().splitlines()} - {None}
+    figures = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert resumed >= 4
+    assert min(one["step"] for one in figures if "loss" in one["metrics"]) == resumed + 1
+    assert "it goes on from the newest checkpoint" in done.stderr
+
+
 def test_a_killed_trainer_is_a_failure_and_leaves_nothing(world: World) -> None:
     process, children = begin_long_run(world, "killed", "--no-retry")
     trainer_among(children).kill()

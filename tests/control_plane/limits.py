@@ -134,6 +134,7 @@ EXAMPLES = {
                     {"classes": ["OutOfMemory"], "exitCodes": [1], "messagePattern": "CUDA", "action": "Retry"},
                 ],
             },
+            "checkpoint": {"everySteps": 100, "keepLast": 3, "resume": "auto"},
             "lifecycle": {
                 "startDeadlineSeconds": 600,
                 "activeDeadlineSeconds": 86_400,

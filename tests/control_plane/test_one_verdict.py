@@ -100,6 +100,9 @@ OTHER_FAULTS: dict[str, Mapping[str, Any]] = {
     "a scheme that is not for outputs": {"outputs": [{"to": "hf://org/name"}]},
     "a path for a URI": {"model.source": "/models/m"},
     "a list in a list": {"tuning.lora.targetModules": [["q_proj"]]},
+    "a checkpoint every no steps": {"checkpoint": {"everySteps": 0}},
+    "no checkpoint is kept": {"checkpoint": {"keepLast": 0}},
+    "going on in another way": {"checkpoint": {"resume": "always"}},
     "a number among names": {"tuning.lora.targetModules": [1]},
 }
 

@@ -425,6 +425,37 @@ def test_after_out_of_memory_the_micro_batch_is_the_given_one_or_the_next_smalle
     assert (batch.micro_batch_size, batch.gradient_accumulation_steps) == (micro, 32 // micro)
 
 
+class TestCheckpoints:
+    def test_a_job_that_does_not_ask_has_none(self) -> None:
+        assert plan().checkpoint is None
+
+    def test_they_are_below_the_runtimes_storage(self) -> None:
+        planned = plan({"checkpoint": {"everySteps": 50}}, {"storage": "pvc://runs/all"})
+        assert planned.checkpoint is not None
+        assert planned.checkpoint.uri == f"{planned.storage}/checkpoints"
+        assert decided(planned)["checkpoint"] == (planned.checkpoint.uri, "storage of runtime pool")
+        assert (planned.checkpoint.every_steps, planned.checkpoint.keep_last, planned.checkpoint.resume) == (
+            50,
+            3,
+            True,
+        )
+
+    def test_without_a_storage_they_are_in_the_runs_own_folder(self) -> None:
+        planned = plan({"checkpoint": {"keepLast": 1, "resume": "never"}})
+        assert planned.checkpoint is not None
+        assert (planned.checkpoint.uri, planned.checkpoint.resume, planned.checkpoint.keep_last) == (None, False, 1)
+        assert decided(planned)["checkpoint"][0] == "checkpoints"
+        assert decided(planned)["checkpoint.everySteps"][0] == "none"
+
+    def test_they_belong_to_the_job_by_its_uid(self) -> None:
+        document = job_document({"checkpoint": {}})
+        document["metadata"]["uid"] = "1-2-3"
+        with_uid, without = plan_run(FineTuneJob.model_validate(document)).checkpoint, plan({"checkpoint": {}})
+        assert with_uid is not None
+        assert without.checkpoint is not None
+        assert (with_uid.job, without.checkpoint.job) == ("1-2-3", f"{without.namespace}/{without.name}")
+
+
 @pytest.mark.parametrize(("workers", "cpus"), [({"gpus": 8, "cpus": 96}, 12), ({"gpus": 0, "cpus": 4}, 4), ({}, None)])
 def test_the_processes_of_a_worker_share_its_cores(workers: dict[str, Any], cpus: float | None) -> None:
     assert plan({"cluster.workers": workers}).workers.cpus_per_process == cpus

@@ -15,7 +15,7 @@ from finetune_api.plan import RunPlan
 from finetune_api.progress import Stage
 from finetune_trainers.data.batches import Batch, StepBatches
 from finetune_trainers.errors import NonFiniteLossError
-from finetune_trainers.loop import Loop, LoopResult, epoch_ends
+from finetune_trainers.loop import Loop, LoopMemory, LoopResult, epoch_ends
 from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedRun
 from tests.trainers.factories import tiny_plan
 
@@ -112,6 +112,20 @@ class Kept:
         self.steps.append(step)
 
 
+class Saved:
+    """Remembers the checkpoints that it was asked for; `fault` is what it says of each."""
+
+    def __init__(self, every_steps: int | None = None) -> None:
+        self.every_steps = every_steps
+        self.memories: dict[int, LoopMemory] = {}
+        self.fault: str | None = None
+
+    def save(self, step: int, memory: LoopMemory) -> str | None:
+        assert step not in self.memories
+        self.memories[step] = memory
+        return self.fault
+
+
 class Figures:
     """A tracker that keeps everything."""
 
@@ -155,6 +169,7 @@ class World:
         changes: dict[str, Any] | None = None,
         losses: Mapping[int, float] | None = None,
         eval_losses: list[float] | None = None,
+        saved: Saved | None = None,
     ) -> None:
         self.plan = plan_of(changes)
         self.engine, self.context, self.kept, self.figures = CountingEngine(), Alone(), Kept(), Figures()
@@ -174,6 +189,7 @@ class World:
             trackers=self.figures,
             evaluate=evaluate,
             best=self.kept if self.plan.evaluation.early_stopping else None,
+            checkpoints=saved,
         )
 
     def run(self) -> LoopResult:
@@ -328,3 +344,76 @@ def test_progress_says_how_far_and_how_fast() -> None:
     last = world.context.reports[-1]
     assert (last["step"], last["total_steps"], last["percent"], last["epoch"]) == (4, 4, 100.0, 2.0)
     assert last["tokens_per_second"] > 0
+
+
+def stopped_at(world: World, step: int) -> World:
+    """A stop is asked for during this step."""
+    begin = world.engine.begin_step
+
+    def ask(learning_rate: float, done: float) -> None:
+        begin(learning_rate, done)
+        world.context.stop_asked = len(world.engine.rates) == step
+
+    world.engine.begin_step = ask  # type: ignore[method-assign]
+    return world
+
+
+def test_a_checkpoint_is_made_every_n_steps() -> None:
+    saved = Saved(every_steps=2)
+    World(5, saved=saved).run()
+    assert list(saved.memories) == [2, 4]
+
+
+def test_a_stop_makes_a_checkpoint_of_the_steps_that_none_has() -> None:
+    often, seldom = Saved(every_steps=1), Saved()
+    stopped_at(World(9, saved=often), 3).run()
+    stopped_at(World(9, saved=seldom), 3).run()
+    assert (list(often.memories), list(seldom.memories)) == ([1, 2, 3], [3])
+
+
+def test_a_stop_before_the_first_step_saves_nothing() -> None:
+    saved = Saved()
+    world = World(9, saved=saved)
+    world.context.stop_asked = True
+    world.run()
+    assert saved.memories == {}
+
+
+def test_a_loop_that_goes_on_makes_only_the_steps_that_are_left() -> None:
+    world = World(5)
+    world.loop.resume(3, LoopMemory(num_trained_tokens=30, evaluated=True))
+    result = world.run()
+    assert (result.step, world.engine.num_updates, world.evaluated_at) == (5, 2, [4, 5])
+    assert [world.figures.by_step[step]["num_tokens"] for step in (4, 5)] == [40, 50]
+    assert {report["resumed_from_step"] for report in world.context.reports} == {3}
+
+
+def test_an_evaluation_that_the_stop_came_before_is_made_up_for() -> None:
+    saved = Saved()
+    stopped_at(World(5, saved=saved), 2).run()
+    assert not saved.memories[2].evaluated
+    world = World(5)
+    world.loop.resume(2, saved.memories[2])
+    world.run()
+    assert world.evaluated_at == [2, 4, 5]
+
+
+def test_patience_and_the_best_step_survive_a_checkpoint() -> None:
+    saved = Saved(every_steps=3)
+    stopped_at(World(10, EARLY, eval_losses=[9.0, 5.0, 4.0, 4.5, 4.1], saved=saved), 4).run()
+    world = World(10, EARLY, eval_losses=[4.1, 1.0])
+    world.loop.resume(3, saved.memories[3])
+    result = world.run()
+    assert (result.step, result.stopped_early, result.best_step) == (4, True, 2)
+    assert result.eval is not None
+    assert (result.eval.loss_before, result.eval.loss_after) == (9.0, 4.0)
+
+
+def test_a_checkpoint_that_failed_is_told_and_tried_again_when_the_run_stops() -> None:
+    saved = Saved(every_steps=2)
+    saved.fault = "no space"
+    world = stopped_at(World(9, saved=saved), 3)
+    world.run()
+    assert list(saved.memories) == [2, 3]
+    assert [report["message"] for report in world.context.reports if report.get("message")] == ["no space"] * 2
+    assert not any(report.get("checkpoint_step") for report in world.context.reports)

@@ -67,57 +67,60 @@ def engine_config(plan: RunPlan) -> dict[str, Any]:
 
 
 class DeepSpeedEngine:
-    """A model under `deepspeed.initialize`. All calls are collective."""
+    """A model under `deepspeed.initialize`. All calls are collective.
+
+    What is public beside the protocol is for `checkpoint.engine_state` alone.
+    """
 
     def __init__(self, tuned: TunedModel, plan: RunPlan, context: WorkerContext) -> None:
         import deepspeed
 
-        self._stage = plan.deepspeed.zero_stage
+        self.zero_stage = plan.deepspeed.zero_stage
         self._precision = plan.precision
         self._world_size = context.world_size
         self._is_writer = context.rank == 0
-        self._groups = param_groups(tuned.model, plan.optimization.adamw.weight_decay, opening_fractions(tuned))
+        self.groups = param_groups(tuned.model, plan.optimization.adamw.weight_decay, opening_fractions(tuned))
         # torch's fused AdamW keeps up with DeepSpeed's own on GPU and CPU, and is compiled already
-        self._adamw = torch.optim.AdamW(**adamw_arguments(self._groups, plan.optimization.adamw), fused=True)
-        self._ds, *_ = deepspeed.initialize(model=tuned.model, optimizer=self._adamw, config=engine_config(plan))
-        _restart_bias_correction(self._adamw.state.values())  # some wrappers have made an empty step
-        self._is_open = [group.opens_at == 0.0 for group in self._groups]
-        self.module: nn.Module = self._ds
+        self.adamw = torch.optim.AdamW(**adamw_arguments(self.groups, plan.optimization.adamw), fused=True)
+        self.ds, *_ = deepspeed.initialize(model=tuned.model, optimizer=self.adamw, config=engine_config(plan))
+        _restart_bias_correction(self.adamw.state.values())  # some wrappers have made an empty step
+        self.is_open = [group.opens_at == 0.0 for group in self.groups]
+        self.module: nn.Module = self.ds
         self.device = context.device
 
     def begin_step(self, learning_rate: float, done: float) -> None:
-        for index, group in enumerate(self._groups):
-            if not self._is_open[index] and done >= group.opens_at:
-                self._is_open[index] = True
+        for index, group in enumerate(self.groups):
+            if not self.is_open[index] and done >= group.opens_at:
+                self.is_open[index] = True
                 _restart_bias_correction(self._states(index))
-            self._adamw.param_groups[index]["lr"] = learning_rate if self._is_open[index] else 0.0
+            self.adamw.param_groups[index]["lr"] = learning_rate if self.is_open[index] else 0.0
             for param in group.params:
-                param.requires_grad_(self._is_open[index])
+                param.requires_grad_(self.is_open[index])
 
     def _states(self, group: int) -> Iterable[dict[str, Tensor]]:
         """The optimizer's states of a group, wherever this ZeRO stage keys them."""
-        if self._stage == 3:  # pieces of flat partitions, put into the group only for the update
-            zero = self._ds.optimizer
+        if self.zero_stage == 3:  # pieces of flat partitions, put into the group only for the update
+            zero = self.ds.optimizer
             params = [
                 flat
                 for piece, flat in enumerate(zero.fp32_partitioned_groups_flat)
                 if zero.sub_group_to_group_id[piece] == group
             ]
         else:
-            params = self._adamw.param_groups[group]["params"]
-        return [self._adamw.state[param] for param in params if param in self._adamw.state]
+            params = self.adamw.param_groups[group]["params"]
+        return [self.adamw.state[param] for param in params if param in self.adamw.state]
 
     def backward(self, loss_sum: Tensor, num_tokens: int) -> None:
-        self._ds.backward(loss_sum * (self._world_size / num_tokens), scale_wrt_gas=False)
-        if not self._ds.is_gradient_accumulation_boundary():
-            self._ds.step()  # only counts the micro-batch
+        self.ds.backward(loss_sum * (self._world_size / num_tokens), scale_wrt_gas=False)
+        if not self.ds.is_gradient_accumulation_boundary():
+            self.ds.step()  # only counts the micro-batch
 
     def step(self) -> float | None:
         norm = self._norm_of_plain_gradients()
         if norm is not None and not math.isfinite(norm):
             raise NonFiniteLossError(f"the norm of the gradient is {norm}")
-        self._ds.step()
-        if not self._ds.was_step_applied():
+        self.ds.step()
+        if not self.ds.was_step_applied():
             if self._precision is Precision.FP16:
                 return None
             raise NonFiniteLossError("the gradient is NaN or infinite")
@@ -125,25 +128,25 @@ class DeepSpeedEngine:
 
     def _norm_of_plain_gradients(self) -> float | None:
         """Stage 0 in fp32 has no wrapper that would measure the norm or refuse an update."""
-        if self._stage > 0 or self._precision is not Precision.FP32:
+        if self.zero_stage > 0 or self._precision is not Precision.FP32:
             return None
-        gradients = [p.grad for group in self._groups for p in group.params if p.grad is not None]
+        gradients = [p.grad for group in self.groups for p in group.params if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def _norm_of_wrapper(self) -> float:
-        norm = float(self._ds.get_global_grad_norm())
-        scaling = getattr(self._ds.optimizer, "loss_scale_config", None)
+        norm = float(self.ds.get_global_grad_norm())
+        scaling = getattr(self.ds.optimizer, "loss_scale_config", None)
         return norm / scaling.cur_scale if scaling is not None else norm  # stage 0 measures the scaled gradient
 
     def parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        wanted = [(name, param) for name, param in self._ds.module.named_parameters() if names is None or name in names]
+        wanted = [(name, param) for name, param in self.ds.module.named_parameters() if names is None or name in names]
         for part in _parts(wanted):
             yield from self._whole(part)
 
     def _whole(self, part: list[tuple[str, nn.Parameter]]) -> list[tuple[str, Tensor]]:
         from deepspeed.runtime.zero import GatheredParameters
 
-        with GatheredParameters([param for _, param in part], enabled=self._stage == 3):
+        with GatheredParameters([param for _, param in part], enabled=self.zero_stage == 3):
             if not self._is_writer:
                 return []
             return [(name, param.detach().to("cpu", copy=True)) for name, param in part]

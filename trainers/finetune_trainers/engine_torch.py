@@ -24,39 +24,40 @@ class TorchEngine:
     """Trainable weights and optimizer states in fp32, forward and backward in the plan's precision.
 
     A group that is still closed asks for no gradient: its backward pass costs nothing and it has no optimizer state.
+    What is public beside the protocol is for `checkpoint.engine_state` alone.
     """
 
     def __init__(self, tuned: TunedModel, plan: RunPlan, context: WorkerContext) -> None:
         self.module: nn.Module = tuned.model
         self.device = context.device
-        self._groups = param_groups(self.module, plan.optimization.adamw.weight_decay, opening_fractions(tuned))
-        self._params = [param for group in self._groups for param in group.params]
+        self.groups = param_groups(self.module, plan.optimization.adamw.weight_decay, opening_fractions(tuned))
+        self._params = [param for group in self.groups for param in group.params]
         _use_fp32(self._params)
-        self._optimizer = torch.optim.AdamW(**adamw_arguments(self._groups, plan.optimization.adamw), fused=True)
+        self.adamw = torch.optim.AdamW(**adamw_arguments(self.groups, plan.optimization.adamw), fused=True)
         self._max_grad_norm = plan.optimization.max_grad_norm
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=plan.precision is Precision.FP16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=plan.precision is Precision.FP16)
         if plan.precision in _AUTOCAST:
             _autocast_forward(self.module, self.device.type, _AUTOCAST[plan.precision])
 
     def begin_step(self, learning_rate: float, done: float) -> None:
-        for group, settings in zip(self._groups, self._optimizer.param_groups, strict=True):
+        for group, settings in zip(self.groups, self.adamw.param_groups, strict=True):
             settings["lr"] = learning_rate
             for param in group.params:
                 param.requires_grad_(done >= group.opens_at)
 
     def backward(self, loss_sum: Tensor, num_tokens: int) -> None:
-        self._scaler.scale(loss_sum / num_tokens).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss_sum / num_tokens).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> float | None:
-        self._scaler.unscale_(self._optimizer)
+        self.scaler.unscale_(self.adamw)
         limit = self._max_grad_norm or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self._params, limit))
         finite = norm < float("inf")  # NaN compares as False
-        if not finite and not self._scaler.is_enabled():
+        if not finite and not self.scaler.is_enabled():
             raise NonFiniteLossError(f"the norm of the gradient is {norm}")
-        self._scaler.step(self._optimizer)  # leaves the update out when the scaled gradient overflowed
-        self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.scaler.step(self.adamw)  # leaves the update out when the scaled gradient overflowed
+        self.scaler.update()
+        self.adamw.zero_grad(set_to_none=True)
         return norm if finite else None
 
     def parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -65,7 +66,7 @@ class TorchEngine:
                 yield name, param.detach().cpu()
 
     def close(self) -> None:
-        self._optimizer.state.clear()  # twice the size of the parameters, which writing them can use
+        self.adamw.state.clear()  # twice the size of the parameters, which writing them can use
 
 
 def _use_fp32(params: list[nn.Parameter]) -> None:

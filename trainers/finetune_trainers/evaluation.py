@@ -220,7 +220,7 @@ class EarlyStop:
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:
         self._patience = patience
         self._min_delta = min_delta
-        self._num_without_improvement = 0
+        self.num_without_improvement = 0
         self.best_loss = math.inf
 
     def update(self, loss: float) -> Verdict:
@@ -228,5 +228,5 @@ class EarlyStop:
         improved = loss < self.best_loss - self._min_delta
         if improved:
             self.best_loss = loss
-        self._num_without_improvement = 0 if improved else self._num_without_improvement + 1
-        return Verdict(improved, stop=self._num_without_improvement >= self._patience)
+        self.num_without_improvement = 0 if improved else self.num_without_improvement + 1
+        return Verdict(improved, stop=self.num_without_improvement >= self._patience)

@@ -7,6 +7,8 @@
         not finite? end here, before the update
         update
         log; evaluate when it is time; stop early when it no longer gets better
+        save a checkpoint when it is time
+    asked to stop? save a checkpoint of the steps that no checkpoint has
 
 Runs on every rank, in step. It decides nothing from a rank's own view: what ranks could see differently (a stop
 request, a non-finite loss) goes through the all-reduce first.
@@ -22,7 +24,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from pydantic import Field
 
+from finetune_api.base import Contract
 from finetune_api.plan import RunPlan
 from finetune_api.progress import EvalSummary, Stage
 from finetune_trainers.context import WorkerContext
@@ -33,7 +37,7 @@ from finetune_trainers.methods import Method
 from finetune_trainers.optim import lr_at
 from finetune_trainers.prepared import PreparedRun
 
-__all__ = ["Evaluator", "KeepsBest", "Loop", "LoopResult", "epoch_ends"]
+__all__ = ["Evaluator", "KeepsBest", "Loop", "LoopMemory", "LoopResult", "SavesCheckpoints", "epoch_ends"]
 
 Evaluator = Callable[[int], dict[str, float]]
 """Called with the number of steps done; returns figures, eval_loss among them. Collective."""
@@ -43,6 +47,32 @@ class KeepsBest(Protocol):
     """Keeps the parameters of the best evaluation so far."""
 
     def save(self, step: int) -> None: ...
+
+
+class LoopMemory(Contract):
+    """What the loop would need to know if it went on in another process. It is part of a checkpoint."""
+
+    num_trained_tokens: int = 0
+    evaluated: bool = False
+    """The model as it is has been evaluated, where that is due."""
+    eval: EvalSummary | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+    num_without_improvement: int = 0
+    """Evaluations since the best one."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    loss_scale: float | None = None
+    """Of fp16; filled in by whoever saves."""
+
+
+class SavesCheckpoints(Protocol):
+    """Makes checkpoints of the engine and of what the loop remembers."""
+
+    every_steps: int | None
+
+    def save(self, step: int, memory: LoopMemory) -> str | None:
+        """Why there is no checkpoint; None when there is one. Collective, the same answer on every rank."""
+        ...
 
 
 class TracksMetrics(Protocol):
@@ -88,6 +118,7 @@ class Loop:
         trackers: TracksMetrics | None = None,
         evaluate: Evaluator | None = None,
         best: KeepsBest | None = None,
+        checkpoints: SavesCheckpoints | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`trackers` on rank 0 only; `best` exactly when the plan stops early."""
@@ -106,28 +137,69 @@ class Loop:
         self._clock = clock
         self._pace = _Pace()
         self._evaluated_at = self._evaluations(plan) if evaluate is not None else []
+        self._checkpoints = checkpoints
+        self._saved_step = 0
+        self._lasting: dict[str, int] = {}  # what every report says
+        self._evaluated = False
         self._num_trained_tokens = 0
         self._stop_requested = False
         self.result = LoopResult(seconds={Stage.TRAINING: 0.0, Stage.EVALUATING: 0.0})
 
     def run(self) -> LoopResult:
         result = self.result
-        self._context.report(Stage.TRAINING, total_steps=self._total)
-        self._evaluate()
+        self._context.report(Stage.TRAINING, step=result.step, total_steps=self._total, **self._lasting)
+        is_new = result.step == 0
+        if (is_new or (self._evaluation_is_due() and not self._evaluated)) and self._evaluate():
+            result.stopped_early = result.step < self._total
+            return result
         if self._stop_was_requested():
             result.cancelled = True
             return result
-        for step in range(self._total):
+        for step in range(result.step, self._total):
             figures = self._timed_step(step)
-            result.step = step + 1
+            result.step, self._evaluated = step + 1, False
             self._log(figures)
             if self._stop_requested and result.step < self._total:
                 result.cancelled = True
+                self._save()
                 break
             if self._evaluation_is_due() and self._evaluate():
                 result.stopped_early = result.step < self._total
                 break
+            if self._checkpoints is not None and result.step % (self._checkpoints.every_steps or math.inf) == 0:
+                self._save()
         return result
+
+    def resume(self, step: int, memory: LoopMemory) -> None:
+        """Go on after `step` steps of an earlier process. Called before `run`."""
+        self.result.step = self._saved_step = step
+        self.result.best_step, self.result.eval = memory.best_step, memory.eval
+        self.result.metrics = dict(memory.metrics)
+        self._num_trained_tokens, self._evaluated = memory.num_trained_tokens, memory.evaluated
+        if self._early_stop is not None:
+            self._early_stop.num_without_improvement = memory.num_without_improvement
+            self._early_stop.best_loss = math.inf if memory.best_loss is None else memory.best_loss
+        self._lasting = {"resumed_from_step": step, "checkpoint_step": step}
+
+    def _save(self) -> None:
+        """A checkpoint of the steps done, unless there is one."""
+        step, stop = self.result.step, self._early_stop
+        if self._checkpoints is None or step == self._saved_step:
+            return
+        best_loss = stop.best_loss if stop is not None else math.inf
+        memory = LoopMemory(
+            num_trained_tokens=self._num_trained_tokens,
+            evaluated=self._evaluated,
+            eval=self.result.eval,
+            best_step=self.result.best_step,
+            best_loss=best_loss if math.isfinite(best_loss) else None,
+            num_without_improvement=stop.num_without_improvement if stop is not None else 0,
+            metrics={name: value for name, value in self.result.metrics.items() if math.isfinite(value)},
+        )
+        fault = self._checkpoints.save(step, memory)
+        if fault is None:
+            self._saved_step = self._lasting["checkpoint_step"] = step
+        self._report(Stage.TRAINING, urgent=True, message=fault)
 
     def _stop_was_requested(self) -> bool:
         """The same answer on every rank. Within a step, the loss's all-reduce carries the question."""
@@ -191,6 +263,7 @@ class Loop:
             eta_seconds=self._pace.eta_seconds(self._total - step, self._num_evaluations_left()),
             tokens_per_second=self._pace.tokens_per_second or None,
             metrics={name: value for name, value in self.result.metrics.items() if math.isfinite(value)},
+            **self._lasting,
             **figures,
         )
 
@@ -224,6 +297,7 @@ class Loop:
         self._pace.evaluation_seconds = seconds
         self.result.seconds[Stage.EVALUATING] += seconds
         self.result.metrics.update(figures)
+        self._evaluated = True
         if self._trackers is not None:
             self._trackers.log(step, figures)
         self._report(Stage.TRAINING, urgent=True)

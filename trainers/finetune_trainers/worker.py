@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from finetune_trainers.models import load_model, load_tokenizer
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.tracking import Trackers, open_trackers
 from finetune_trainers.tuning import TunedModel, apply_tuning
+
+if TYPE_CHECKING:
+    from finetune_trainers.saving import Checkpoints
 
 __all__ = ["WorkerResult", "artifact_folder", "load", "run", "train_batches"]
 
@@ -62,6 +66,7 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
     best = None
     if plan.evaluation.early_stopping is not None:
         best = BestParameters(workdir / "best", engine, tuned.trainable, context)
+    checkpoints = _checkpoints(plan, prepared, engine, context, workdir)
     loop = Loop(
         plan,
         prepared,
@@ -71,9 +76,12 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
         trackers=trackers,
         evaluate=_evaluator(plan, prepared, engine, context, trackers) if prepared.data.eval else None,
         best=best,
+        checkpoints=checkpoints,
     )
     result = Result.FAILED
     try:
+        if checkpoints is not None and (resumed := checkpoints.resume()) is not None:
+            loop.resume(resumed.step, resumed.memory)
         training = loop.run()
         engine.close()
         exporting_at = time.time()
@@ -120,6 +128,17 @@ def train_batches(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) 
         None if epochs is None else epochs * prepared.sequences_per_epoch,
         context.rank,
     )
+
+
+def _checkpoints(
+    plan: RunPlan, prepared: PreparedRun, engine: Engine, context: WorkerContext, workdir: Path
+) -> Checkpoints | None:
+    if plan.checkpoint is None:
+        return None
+    from finetune_trainers.saving import Checkpoints  # its imports are for jobs that save
+
+    best = workdir / "best" if plan.evaluation.early_stopping is not None else None
+    return Checkpoints(plan, plan.checkpoint, prepared, engine, context, workdir, best)
 
 
 def _evaluator(

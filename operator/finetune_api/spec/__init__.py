@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.base import Contract, Rule
+from finetune_api.spec.checkpoint import Checkpoint
 from finetune_api.spec.cluster import Cluster, DeepSpeed, Head, Offload, RuntimeRef, Workers
 from finetune_api.spec.data import Columns, Data, DataFormat, DataSource
 from finetune_api.spec.lifecycle import (
@@ -34,6 +35,7 @@ __all__ = [
     "MANAGER",
     "Action",
     "Backoff",
+    "Checkpoint",
     "Cluster",
     "Columns",
     "Data",
@@ -96,6 +98,8 @@ class FineTuneJobSpec(Contract):
     """How the training state is spread."""
     cluster: Cluster = Field(default_factory=Cluster)
     """Number and size of workers."""
+    checkpoint: Checkpoint | None = None
+    """Saving what the next attempt needs to go on. Left out: nothing is saved, and every attempt begins at step 0."""
     outputs: Annotated[list[Output], Field(max_length=8)] = Field(default_factory=list)
     """Where the trained model is written. Left out: the run's own folder."""
     tracking: Tracking = Field(default_factory=Tracking)

@@ -45,17 +45,20 @@ class Narrator:
             return
         last = status.attempts[-1]
         if last.ended_at is None:
-            self._once(key, "begins", last.number, self._begins(last))
+            self._once(key, "begins", last.number, self._begins(last, job))
         elif status.next_attempt_at is not None:
             why = f"Attempt {last.number} failed {_after(last)} ({last.outcome}): {self._why(key, last)}"
             self._once(key, "failed", last.number, why)
             self._once(key, "next", last.number, self._next(last, job, status.next_attempt_at, status.restarts))
 
-    def _begins(self, attempt: Attempt) -> str:
+    def _begins(self, attempt: Attempt, job: FineTuneJob) -> str:
         if attempt.number == 1:
             return "Starting" if self._several else ""
         if attempt.resumed_from_step:
             return f"Attempt {attempt.number} goes on after step {attempt.resumed_from_step}"
+        checkpoint = job.spec.checkpoint
+        if checkpoint is not None and checkpoint.resume == "auto":
+            return f"Attempt {attempt.number} begins: it goes on from the newest checkpoint, or at step 0 without one"
         return f"Attempt {attempt.number} begins again at step 0: there is no checkpoint to go on from"
 
     def _next(self, last: Attempt, job: FineTuneJob, at: datetime, restarts: int) -> str:

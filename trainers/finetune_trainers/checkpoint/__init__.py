@@ -19,8 +19,11 @@
     reading           slices for any rank of any world size, verified as they are read
     sweep             deleting what retention does not keep, and what dead attempts left
     export            weights as Hugging Face safetensors, by streaming
+    identity          whether a checkpoint is one of this very training                              pure
+    folders           a folder that checkpoints share, as blobs
+    engine_state      the only code that knows where torch and DeepSpeed keep the state of a training
 
 A checkpoint exists when its MANIFEST.json exists. That file is written last and never over another one, so a crash
-at any moment leaves either no checkpoint or a whole one. Nothing here is pickled, and no rank waits for another one
-while it saves.
+at any moment leaves either no checkpoint or a whole one. Nothing here is pickled, and no rank needs another
+one to write its part. `finetune_trainers.saving` uses all this in a running training.
 """

@@ -7,6 +7,7 @@ HEAD.json is not looked at.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from finetune_trainers.checkpoint import layout
@@ -18,7 +19,7 @@ from finetune_trainers.checkpoint.storage.errors import StorageMissingError, Sto
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.verify import Damage, deep_damages, quick_damages
 
-__all__ = ["Rejected", "Search", "find_newest", "read_manifest", "verified"]
+__all__ = ["Rejected", "Search", "find_newest", "newest_first", "read_manifest", "verified"]
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,20 @@ def find_newest(storage: Storage, deep: bool = False) -> Search:
     Raises StorageUnavailableError and StorageDeniedError rather than reject what could not be looked at.
     """
     rejected: list[Rejected] = []
-    for listing in listed(storage).values():
-        if not listing.is_settled:
-            continue
-        found = verified(storage, listing, deep)
+    for found in newest_first(storage, deep):
         if isinstance(found, Manifest):
             return Search(found, tuple(rejected))
-        if isinstance(found, Rejected):
-            rejected.append(found)
+        rejected.append(found)
     return Search(None, tuple(rejected))
+
+
+def newest_first(storage: Storage, deep: bool = False) -> Iterator[Manifest | Rejected]:
+    """Every checkpoint that was published, each verified when it is asked for. Raises as `find_newest` does."""
+    for listing in listed(storage).values():
+        if listing.is_settled:
+            found = verified(storage, listing, deep)
+            if not isinstance(found, Abandoned):
+                yield found
 
 
 def verified(storage: Storage, listing: Listing, deep: bool = False) -> Manifest | Abandoned | Rejected:

@@ -1,0 +1,43 @@
+"""Whether a checkpoint is one of this very training: what must be the same, and what may differ. Pure.
+
+The job, the base model, the adapter, the parameters, the data and its order, and the global batch must be the same; the
+number of workers, the micro-batch, the ZeRO stage and the precision may differ. Called by `saving` before it resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from finetune_trainers.checkpoint.manifest import Intent
+
+__all__ = ["differences"]
+
+
+def differences(found: Intent, mine: Intent) -> list[str]:
+    """Why the checkpoint of `found` cannot be gone on from by a training that would save `mine`; none when it can."""
+    return list(_differences(found, mine))
+
+
+def _differences(found: Intent, mine: Intent) -> Iterator[str]:
+    if found.job != mine.job:
+        yield f"it was made by another job ({found.job}, and this is {mine.job})"
+    before, now = _digest(found), _digest(mine)
+    if before != now:
+        yield f"it was trained from another model (digest {before[:12]}, and this one's is {now[:12]})"
+    if found.adapter != mine.adapter or _shapes(found) != _shapes(mine):
+        yield "it trained other parameters (spec.tuning differs)"
+    if found.global_batch != mine.global_batch:
+        yield f"its global batch was {found.global_batch} sequences, and this one's is {mine.global_batch}"
+    if found.data is not None and mine.data is not None:
+        if found.data.seed != mine.data.seed:
+            yield f"its data had the order of seed {found.data.seed}, and this one's seed is {mine.data.seed}"
+        if found.data.digest != mine.data.digest:
+            yield "it was trained on other data (spec.data or spec.method differs)"
+
+
+def _digest(intent: Intent) -> str:
+    return intent.base_model.digest if intent.base_model is not None else ""
+
+
+def _shapes(intent: Intent) -> dict[tuple[str, str], tuple[int, ...]]:
+    return {(tensor.role, tensor.name): tensor.shape for tensor in intent.tensors}
