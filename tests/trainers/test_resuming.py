@@ -142,7 +142,7 @@ def test_ten_and_ten_steps_are_twenty_to_the_bit(way: str, place: Place) -> None
 @pytest.fixture
 def engines(place: Place) -> Iterator[Any]:
     """Engines of the plan with these changes, and how their state is read."""
-    made = []
+    made: list[Any] = []
 
     def make(changes: dict[str, Any]) -> EngineState:
         plan, workdir = place.plan(changes), place.folder / f"engine-{len(made)}"

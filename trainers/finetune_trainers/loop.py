@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pydantic import Field
@@ -139,7 +139,7 @@ class Loop:
         self._evaluated_at = self._evaluations(plan) if evaluate is not None else []
         self._checkpoints = checkpoints
         self._saved_step = 0
-        self._lasting: dict[str, int] = {}  # what every report says
+        self._lasting: dict[str, Any] = {}  # what every report says
         self._evaluated = False
         self._num_trained_tokens = 0
         self._stop_requested = False

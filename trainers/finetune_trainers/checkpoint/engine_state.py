@@ -149,7 +149,7 @@ class EngineState:
         def read(piece: Slice) -> memoryview:
             held = self._held[tensors[piece.tensor].name]
             part = held.view(self._tensor(held, piece.state), piece.start, piece.end)
-            return memoryview(part.cpu().numpy()).cast("B")
+            return _bytes_of(part.cpu())
 
         return read
 
@@ -169,7 +169,7 @@ class EngineState:
                 buffer = torch.empty(held.end - held.start, dtype=torch.float32)
                 values[tensor.name, state] = buffer
                 wanted = Wanted(SliceKey(_ROLE, tensor.name, state), held.start, held.end)
-                targets[wanted] = memoryview(buffer.numpy()).cast("B")
+                targets[wanted] = _bytes_of(buffer)
         reader.read(targets)
         return Loaded(values, _steps_of(manifest))
 
@@ -348,3 +348,9 @@ _PUBLISHERS: dict[str, Callable[[Any], None]] = {
     "flat groups": _publish_flat_groups,
     "partitioned": _publish_partitioned,
 }
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a tensor on the CPU, as bytes; writing there writes the tensor."""
+    array: Any = tensor.numpy()  # numpy does not say that its arrays are buffers
+    return memoryview(array).cast("B")
