@@ -62,11 +62,11 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
     tuned, engine = load(plan, prepared, context)
     torch.manual_seed(plan.optimization.seed + context.rank)  # dropout is not
     loaded_at = time.time()
+    checkpoints = _checkpoints(plan, prepared, engine, context, workdir)
     trackers = open_trackers(plan, workdir, plan.name) if context.rank == 0 else None
     best = None
     if plan.evaluation.early_stopping is not None:
         best = BestParameters(workdir / "best", engine, tuned.trainable, context)
-    checkpoints = _checkpoints(plan, prepared, engine, context, workdir)
     loop = Loop(
         plan,
         prepared,
