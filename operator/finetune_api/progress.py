@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import Field
 
 from finetune_api.base import Contract
 from finetune_api.failures import Failure
 
-__all__ = ["Artifact", "EvalSummary", "Outcome", "Progress", "Result", "Stage"]
+__all__ = ["Artifact", "EvalSummary", "Outcome", "Progress", "Result", "SavedCheckpoint", "Stage"]
 
 
 class Stage(StrEnum):
@@ -27,6 +28,21 @@ class Stage(StrEnum):
     EVALUATING = "Evaluating"
     EXPORTING = "Exporting"
     DONE = "Done"
+
+
+class SavedCheckpoint(Contract):
+    """A checkpoint that is whole and durable."""
+
+    uri: str
+    """Its folder."""
+    step: int
+    """Optimizer steps in it."""
+    saved_at: datetime
+    """When its manifest was written."""
+    world_size: int
+    """Training processes that wrote it; any other number can go on from it."""
+    bytes: int
+    """Of all its files."""
 
 
 class Progress(Contract):
@@ -52,6 +68,10 @@ class Progress(Contract):
     """Optimizer steps that an earlier attempt had done and that were not done again."""
     checkpoint_step: int | None = None
     """Optimizer steps in the newest checkpoint of this attempt."""
+    checkpoint: SavedCheckpoint | None = None
+    """The newest whole checkpoint that this attempt knows of: made by it, or gone on from."""
+    rejected_checkpoints: Annotated[list[str], Field(max_length=4)] = Field(default_factory=list)
+    """Checkpoints that this attempt would not go on from, each with its name and the reason; the newest four."""
     updated_at: datetime
 
 
