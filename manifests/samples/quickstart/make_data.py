@@ -1,6 +1,6 @@
 """Question-answer pairs from the documentation that ships inside this Python, for the quickstart.
 
-    python make_data.py [--folder data] [--train-rows 280] [--eval-rows 40]
+    python make_data.py [--folder data] [--train-rows 200] [--eval-rows 40]
 
 Writes train.jsonl, eval.jsonl and question.txt. Every docstring is real text and nothing is downloaded; the same
 Python always gives the same files. A name that is asked about in one file is never asked about in another.
@@ -200,7 +200,7 @@ def write_rows(path: Path, found: list[Entry]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "data", help="where to write")
-    parser.add_argument("--train-rows", type=int, default=280, help="rows of train.jsonl (default 280)")
+    parser.add_argument("--train-rows", type=int, default=200, help="rows of train.jsonl (default 200)")
     parser.add_argument("--eval-rows", type=int, default=40, help="rows of eval.jsonl (default 40)")
     options = parser.parse_args()
     with warnings.catch_warnings():
