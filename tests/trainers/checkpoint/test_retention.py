@@ -14,7 +14,7 @@ from finetune_trainers.checkpoint.retention import Best, Candidate, Retention, V
 ids = st.builds(CheckpointId, epoch=st.integers(1, 4), step=st.integers(0, 40).map(lambda n: n * 5))
 policies = st.builds(
     Retention,
-    keep_last=st.integers(1, 5),
+    keep_last=st.none() | st.integers(1, 5),
     keep_every=st.none() | st.integers(1, 60),
     keep_best=st.none()
     | st.builds(Best, metric=st.just("loss"), mode=st.sampled_from(["min", "max"]), count=st.integers(1, 3)),
@@ -119,6 +119,8 @@ MEASURED = [Candidate(CheckpointId(1, step), 10, {"loss": loss}) for step, loss 
         (Retention(keep_last=1, keep_best=Best(metric="loss", count=2)), {20, 50}),
         (Retention(keep_last=1, keep_best=Best(metric="loss", mode="max")), {10, 50}),
         (Retention(keep_last=1, keep_best=Best(metric="accuracy")), {50}),
+        (Retention(keep_last=None), {10, 20, 30, 40, 50}),
+        (Retention(keep_last=None, quota_bytes=30), {30, 40, 50}),
         (Retention(keep_last=5, quota_bytes=25), {40, 50}),
         (Retention(keep_last=5, quota_bytes=1), {50}),
         (Retention(keep_last=2, keep_every=10, quota_bytes=30), {30, 40, 50}),

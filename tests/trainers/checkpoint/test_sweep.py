@@ -12,10 +12,11 @@ from finetune_trainers.checkpoint.fence import SupersededError
 from finetune_trainers.checkpoint.find import find_newest
 from finetune_trainers.checkpoint.layout import CheckpointId
 from finetune_trainers.checkpoint.listing import listed
+from finetune_trainers.checkpoint.pins import pin, unpin
 from finetune_trainers.checkpoint.retention import Retention
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
-from finetune_trainers.checkpoint.sweep import pin, plan_sweep, sweep, unpin
+from finetune_trainers.checkpoint.sweep import plan_sweep, sweep
 from finetune_trainers.checkpoint.write import announce
 from tests.trainers.checkpoint.faulting import Crash, FaultingStorage, Schedule, SimulatedDisk
 from tests.trainers.checkpoint.saving import intent_of, save, start, write_all

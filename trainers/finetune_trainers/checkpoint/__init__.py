@@ -12,6 +12,7 @@
     storage/          the only code that touches a disk or an object store
     fence             which attempt may publish
     write             one rank's shards, auxiliary files and receipt
+    pins              a person's word that a checkpoint stays
     listing           the folders of a run, as one listing has them
     commit            receipts of all ranks -> MANIFEST.json
     verify            is every byte what the manifest says

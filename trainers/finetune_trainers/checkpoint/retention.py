@@ -34,7 +34,8 @@ class Best(Contract):
 class Retention(Contract):
     """What to keep beside the newest valid checkpoint."""
 
-    keep_last: Positive = 3
+    keep_last: Positive | None = 3
+    """None: all stay, but for what a quota takes away."""
     keep_every: Positive | None = None
     """Steps: those whose step is a multiple of it stay."""
     keep_best: Best | None = None
@@ -111,7 +112,8 @@ def _wishes(ordered: Sequence[Candidate], policy: Retention) -> dict[CheckpointI
     for candidate in _best(ordered, policy.keep_best):
         wish(candidate, f"best by {policy.keep_best.metric}" if policy.keep_best else "")
     for candidate in ordered[: policy.keep_last]:
-        wish(candidate, f"one of the last {policy.keep_last}")
+        all_stay = "no rule says that it may go"
+        wish(candidate, all_stay if policy.keep_last is None else f"one of the last {policy.keep_last}")
     for candidate in ordered:
         if policy.keep_every is not None and candidate.id.step % policy.keep_every == 0:
             wish(candidate, f"at a multiple of {policy.keep_every} steps")

@@ -2,6 +2,7 @@
 
 A checkpoint is deleted in an order in which it is at no moment a damaged one: the tombstone, which hides it; the
 manifest; the other files; the tombstone. A crash on the way leaves a tombstone, and the next sweep goes on from there.
+One that is pinned at the last moment is given back (`pins`).
 
 Blobs are swept by marking: what no manifest and no open intent names goes. Only the holder of the fence may do that,
 since only it knows that nobody is about to name a blob which is there already.
@@ -12,10 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Literal
-
-from pydantic import AwareDatetime
 
 from finetune_api.base import Contract
 from finetune_trainers.checkpoint import layout
@@ -25,23 +23,14 @@ from finetune_trainers.checkpoint.find import read_manifest, verified
 from finetune_trainers.checkpoint.layout import CheckpointId
 from finetune_trainers.checkpoint.listing import Listing, listed
 from finetune_trainers.checkpoint.manifest import Abandoned, Intent, Manifest
+from finetune_trainers.checkpoint.pins import is_pinned
 from finetune_trainers.checkpoint.retention import Candidate, Retention, Verdict, choose
 from finetune_trainers.checkpoint.storage.errors import StorageConflictError, StorageMissingError
 from finetune_trainers.checkpoint.storage.protocol import Storage
 
-__all__ = ["Pin", "SweepPlan", "Swept", "pin", "plan_sweep", "sweep", "unpin"]
+__all__ = ["SweepPlan", "Swept", "Tombstone", "plan_sweep", "sweep"]
 
 _DAY = 86_400.0
-
-
-class Pin(Contract):
-    """Somebody's wish that a checkpoint stays."""
-
-    kind: Literal["pin"] = "pin"
-    version: Literal[1] = 1
-    by: str
-    reason: str = ""
-    created: AwareDatetime
 
 
 class Tombstone(Contract):
@@ -71,15 +60,6 @@ class Swept:
     plan: SweepPlan
     deleted: tuple[CheckpointId, ...]
     num_bytes: int
-
-
-def pin(storage: Storage, checkpoint: CheckpointId, by: str, reason: str, now: datetime) -> None:
-    """Keep a checkpoint until it is unpinned."""
-    storage.replace(layout.pin(checkpoint), sealed(Pin(by=by, reason=reason, created=now)))
-
-
-def unpin(storage: Storage, checkpoint: CheckpointId) -> None:
-    storage.delete([layout.pin(checkpoint)])
 
 
 def plan_sweep(
@@ -123,8 +103,7 @@ def sweep(
     for checkpoint, reason in sorted(unwanted.items()):
         if fence is not None:
             demand_fence(storage, fence)
-        if checkpoint in folders and storage.size(layout.pin(checkpoint)) is None:
-            _delete(storage, folders[checkpoint], reason)
+        if checkpoint in folders and _delete(storage, folders[checkpoint], reason):
             deleted.append(checkpoint)
             num_bytes += sum(folders[checkpoint].sizes.values())
     if fence is not None and plan.blobs and len(deleted) == len(unwanted):  # what stayed after all has its blobs
@@ -163,12 +142,31 @@ def _orphans(
     return tuple(sorted(stored.name for stored in storage.list(layout.BLOBS) if stored.name not in named))
 
 
-def _delete(storage: Storage, listing: Listing, reason: str) -> None:
+def _delete(storage: Storage, listing: Listing, reason: str) -> bool:
+    """-> False when it is pinned, and stays."""
+    if not _doom(storage, listing, reason):
+        return False
     tombstone, manifest = layout.tombstone(listing.checkpoint), layout.manifest(listing.checkpoint)
-    if tombstone not in listing.sizes:
-        with suppress(StorageConflictError):  # another sweep is at it
-            storage.create(tombstone, sealed(Tombstone(reason=reason)))
     storage.delete([manifest])
     storage.delete([name for name in listing.sizes if name not in (manifest, tombstone)])
     storage.delete([tombstone])
     storage.prune(layout.folder(listing.checkpoint))
+    return True
+
+
+def _doom(storage: Storage, listing: Listing, reason: str) -> bool:
+    """Put the tombstone there -> False when the checkpoint is pinned. Where the manifest is gone other files may be
+    gone too, and no pin brings them back."""
+    name, is_mine = layout.tombstone(listing.checkpoint), False
+    can_stay = layout.manifest(listing.checkpoint) in listing.sizes
+    if can_stay and is_pinned(storage, listing.checkpoint):
+        return False
+    if name not in listing.sizes:
+        with suppress(StorageConflictError):  # another sweep is at it
+            storage.create(name, sealed(Tombstone(reason=reason)))
+            is_mine = True
+    if can_stay and is_pinned(storage, listing.checkpoint):  # since the look before
+        if is_mine:
+            storage.delete([name])
+        return False
+    return True
