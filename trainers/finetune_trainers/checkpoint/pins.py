@@ -1,11 +1,11 @@
 """Pins: a person's word that a checkpoint stays, whatever retention says. `finetune ckpt pin` makes them.
 
 A pin is a small document of its own, `pins/<checkpoint>.json`: created once, never changed, deleted to unpin. No
-checkpoint is touched. `retention` lets no rule and no quota overrule it, and one whose document is damaged still counts.
+checkpoint is touched. `retention` lets no rule and no quota overrule it, and one whose document is damaged counts too.
 
 A sweep may be about to delete what is being pinned. Each of the two leaves its mark first and looks for the other's
-afterwards: a sweep puts the tombstone and then looks for a pin, `pin` puts the pin and then looks for a tombstone. So at
-least one of them sees the other and gives way, and no pin is promised for a checkpoint that goes.
+afterwards: a sweep puts the tombstone and then looks for a pin, `pin` puts the pin and then looks for a tombstone.
+So at least one of them sees the other and gives way, and no pin is promised for a checkpoint that goes.
 """
 
 from __future__ import annotations
