@@ -1,6 +1,6 @@
 """For every lane: a skipped test is said aloud with its reason, and in CI it is a failure.
 
-Excepted are tests that no set-up could make run: marked gpu or hardware.
+Excepted are tests that no set-up could make run: marked hardware.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _in_ci() -> bool:
 def _skipped(config: pytest.Config) -> list[pytest.TestReport]:
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     reports = terminal.stats.get("skipped", []) if terminal else []
-    return [report for report in reports if not {"gpu", "hardware"} & set(report.keywords)]
+    return [report for report in reports if "hardware" not in report.keywords]
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:

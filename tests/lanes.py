@@ -30,7 +30,6 @@ class Lane:
     what: str
     marker: str | None
     processes: int = 1
-    may_be_empty: bool = False
 
 
 LANES = (
@@ -38,7 +37,6 @@ LANES = (
     Lane("control-plane", "a real API server", "control_plane"),
     Lane("ray", "Ray Train and DeepSpeed on this machine", "ray"),
     Lane("e2e", "from a manifest to a tuned model", "e2e"),
-    Lane("gpu", "CUDA", "gpu", may_be_empty=True),
 )
 
 
@@ -80,7 +78,7 @@ def run(lane: Lane, arguments: Sequence[str]) -> _Ran:
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if lane.processes > 1 else {})
     code = subprocess.run([*command, *arguments], check=False, env=environment).returncode
     # With arguments, such as -k, a lane may well have nothing that fits.
-    return _Ran(lane, code, time.monotonic() - started, may_be_empty=lane.may_be_empty or bool(arguments))
+    return _Ran(lane, code, time.monotonic() - started, may_be_empty=bool(arguments))
 
 
 def main() -> int:
