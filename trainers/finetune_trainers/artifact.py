@@ -16,35 +16,24 @@ it and the digest of the base's weights are in digests.json.
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
 from torch import Tensor
 
-from finetune_api.failures import Problem
 from finetune_api.plan import RunPlan
 from finetune_api.progress import Artifact
-from finetune_api.spec import Lora, Precision
-from finetune_trainers.errors import UserError
+from finetune_api.spec import Lora
+from finetune_trainers.artifact_folder import ADAPTER_WEIGHTS, PEFT_PREFIX, new_folder, seal, write_config
 from finetune_trainers.model_card import CardFacts, model_card
 from finetune_trainers.models import DTYPES, meta_model, stored_tokenizer
 from finetune_trainers.prepared import PreparedModel
 from finetune_trainers.tuning import ALL_LINEAR, transposed
-from finetune_trainers.weights import WeightFiles, file_digest, read_tensors, write_tensors
+from finetune_trainers.weights import WeightFiles, read_tensors, write_tensors
 
-__all__ = ["ADAPTER_WEIGHTS", "DIGESTS", "PEFT_PREFIX", "new_folder", "seal", "write_artifact", "write_config"]
-
-DIGESTS = "digests.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before the names of the model that it wraps."""
+__all__ = ["adapter_config", "second_names", "write_artifact"]
 
 
 def write_artifact(
@@ -70,40 +59,6 @@ def write_artifact(
         return seal(unfinished, folder, "adapter" if plan.tuning.lora is not None else "model", base)
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        message = "holds something already; name a folder that is not there yet"
-        problem = Problem(path="spec.outputs", value=str(folder), message=message)
-        raise UserError(str(problem), [problem])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def seal(unfinished: Path, folder: Path, kind: str, base: dict[str, Any]) -> Artifact:
-    """Write digests.json over all files of `unfinished`, which will be at `folder`, and describe the artifact."""
-    paths = sorted(path for path in unfinished.rglob("*") if path.is_file())
-    files = {}
-    for path in paths:
-        path.chmod(0o644)
-        files[str(path.relative_to(unfinished))] = {"blake3": file_digest(path), "bytes": path.stat().st_size}
-    text = json.dumps({"kind": kind, "base": base, "files": files}, indent=2) + "\n"
-    (unfinished / DIGESTS).write_text(text)
-    return Artifact(
-        uri=folder.absolute().as_uri(),
-        kind=kind,
-        digest=blake3(text.encode()).hexdigest(),
-        bytes=sum(path.stat().st_size for path in paths) + len(text.encode()),
-    )
-
-
 def _write_adapter(
     folder: Path,
     tensors: Iterable[tuple[str, Tensor]],
@@ -113,51 +68,70 @@ def _write_adapter(
 ) -> None:
     stored = {name.replace(".default.", "."): tensor for name, tensor in tensors}
     write_tensors(folder, stored.items(), single=ADAPTER_WEIGHTS, shard_bytes=1 << 62)
-    _adapter_config(lora, stored, prepared, plan).save_pretrained(str(folder))
+    source = plan.model
+    config = adapter_config(
+        lora, stored, source.source, source.revision, Path(prepared.folder), source.trust_remote_code
+    )
+    config.save_pretrained(str(folder))
 
 
-def _adapter_config(lora: Lora, names: Iterable[str], prepared: PreparedModel, plan: RunPlan) -> Any:
+def adapter_config(
+    lora: Lora,
+    names: Iterable[str],
+    source: str,
+    revision: str | None,
+    folder: Path,
+    trust_remote_code: bool = False,
+) -> Any:
+    """PEFT's LoraConfig of an adapter whose tensors have these `names`, on the model of `source`, which is at
+    `folder`."""
     import peft
 
     adapted = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in names}
     targets = {name.rpartition(".")[2] for name in adapted}
     if lora.target_modules != [ALL_LINEAR] and set(lora.target_modules) != targets:
         targets = adapted  # chosen by path or wildcard: only the full names say which
-    from_hub = plan.model.source.startswith("hf://")
+    from_hub = source.startswith("hf://")
+    model = meta_model(_config(folder, trust_remote_code), trust_remote_code)
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides it by the rank
         lora_dropout=lora.dropout,
         target_modules=sorted(targets),
-        base_model_name_or_path=plan.model.source.removeprefix("hf://") if from_hub else prepared.folder,
-        revision=plan.model.revision if from_hub else None,
-        fan_in_fan_out=transposed(meta_model(_config(prepared, plan), plan.model.trust_remote_code), sorted(adapted)),
+        base_model_name_or_path=source.removeprefix("hf://") if from_hub else str(folder),
+        revision=revision if from_hub else None,
+        fan_in_fan_out=transposed(model, sorted(adapted)),
         inference_mode=True,
     )
 
 
-def _config(prepared: PreparedModel, plan: RunPlan) -> Any:
+def _config(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(prepared.folder, trust_remote_code=plan.model.trust_remote_code)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _write_model(folder: Path, tensors: Iterable[tuple[str, Tensor]], prepared: PreparedModel, plan: RunPlan) -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    config = _config(prepared, plan)
+    config = _config(Path(prepared.folder), plan.model.trust_remote_code)
     if get_checkpoint_conversion_mapping(config.model_type) is not None:
         _write_converted(folder, tensors, prepared, plan)
         return
     base = WeightFiles.of(Path(prepared.folder))
     assert base is not None
-    model = meta_model(config, plan.model.trust_remote_code)
-    one_name = {name for name, _ in model.named_parameters()}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - one_name
+    tied = second_names(config, plan.model.trust_remote_code)
     dtype = DTYPES[plan.precision]
     write_tensors(folder, _with_base(tensors, base, tied, dtype))
     write_config(folder, Path(prepared.folder), plan.precision, plan.model.trust_remote_code)
+
+
+def second_names(config: Any, trust_remote_code: bool = False) -> set[str]:
+    """Names of parameters that are another one, such as the output head where it is the embeddings."""
+    model = meta_model(config, trust_remote_code)
+    one_name = {name for name, _ in model.named_parameters()}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - one_name
 
 
 def _with_base(
@@ -187,16 +161,3 @@ def _write_converted(
     for name, tensor in tensors:
         parameters[name].data.copy_(tensor)
     model.save_pretrained(folder, max_shard_size="5GB")
-
-
-def write_config(folder: Path, base: Path, precision: Precision, trust_remote_code: bool = False) -> None:
-    """config.json with the type of the weights, and the base's generation_config.json."""
-    from transformers import AutoConfig, GenerationConfig
-
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    config.dtype = DTYPES[precision]
-    config.save_pretrained(folder)
-    if (base / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(base).save_pretrained(folder)
-    for code in base.glob("*.py") if trust_remote_code else ():
-        shutil.copyfile(code, folder / code.name)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_api.failures import Problem
-from finetune_trainers.artifact import ADAPTER_WEIGHTS
+from finetune_trainers.artifact_folder import ADAPTER_WEIGHTS
 from finetune_trainers.cpu_bf16 import bf16_is_emulated, use_float32_products
 from finetune_trainers.errors import UserError
 from finetune_trainers.tuning import peft_warnings_off

@@ -10,14 +10,17 @@ from typing import Any
 from finetune_api.failures import Problem
 from finetune_api.progress import Artifact
 from finetune_api.spec import Precision
-from finetune_trainers.artifact import DIGESTS, new_folder, seal, write_config
+from finetune_trainers.artifact_folder import DIGESTS, new_folder, seal
+from finetune_trainers.checkpoint.exports.destination import new_destination
+from finetune_trainers.checkpoint.exports.streaming import of_files, write_weights
 from finetune_trainers.errors import UserError
-from finetune_trainers.merge import merge_adapter
+from finetune_trainers.merge import SAFETENSORS_TYPES, merge_adapter
 from finetune_trainers.model_sources import locate_model
-from finetune_trainers.models import DTYPES
-from finetune_trainers.weights import WeightFiles, read_tensors, write_tensors
+from finetune_trainers.weights import WeightFiles
 
 __all__ = ["base_of_adapter", "export_adapter", "export_model"]
+
+_MADE_ANEW = (DIGESTS, "config.json", "generation_config.json")
 
 
 def export_adapter(adapter: Path, to: Path, merge: bool, dtype: Precision | None) -> Artifact:
@@ -36,14 +39,13 @@ def export_model(model: Path, to: Path, dtype: Precision | None) -> Artifact:
     weights = WeightFiles.of(model)
     if weights is None:
         raise _refused("--model", str(model), "holds no safetensors weights; name a model's folder")
-    kept = [path for path in model.iterdir() if path.is_file() and ".safetensors" not in path.name]
-    with new_folder(to) as unfinished:
-        for path in kept:
-            shutil.copyfile(path, unfinished / path.name)
-        converted = ((n, t.to(DTYPES[dtype]) if t.is_floating_point() else t) for n, t in read_tensors(weights))
-        write_tensors(unfinished, converted)
-        write_config(unfinished, model, dtype)
-        return seal(unfinished, to, "model", _named_base(model))
+    with new_destination(str(to)) as out:
+        out.record(write_weights(out.sink, of_files(weights, SAFETENSORS_TYPES[dtype])))
+        out.add_config(model, dtype)
+        for path in sorted(model.iterdir()):
+            if path.is_file() and ".safetensors" not in path.name and path.name not in _MADE_ANEW:
+                out.add(path.name, path.read_bytes())
+        return out.seal("model", _named_base(model))
 
 
 def base_of_adapter(adapter: Path) -> Path:

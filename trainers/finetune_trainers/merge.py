@@ -1,42 +1,61 @@
-"""Adapters merged into their base: a whole model in Hugging Face layout, made tensor by tensor.
+"""Adapters merged into their base: a whole model in Hugging Face layout, streamed.
 
-Called by the launcher for `outputs[].merge` and by `python -m finetune_trainers export --merge`. No model is built,
-and memory holds one shard: W + (alpha / rank) B A in fp32, rounded once to the output's type.
+Called by the launcher for `outputs[].merge`, by `python -m finetune_trainers export --merge` and by
+`checkpoint.exports` for checkpoints of adapters. No model is built and no torch imported; memory holds a few blocks of
+rows: W + (alpha / rank) B A in fp32, rounded once to the output's type.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from finetune_api.failures import Problem
 from finetune_api.progress import Artifact
 from finetune_api.spec import Precision
-from finetune_trainers.artifact import (
-    ADAPTER_WEIGHTS,
-    DIGESTS,
-    PEFT_PREFIX,
-    new_folder,
-    seal,
-    write_config,
-)
+from finetune_trainers.artifact_folder import ADAPTER_WEIGHTS, DIGESTS, PEFT_PREFIX, TOKENIZER_FILES
+from finetune_trainers.checkpoint.exports.destination import Destination, new_destination
+from finetune_trainers.checkpoint.exports.precision import as_f32, from_f32
+from finetune_trainers.checkpoint.exports.streaming import BLOCK_BYTES, Weight, of_files, write_weights
 from finetune_trainers.errors import UserError
-from finetune_trainers.models import DTYPES
-from finetune_trainers.weights import BrokenWeightsError, WeightFiles, read_tensors, write_tensors
+from finetune_trainers.weights import BrokenWeightsError, WeightFiles
 
-__all__ = ["merge_adapter"]
+__all__ = [
+    "SAFETENSORS_TYPES",
+    "Pair",
+    "base_weights",
+    "copy_files",
+    "merge_adapter",
+    "merged_weights",
+    "pair_of",
+    "transposed_by_shape",
+]
 
-_COPIED = ("README.md", "chat_template.jinja", "token*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model")
-"""Of the adapter's folder: the card, and whatever its tokenizer consists of."""
+SAFETENSORS_TYPES = {Precision.FP32: "F32", Precision.BF16: "BF16", Precision.FP16: "F16"}
+_COPIED = ("README.md", *TOKENIZER_FILES)
+"""Of the adapter's folder: the card, and its tokenizer."""
 _OTHER_KINDS = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+_PAIRS_KEPT = 8
+"""Adapters in memory: those of the blocks that are being made, and a few more."""
+
+Matrix = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The adapter of one layer."""
+
+    out_features: int
+    in_features: int
+    load: Callable[[], tuple[Matrix, Matrix]]
+    """-> A [rank, in], B [out, rank]"""
 
 
 @dataclass(frozen=True)
@@ -44,8 +63,8 @@ class _Adapter:
     scale: float
     transposed: bool
     """The base keeps its weights as [in, out]."""
-    pairs: dict[str, tuple[Tensor, Tensor]]
-    """Module name -> A [rank, in], B [out, rank]."""
+    pairs: dict[str, Pair]
+    """By module."""
 
 
 def merge_adapter(base_folder: Path, adapter_folder: Path, out_folder: Path, dtype: Precision) -> Artifact:
@@ -53,37 +72,87 @@ def merge_adapter(base_folder: Path, adapter_folder: Path, out_folder: Path, dty
 
     Raises UserError when the adapter is not plain LoRA or not this base's, or something is at `out_folder`.
     """
+    base, adapter = base_weights(base_folder), _read_adapter(adapter_folder)
+    pairs = _by_weight(base, adapter, adapter_folder)
+    named_base = _named_base(adapter_folder, base)
+    with new_destination(str(out_folder), "spec.outputs") as out:
+        weights = merged_weights(base, pairs, adapter.scale, adapter.transposed, SAFETENSORS_TYPES[dtype])
+        out.record(write_weights(out.sink, weights))
+        out.add_config(base_folder, dtype)
+        copy_files(out, adapter_folder, _COPIED)
+        return out.seal("model", named_base)
+
+
+def copy_files(out: Destination, folder: Path, patterns: tuple[str, ...]) -> None:
+    """Small files of a folder that match."""
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        out.add(path.name, path.read_bytes())
+
+
+def base_weights(folder: Path) -> WeightFiles:
+    """The weights of a base model's folder. Raises UserError."""
     try:
-        base = WeightFiles.of(base_folder)
+        base = WeightFiles.of(folder)
     except BrokenWeightsError as error:
         raise _refused(error.path, error.message) from error
     if base is None:
-        raise _refused(base_folder, "holds no safetensors weights; name the base model's folder")
-    adapter = _read_adapter(adapter_folder)
-    names = {module: base.stored_name(f"{module}.weight") for module in adapter.pairs}
-    unknown = sorted(module for module, name in names.items() if name is None)
-    if unknown:
-        raise _refused(adapter_folder, f"adapts {unknown[0]}, which the model in {base_folder} does not have")
-    named_base = _named_base(adapter_folder, base)
-    pairs = {str(names[module]): pair for module, pair in adapter.pairs.items()}
-    with new_folder(out_folder) as unfinished:
-        write_tensors(unfinished, _merged(base, pairs, adapter, DTYPES[dtype]))
-        write_config(unfinished, base_folder, dtype)
-        for pattern in _COPIED:
-            for path in adapter_folder.glob(pattern):
-                shutil.copyfile(path, unfinished / path.name)
-        return seal(unfinished, out_folder, "model", named_base)
+        raise _refused(folder, "holds no safetensors weights; name the base model's folder")
+    return base
 
 
-def _merged(
-    base: WeightFiles, pairs: dict[str, tuple[Tensor, Tensor]], adapter: _Adapter, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    for name, weight in read_tensors(base):
-        if name in pairs:
-            down, up = (matrix.float() for matrix in pairs[name])
-            change = adapter.scale * (up @ down)
-            weight = weight.float() + (change.t() if adapter.transposed else change)
-        yield name, weight.to(dtype) if weight.is_floating_point() else weight
+def transposed_by_shape(base: WeightFiles, pairs: Mapping[str, Pair]) -> bool | None:
+    """Whether the base keeps the adapted weights as [in, out]; None when all of them are square."""
+    for name, pair in pairs.items():
+        if pair.in_features != pair.out_features:
+            return base.shapes[name] == (pair.in_features, pair.out_features)
+    return None
+
+
+def merged_weights(
+    base: WeightFiles, pairs: Mapping[str, Pair], scale: float, transposed: bool, dtype: str
+) -> list[Weight]:
+    """All tensors of the base, the adapters of `pairs` (by their weights' names in the files) added to theirs.
+
+    Raises UserError when an adapter does not fit its weight.
+    """
+    for name, pair in pairs.items():
+        shape = (pair.in_features, pair.out_features) if transposed else (pair.out_features, pair.in_features)
+        if base.shapes[name] != shape:
+            raise _refused(base.folder, f"has {name} of shape {base.shapes[name]}, and its adapter is of {shape}")
+
+    @lru_cache(_PAIRS_KEPT)
+    def change(name: str) -> tuple[Matrix, Matrix]:
+        """Left [rows, rank] and right [rank, columns], of which the product is added."""
+        down, up = pairs[name].load()
+        left, right = (down.T, up.T) if transposed else (up, down)
+        return np.float32(scale) * left, right
+
+    return [
+        _changed(base, weight, change, dtype) if weight.entry.name in pairs else weight
+        for weight in of_files(base, dtype)
+    ]
+
+
+def _changed(base: WeightFiles, weight: Weight, change: Callable[[str], tuple[Matrix, Matrix]], dtype: str) -> Weight:
+    [plain], name = of_files(base, "F32", [weight.entry.name]), weight.entry.name
+    columns = weight.entry.shape[1]
+
+    def read(start: int, end: int) -> memoryview:
+        left, right = change(name)
+        values = as_f32(plain.read(start, end), "F32").reshape(-1, columns)
+        return from_f32((values + left[start // columns : end // columns] @ right).reshape(-1), dtype)
+
+    return Weight(weight.entry, weight.numel, max(BLOCK_BYTES // 4 // columns, 1) * columns, read)
+
+
+def _by_weight(base: WeightFiles, adapter: _Adapter, folder: Path) -> dict[str, Pair]:
+    pairs = {}
+    for module, pair in adapter.pairs.items():
+        name = base.stored_name(f"{module}.weight")
+        if name is None:
+            raise _refused(folder, f"adapts {module}, which the model in {base.folder} does not have")
+        pairs[name] = pair
+    return pairs
 
 
 def _read_adapter(folder: Path) -> _Adapter:
@@ -101,20 +170,34 @@ def _read_adapter(folder: Path) -> _Adapter:
     return _Adapter(scale, bool(config.get("fan_in_fan_out")), _read_pairs(folder))
 
 
-def _read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _read_pairs(folder: Path) -> dict[str, Pair]:
+    path = folder / ADAPTER_WEIGHTS
+    try:
+        files = WeightFiles.of_file(path)
+    except BrokenWeightsError as error:
+        raise _refused(error.path, error.message) from error
+    weights = {weight.entry.name: weight for weight in of_files(files, "F32")}
     pairs = {}
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        names = set(file.keys())
-        for name in names:
-            module, found, _ = name.partition(".lora_A.")
-            if found:
-                up = name.replace(".lora_A.", ".lora_B.")
-                if up not in names:
-                    raise _refused(folder / ADAPTER_WEIGHTS, f"has {name} without its lora_B")
-                pairs[module.removeprefix(PEFT_PREFIX)] = (file.get_tensor(name), file.get_tensor(up))
-    if not pairs or 2 * len(pairs) != len(names):
-        raise _refused(folder / ADAPTER_WEIGHTS, "does not consist of pairs of lora_A and lora_B")
+    for name, down in weights.items():
+        module, found, _ = name.partition(".lora_A.")
+        if found:
+            up = weights.get(name.replace(".lora_A.", ".lora_B."))
+            if up is None:
+                raise _refused(path, f"has {name} without its lora_B")
+            pairs[module.removeprefix(PEFT_PREFIX)] = pair_of(down, up)
+    if not pairs or 2 * len(pairs) != len(weights):
+        raise _refused(path, "does not consist of pairs of lora_A and lora_B")
     return pairs
+
+
+def pair_of(down: Weight, up: Weight) -> Pair:
+    """A [rank, in] and B [out, rank], both to be read in fp32."""
+
+    def load() -> tuple[Matrix, Matrix]:
+        matrices = (as_f32(one.read(0, one.numel), "F32").reshape(one.entry.shape) for one in (down, up))
+        return next(matrices), next(matrices)
+
+    return Pair(up.entry.shape[0], down.entry.shape[1], load)
 
 
 def _named_base(adapter_folder: Path, base: WeightFiles) -> dict[str, Any]:

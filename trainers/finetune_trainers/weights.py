@@ -1,6 +1,7 @@
 """Folders of safetensors: what is in them, whether they are whole, and writing them shard by shard.
 
-Nothing here builds a model or holds more than one shard in memory. Called by `models` (checks), `gguf` and `artifact`.
+Nothing here builds a model or holds more than one shard in memory, and torch is imported only where tensors are read
+or written. Called by `models` (checks), `gguf`, `artifact`, `merge` and `checkpoint.exports`.
 The format: 8 bytes length, a JSON header {name: {dtype, shape, data_offsets}}, then the data
 (https://github.com/huggingface/safetensors).
 """
@@ -12,17 +13,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blake3 import blake3
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "INDEX",
     "SHARD_BYTES",
     "BrokenWeightsError",
+    "Place",
     "WeightFiles",
     "file_digest",
     "read_tensors",
@@ -45,6 +48,17 @@ class BrokenWeightsError(Exception):
         self.message = message
 
 
+class Place(NamedTuple):
+    """Where the data of a tensor is."""
+
+    shard: str
+    dtype: str
+    """By safetensors' name."""
+    start: int
+    """In the file, in bytes."""
+    end: int
+
+
 @dataclass(frozen=True)
 class WeightFiles:
     """The shards of one folder, and the shape of each tensor in them."""
@@ -54,26 +68,38 @@ class WeightFiles:
     shard_of: dict[str, str]
     """Tensor name -> shard."""
     shapes: dict[str, tuple[int, ...]]
+    places: dict[str, Place]
 
     @classmethod
     def of(cls, folder: Path) -> WeightFiles | None:
         """Read the headers of a folder's safetensors; None when it has none. Raises BrokenWeightsError."""
         shards = _shards(folder)
-        if not shards:
-            return None
+        return cls._of_shards(folder, shards) if shards else None
+
+    @classmethod
+    def of_file(cls, path: Path) -> WeightFiles:
+        """One safetensors file, whatever its name. Raises BrokenWeightsError."""
+        return cls._of_shards(path.parent, [path.name])
+
+    @classmethod
+    def _of_shards(cls, folder: Path, shards: list[str]) -> WeightFiles:
         shard_of: dict[str, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
+        places: dict[str, Place] = {}
         for shard in shards:
-            for name, entry in _header(folder / shard).items():
+            header, data = _header(folder / shard)
+            for name, entry in header.items():
                 shard_of[name] = shard
                 shapes[name] = tuple(entry["shape"])
-        if (folder / INDEX).is_file():
+                start, end = entry["data_offsets"]
+                places[name] = Place(shard, entry["dtype"], data + start, data + end)
+        if (folder / INDEX).is_file() and shards == _shards(folder):
             for name, shard in _index(folder).items():
                 if shard_of.get(name) != shard:
                     raise BrokenWeightsError(
                         folder / shard, f"the index promises the tensor {name}, which is not in it"
                     )
-        return cls(folder, tuple(shards), shard_of, shapes)
+        return cls(folder, tuple(shards), shard_of, shapes, places)
 
     def stored_name(self, name: str) -> str | None:
         """The name that a parameter has in the files: its own, or without the model's first part (transformer.)."""
@@ -113,7 +139,8 @@ def _index(folder: Path) -> dict[str, str]:
         ) from error
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """Name -> {dtype, shape, data_offsets}, and where the data begins."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -132,7 +159,7 @@ def _header(path: Path) -> dict[str, Any]:
         raise BrokenWeightsError(
             path, f"is cut off: {size} bytes where its header promises {8 + length + end}; copy it again"
         )
-    return dict(header)
+    return dict(header), 8 + length
 
 
 def read_tensors(files: WeightFiles, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -156,6 +183,8 @@ def write_tensors(
     unnamed: list[tuple[Path, list[str]]] = []
     pending: dict[str, Tensor] = {}
     pending_bytes = total = 0
+
+    from safetensors.torch import save_file
 
     def flush() -> None:
         path = folder / f".shard-{len(unnamed)}.safetensors"

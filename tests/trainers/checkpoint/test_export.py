@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from finetune_trainers.checkpoint.commit import publish
-from finetune_trainers.checkpoint.export import export_weights
+from finetune_trainers.checkpoint.exports.precision import OutOfRangeError, converted
+from finetune_trainers.checkpoint.exports.streaming import of_checkpoint, write_weights
 from finetune_trainers.checkpoint.manifest import Manifest, TensorRecord
-from finetune_trainers.checkpoint.precision import OutOfRangeError, converted
 from finetune_trainers.checkpoint.shards import Slice
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
@@ -58,7 +58,7 @@ def as_tensor(data: memoryview, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_a_model_is_exported_to_the_bit(storage: Storage, tmp_path: Path, world: int, dtype: str) -> None:
     manifest = save(storage, start(storage), 10, world=world, tensors=TENSORS)
-    files = export_weights(storage, manifest, PosixStorage(str(tmp_path / "out")), dtype=dtype)
+    files = write_weights(PosixStorage(str(tmp_path / "out")), of_checkpoint(storage, manifest, dtype=dtype))
     assert list(files) == ["model.safetensors"]
     loaded = load_file(tmp_path / "out/model.safetensors")
     assert loaded.keys() == {tensor.name for tensor in TENSORS}
@@ -71,7 +71,7 @@ def test_a_model_is_exported_to_the_bit(storage: Storage, tmp_path: Path, world:
 
 def test_large_models_are_cut_between_tensors_with_an_index(storage: Storage, tmp_path: Path) -> None:
     manifest = save(storage, start(storage), 10, tensors=TENSORS)
-    files = export_weights(storage, manifest, PosixStorage(str(tmp_path / "out")), shard_bytes=5600)
+    files = write_weights(PosixStorage(str(tmp_path / "out")), of_checkpoint(storage, manifest), max_shard_bytes=5600)
     assert list(files) == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
@@ -87,13 +87,14 @@ def test_large_models_are_cut_between_tensors_with_an_index(storage: Storage, tm
 def test_only_what_is_named_is_exported_under_its_new_name(storage: Storage, tmp_path: Path) -> None:
     manifest = save(storage, start(storage), 10, tensors=TENSORS)
     names = {"norm.weight": "base_model.model.norm.weight"}
-    export_weights(storage, manifest, PosixStorage(str(tmp_path / "out")), names, stem="adapter_model")
+    weights = of_checkpoint(storage, manifest, names)
+    write_weights(PosixStorage(str(tmp_path / "out")), weights, stem="adapter_model")
     assert load_file(tmp_path / "out/adapter_model.safetensors").keys() == {"base_model.model.norm.weight"}
 
 
 def test_a_bucket_takes_an_export_as_well(storage: Storage) -> None:
     manifest = save(storage, start(storage), 10, tensors=TENSORS)
-    files = export_weights(storage, manifest, storage)
+    files = write_weights(storage, of_checkpoint(storage, manifest))
     assert storage.size("model.safetensors") == files["model.safetensors"].bytes
 
 
@@ -109,14 +110,14 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path, arguments: dict[str, ob
     storage = PosixStorage(str(tmp_path / "run"))
     manifest = save(storage, start(storage), 10, tensors=TENSORS)
     with pytest.raises(UserError, match=message):
-        export_weights(storage, manifest, PosixStorage(str(tmp_path / "out")), **arguments)  # type: ignore[arg-type]
+        of_checkpoint(storage, manifest, **arguments)  # type: ignore[arg-type]
 
 
 def test_a_value_beyond_float16_is_named_and_no_file_is_left(tmp_path: Path) -> None:
     storage = PosixStorage(str(tmp_path / "run"))
     manifest = save(storage, start(storage), 10, tensors=TENSORS)
     with pytest.raises(UserError, match=r"embed\.weight cannot be exported as F16: the value .* is beyond 65504"):
-        export_weights(storage, manifest, PosixStorage(str(tmp_path / "out")), dtype="F16")
+        write_weights(PosixStorage(str(tmp_path / "out")), of_checkpoint(storage, manifest, dtype="F16"))
     assert [file.name for file in (tmp_path / "out").rglob("*")] == []
 
 
@@ -162,7 +163,7 @@ def test_memory_is_that_of_a_few_blocks_whatever_the_size(tmp_path: Path) -> Non
     manifest = publish(storage, fence, intent.id)
     tracemalloc.start()
     try:
-        export_weights(storage, manifest, PosixStorage(str(tmp_path / "out")))
+        write_weights(PosixStorage(str(tmp_path / "out")), of_checkpoint(storage, manifest))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

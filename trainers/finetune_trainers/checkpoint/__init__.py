@@ -8,7 +8,6 @@
     safetensors_file  the header of a file that is written as a stream                              pure
     shards            the bytes of one rank's files: header, slices, digests                        pure
     retention         which checkpoints stay                                                        pure
-    precision         elements of one type as elements of another                                   pure
     storage/          the only code that touches a disk or an object store
     fence             which attempt may publish
     write             one rank's shards, auxiliary files and receipt
@@ -19,7 +18,8 @@
     find              the newest checkpoint that is whole
     reading           slices for any rank of any world size, verified as they are read
     sweep             deleting what retention does not keep, and what dead attempts left
-    export            weights as Hugging Face safetensors, by streaming
+    exports/          written for others: Hugging Face, PEFT, torch DCP, DeepSpeed
+    imports/          checkpoints of torch DCP and DeepSpeed made checkpoints of ours
     identity          whether a checkpoint is one of this very training                              pure
     folders           a folder that checkpoints share, as blobs
     engine_state      the only code that knows where torch and DeepSpeed keep the state of a training

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from finetune_api.progress import Artifact
 from finetune_api.spec import Precision
+from finetune_trainers.checkpoint.exports.destination import local_folder
 from finetune_trainers.checkpoint.manifest import Manifest
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.errors import UserError
@@ -69,7 +70,7 @@ def export_checkpoint(
         if field.name not in chosen.options and getattr(options, field.name) != default:
             option = field.name.replace("_", "-")
             raise UserError(f"--{option}: the format {format_name} does not have it; leave it out")
-    if "://" in to and not to.startswith("file://") and not chosen.takes_buckets:
+    if local_folder(to) is None and not chosen.takes_buckets:
         raise UserError(f"--to: the format {format_name} is written to a folder of this machine, and {to} is none")
     return chosen.write(storage, manifest, to, options)
 
