@@ -30,7 +30,7 @@ from finetune_trainers.checkpoint.manifest import Abandoned, Intent, Manifest, R
 from finetune_trainers.checkpoint.storage.errors import StorageConflictError, StorageError, StorageMissingError
 from finetune_trainers.checkpoint.storage.protocol import Storage
 
-__all__ = ["IncompleteError", "Settled", "abandon", "begin", "publish"]
+__all__ = ["IncompleteError", "Settled", "abandon", "assembled", "begin", "pointer", "publish"]
 
 Document = TypeVar("Document", Intent, Receipt)
 
@@ -74,7 +74,7 @@ def publish(storage: Storage, fence: Fence, checkpoint: CheckpointId) -> Manifes
     Raises IncompleteError when it is not whole, SupersededError when a newer attempt has begun; then nothing was
     published. Any other StorageError leaves open whether it was: calling again tells.
     """
-    manifest, data = _assembled(storage, checkpoint, listed(storage, checkpoint)[checkpoint])
+    manifest, data = assembled(storage, checkpoint, listed(storage, checkpoint)[checkpoint])
     demand_fence(storage, fence)
     _create_manifest(storage, manifest, data)
     _point_at(storage, manifest)
@@ -86,7 +86,8 @@ def abandon(storage: Storage, fence: Fence, checkpoint: CheckpointId, reason: st
     return _close(storage, checkpoint, fence, reason)
 
 
-def _assembled(storage: Storage, checkpoint: CheckpointId, listing: Listing) -> tuple[Manifest, bytes]:
+def assembled(storage: Storage, checkpoint: CheckpointId, listing: Listing) -> tuple[Manifest, bytes]:
+    """The manifest that intent and receipts make, and its file's content. Raises IncompleteError."""
     intent = _document(storage, layout.intent(checkpoint), Intent)
     if intent.id != checkpoint:
         raise IncompleteError(f"{layout.intent(checkpoint)} is of {intent.id}")
@@ -147,7 +148,7 @@ def _say(data: bytes) -> str:
 
 def _complete(storage: Storage, checkpoint: CheckpointId, listing: Listing) -> None:
     """Publish for an earlier attempt. IncompleteError when that cannot be done."""
-    manifest, data = _assembled(storage, checkpoint, listing)
+    manifest, data = assembled(storage, checkpoint, listing)
     try:
         _create_manifest(storage, manifest, data)
     except SupersededError as error:
@@ -168,16 +169,21 @@ def _close(storage: Storage, checkpoint: CheckpointId, fence: Fence, reason: str
     return True
 
 
-def _point_at(storage: Storage, manifest: Manifest) -> None:
-    """HEAD.json, which nothing depends on: a failure is told and no more."""
-    pointer: dict[str, JsonValue] = {
+def pointer(manifest: Manifest) -> bytes:
+    """The content of HEAD.json when this is the last commit."""
+    content: dict[str, JsonValue] = {
         "checkpoint": str(manifest.id),
         "step": manifest.id.step,
         "epoch": manifest.id.epoch,
         "bytes": manifest.bytes,
         "world": manifest.intent.world.size,
     }
+    return canonical(content)
+
+
+def _point_at(storage: Storage, manifest: Manifest) -> None:
+    """HEAD.json, which nothing depends on: a failure is told and no more."""
     try:
-        storage.replace(layout.HEAD, canonical(pointer))
+        storage.replace(layout.HEAD, pointer(manifest))
     except StorageError as error:
         _log.warning("%s is published, but %s could not be written: %s", manifest.id, layout.HEAD, error)

@@ -6,5 +6,6 @@ disk        the system calls that a POSIX storage needs, so that a test can fail
 posix       a folder: a disk, a PersistentVolumeClaim, NFS
 objects     a bucket: S3 and what speaks like it, GCS
 resilient   any storage, with retries
+overlay     any storage, with changes that are remembered and never made
 opening     a URI -> a storage that is ready to use
 """
