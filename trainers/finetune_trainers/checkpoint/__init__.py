@@ -22,6 +22,7 @@
     imports/          checkpoints of torch DCP and DeepSpeed made checkpoints of ours
     identity          whether a checkpoint is one of this very training                              pure
     folders           a folder that checkpoints share, as blobs
+    admin/            what a person does with checkpoints by hand: the verbs of `finetune ckpt`
     engine_state      the only code that knows where torch and DeepSpeed keep the state of a training
 
 A checkpoint exists when its MANIFEST.json exists. That file is written last and never over another one, so a crash
