@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+from finetune_client.cli.ckpt.commands import ckpt
 from finetune_client.cli.exits import EPILOG
+from finetune_client.cli.options import Output, OutputOption
 
 __all__ = ["app"]
 
@@ -22,13 +24,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Output(StrEnum):
-    """For people, or for programs."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 class PlanOutput(StrEnum):
@@ -47,7 +42,6 @@ class Dtype(StrEnum):
     FP32 = "fp32"
 
 
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="text for people, json for programs (on stdout).")]
 FileArgument = Annotated[Path, typer.Argument(help="File with the FineTuneJob.", show_default=False)]
 JobOption = Annotated[
     str | None,
@@ -223,6 +217,9 @@ def chat(
     from finetune_client.cli import artifacts
 
     raise typer.Exit(artifacts.chat(source, prompt, compare_base, max_new_tokens))
+
+
+app.add_typer(ckpt, name="ckpt")
 
 
 @app.command(epilog=EPILOG)

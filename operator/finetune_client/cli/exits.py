@@ -1,17 +1,29 @@
 """Exit codes of `finetune`: the one place where they are documented.
 
-The numbers are those of `finetune_api.failures`, written out: importing it would slow `finetune --help` down, and a
-test compares the two.
+The numbers are those of `finetune_api.failures` and `finetune_api.checkpoints`, written out: importing them would slow
+`finetune --help` down, and a test compares the two.
 """
 
 from __future__ import annotations
 
-__all__ = ["EPILOG", "INVALID", "MEANINGS", "OK", "SUSPENDED"]
+__all__ = [
+    "CKPT_EPILOG",
+    "CKPT_MEANINGS",
+    "DAMAGED",
+    "EPILOG",
+    "INVALID",
+    "IN_USE",
+    "MEANINGS",
+    "OK",
+    "SUSPENDED",
+]
 
 OK = 0
 INVALID = 2
 SUSPENDED = 75
 """EX_TEMPFAIL: not done, and to be taken up again."""
+DAMAGED = 20
+IN_USE = 21
 
 MEANINGS = {
     OK: "done",
@@ -32,3 +44,16 @@ MEANINGS = {
 }
 
 EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in MEANINGS.items()) + "."
+
+CKPT_MEANINGS = {
+    OK: "done, and what was verified is whole",
+    1: "unknown failure",
+    INVALID: "the command line is not valid, or there is no such checkpoint",
+    6: "files cannot be read or written",
+    DAMAGED: "a checkpoint is damaged",
+    IN_USE: "refused, a run seems to be at work there",
+    130: "stopped by Ctrl-C or a signal",
+}
+"""Of `finetune ckpt`."""
+
+CKPT_EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in CKPT_MEANINGS.items()) + "."

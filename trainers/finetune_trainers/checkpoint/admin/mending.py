@@ -84,7 +84,8 @@ def _settle(storage: Storage, mandate: Mandate, done: _Done) -> None:
     done.completed += map(str, settled.completed)
     for checkpoint in settled.closed:
         found = read_manifest(storage, checkpoint)
-        reason = found.reason if isinstance(found, Abandoned) else "it is not whole"
+        reason = found.reason if isinstance(found, Abandoned) else "not whole"
+        reason = reason.removeprefix(f"{checkpoint} is not whole: ")
         size = sum(listed(storage, checkpoint)[checkpoint].sizes.values())
         done.closed.append(Reasoned(id=str(checkpoint), reason=reason, bytes=size))
 
