@@ -36,6 +36,8 @@ class ExportOptions:
     """Folder of the base model; None: where the checkpoint says that it is."""
     merge: bool = False
     """Add a LoRA checkpoint's adapters to the base: a whole model."""
+    optimizer: str = "torch"
+    """Whose AdamW will read the state: `torch`, or `deepspeed` (FusedAdam, CPUAdam)."""
     role: str = "model"
     """Which model, of a method that trains several."""
 
@@ -114,7 +116,7 @@ EXPORTS = {
             "deepspeed",
             "DeepSpeed universal checkpoint, weights and optimizer state: engine.load_checkpoint reads it"
             " with checkpoint.load_universal, at any number of ranks and ZeRO stage 1 to 3",
-            ("role",),
+            ("optimizer", "role"),
             takes_buckets=False,
             write=_deepspeed,
         ),
