@@ -29,6 +29,8 @@ from finetune_operator.states import project_pod
 
 __all__ = ["Operator"]
 
+ECHO = CHANGED - 10
+"""Priority of what follows from our own writes: jobs that nobody has looked at yet come before."""
 PROGRESS = (CHANGED + RESYNC) // 2
 """Priority of a change that only brings figures."""
 
@@ -176,10 +178,10 @@ class Operator:
 
     def _add_all(self) -> None:
         for job in self._jobs():
-            self._add(_key(job), RESYNC)
+            self._add(_key(job), RESYNC if job.get("status") else CHANGED)
 
     def _job_changed(self, change: Change) -> None:
-        self._add(change.key)
+        self._add(change.key, ECHO if _only_status(change) else CHANGED)
         if _outcome(change.old) != _outcome(change.new):
             store = self._store(FINETUNE_JOB, change.key.namespace)
             for job in store.by_index(views.NEEDED_BY, f"{change.key.namespace}/{change.key.name}") if store else ():
@@ -202,11 +204,20 @@ class Operator:
         if job is None:
             return
         only_progress = change.key.name == names.progress_config_map(job) and change.new is not None
-        self._add(Key(change.key.namespace, job), PROGRESS if only_progress else CHANGED)
+        priority = PROGRESS if only_progress else ECHO if change.old is None else CHANGED
+        self._add(Key(change.key.namespace, job), priority)
 
 
 def _key(job: Document) -> Key:
     return Key(job["metadata"].get("namespace", ""), job["metadata"]["name"])
+
+
+def _only_status(change: Change) -> bool:
+    """Whether the job is the same to a person, which leaves our own writes."""
+    if change.old is None or change.new is None:
+        return False
+    old, new = change.old["metadata"], change.new["metadata"]
+    return all(old.get(name) == new.get(name) for name in ("uid", "generation", "deletionTimestamp"))
 
 
 def _outcome(job: Document | None) -> Any:

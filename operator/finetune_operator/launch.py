@@ -48,6 +48,7 @@ from finetune_operator.resources.network import network_policy
 from finetune_operator.resources.rayjob import build_rayjob
 from finetune_operator.resources.rbac import role, role_binding, service_account
 from finetune_operator.settings import Settings
+from finetune_operator.starts import sealed
 
 __all__ = ["Blocked", "Launch", "Prepared", "expected_config_maps", "judge_spec", "prepare"]
 
@@ -70,7 +71,7 @@ class Prepared:
     plan: RunPlan
     resolved: Resolved
     create: tuple[Create, ...]
-    """What does not exist yet, in order; the RayJob is the last."""
+    """What does not exist yet; the RayJob is the last."""
     delete: tuple[Delete, ...]
     """Objects of ours whose contents are not what the attempt needs: they must go before anything is created."""
     queued: bool
@@ -176,7 +177,7 @@ def _objects(
     launch: Launch,
     settings: Settings,
 ) -> Prepared | Blocked:
-    wanted = list(_wanted(job, plan, runtime, seen, launch.attempt, settings))
+    wanted = sealed(list(_wanted(job, plan, runtime, seen, launch.attempt, settings)))
     for create in wanted:
         name = create.document["metadata"]["name"]
         if (create.kind, name) in seen.foreign:
@@ -202,7 +203,7 @@ def _wanted(
     attempt: int,
     settings: Settings,
 ) -> Iterator[Create]:
-    """Every object of the attempt: what pods refer to comes before the RayJob that makes them."""
+    """Every object of the attempt, the RayJob last. In which order they are made says `starts`."""
     owner = Owner(seen.job.name, seen.job.namespace, seen.job.uid)
     spec = runtime.spec if runtime is not None else FineTuneRuntimeSpec()
     if runtime is not None:

@@ -76,7 +76,12 @@ def ray_job(job: str, attempt: int) -> str:
 
 def plan_config_map(job: str, attempt: int) -> str:
     """The ConfigMap with the RunPlan of one attempt."""
-    return f"{job}-{attempt}-plan"
+    return plan_of(ray_job(job, attempt))
+
+
+def plan_of(ray_job: str) -> str:
+    """The same, by the name of the attempt's RayJob."""
+    return f"{ray_job}-plan"
 
 
 def runtime_config_map(job: str) -> str:

@@ -7,6 +7,7 @@ here is only what keeps a decision from being made on old news, and what happens
   No RayJob is created for a job that is older than the server's.
 - A RayJob that the watch does not show is looked up before anybody concludes that it was deleted.
 - A name that is taken is looked at: ours, and merely not seen yet, or somebody else's.
+- A new attempt takes two passes, in the order that `starts` gives: its RayJob, and then everything else.
 - Objects are created first and the status, which tells of them, written after. A pass that is cut off between the two
   is made good by the next, which finds the objects by their names.
 - The RayJob of an attempt that is ended early is deleted after the status has told why. The other way round, a pass
@@ -22,12 +23,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from finetune_operator import names, starts
 from finetune_operator.cluster.protocol import Cluster, Document
 from finetune_operator.decide import decide
 from finetune_operator.decision import Create, Decision, Delete
 from finetune_operator.errors import AlreadyExists, ApiError, Conflict, NotFound
 from finetune_operator.events import EventRecorder
-from finetune_operator.kinds import FINETUNE_JOB, RAY_JOB, Key, Kind
+from finetune_operator.kinds import CONFIG_MAP, FINETUNE_JOB, RAY_JOB, Key, Kind
 from finetune_operator.logs import about
 from finetune_operator.metrics import Metrics
 from finetune_operator.observe import World, observe
@@ -39,6 +41,7 @@ from finetune_operator.refusals import (
     name_taken,
     refusal_of,
     refused_status,
+    was_refused,
 )
 from finetune_operator.settings import Settings
 from finetune_operator.transitions import count_transition
@@ -105,15 +108,40 @@ class Reconciler:
 
     async def _pass(self, key: Key, world: World) -> float | None:
         for _ in range(_LOOKS):
-            decision = decide(world.job, observe(world), self._clock(), self._settings)
+            begun = starts.begun(world)
+            decision = decide(world.job, observe(starts.without(world, begun)), self._clock(), self._settings)
+            if begun is not None:
+                decision = starts.furnished(decision, begun)
             try:
-                created = await self._create(world, decision.create)
+                begins = await self._begins(world, decision)
+                created = await self._create(world, starts.beginning(decision.create) if begins else decision.create)
             except _Refused as refused:
+                # Without the rest, a RayJob would hold machines for pods that wait for their plan.
+                await self._delete(starts.withdrawn(begun))
                 return await self._report_refusal(key, world.job, decision, refused.refusal)
+            if created.unseen is None and begins:
+                return None  # the watch brings the RayJob, and the rest is made when nothing newer waits
             if created.unseen is None:
-                return await self._carry_out(key, world.job, _with_uid(decision, created.ray_job))
+                return await self._carry_out(key, world.job, starts.with_uid(decision, created.ray_job))
             world = _with_child(world, *created.unseen)
         raise AssertionError("what the world shows is not created")
+
+    async def _begins(self, world: World, decision: Decision) -> bool:
+        """Whether a new attempt's RayJob is made now, and all the rest later. Raises Conflict for old news.
+
+        The RayJob comes last instead, when all that it needs is there, where something was refused before, and where
+        the plan that its pods wait for is there already: it would be somebody else's.
+        """
+        ray_job = starts.ray_job_of(decision.create)
+        if ray_job is None:
+            return False
+        if not self._knows_ray_jobs():
+            raise _Refused(KUBERAY_MISSING)
+        plan = Key(_namespace(world.job), names.plan_of(ray_job["metadata"]["name"]))
+        there, _ = await asyncio.gather(
+            self._cluster.get(CONFIG_MAP, plan), self._check_that_nothing_changed(world.job)
+        )
+        return there is None and not was_refused(world.job.get("status"))
 
     async def _with_present_attempt(self, world: World) -> World:
         """The world, in which the RayJob of an attempt that has not ended is missing only if it is really gone."""
@@ -124,25 +152,20 @@ class Reconciler:
         return world if there is None else _with_child(world, RAY_JOB, there)
 
     async def _create(self, world: World, wanted: Sequence[Create]) -> _Created:
-        """Creates what is wanted: side by side what pods will need, and then, when all of that is there, the RayJob."""
-        if not self._knows_ray_jobs() and any(one.kind == RAY_JOB for one in wanted):
-            raise _Refused(KUBERAY_MISSING)
-        steps = [self._create_one(world, one) for one in wanted if one.kind != RAY_JOB]
-        if len(steps) < len(wanted):
-            steps.append(self._check_that_nothing_changed(world.job))
-        # Each is waited for, whatever the others come to: nothing of this pass goes on behind the next one's back.
-        for result in await asyncio.gather(*steps, return_exceptions=True):
-            if isinstance(result, BaseException):
-                raise result
-            if result.unseen is not None:
-                return result
+        """Creates what is wanted, stage by stage; a stage begins when all of the one before is there."""
         created = _Created()
-        for one in wanted:
-            if one.kind == RAY_JOB:
-                created = await self._create_one(world, one)
+        for stage in starts.stages(wanted):
+            steps = [self._create_one(world, one) for one in stage]
+            # Each is waited for, whatever the others come to: nothing of this pass goes on behind the next one's back.
+            for result in await asyncio.gather(*steps, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    raise result
+                if result.unseen is not None:
+                    return result
+                created = result
         return created
 
-    async def _check_that_nothing_changed(self, job: Document) -> _Created:
+    async def _check_that_nothing_changed(self, job: Document) -> None:
         """Raises Conflict where the job is not what the watch shows.
 
         A watch can hang for a minute before anybody notices, here or in the replica that has just taken over. What is
@@ -151,7 +174,6 @@ class Reconciler:
         there = await self._cluster.get(FINETUNE_JOB, Key(_namespace(job), job["metadata"]["name"]))
         if there is None or version_of(there) != version_of(job):
             raise Conflict(409, "Conflict", "the job has changed since it was last seen")
-        return _Created()
 
     async def _create_one(self, world: World, one: Create) -> _Created:
         name = one.document["metadata"]["name"]
@@ -241,15 +263,6 @@ class _Refused(Exception):
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.message)
         self.refusal = refusal
-
-
-def _with_uid(decision: Decision, ray_job: Document | None) -> Decision:
-    """The decision, whose new attempt knows the RayJob that was just made: one write of the status less."""
-    if decision.status is None or ray_job is None:
-        return decision
-    *before, last = decision.status["attempts"]
-    known = {**last, "uid": ray_job["metadata"]["uid"]}
-    return replace(decision, status={**decision.status, "attempts": [*before, known]})
 
 
 def _without_progress(status: Document) -> Document:

@@ -13,13 +13,15 @@ from typing import Any
 
 from finetune_operator.errors import ApiError, Forbidden, NotFound
 from finetune_operator.kinds import FINETUNE_JOB, RAY_JOB, Kind
+from finetune_operator.raw import at, items
 
-__all__ = ["KUBERAY_MISSING", "Refusal", "is_left_over", "name_taken", "refusal_of", "refused_status"]
+__all__ = ["KUBERAY_MISSING", "Refusal", "is_left_over", "name_taken", "refusal_of", "refused_status", "was_refused"]
 
 Document = dict[str, Any]
 
 _CONDITION = "ClusterReady"
 _LONGEST_MESSAGE = 4096
+_REASONS = frozenset({"Forbidden", "KubeRayMissing", "NameTaken", "NamespaceTerminating", "Refused"})
 _UNDONE = ("attempts", "rayJob", "nextAttemptAt", "phase")
 """What a decision says in the belief that its objects were created."""
 
@@ -90,6 +92,12 @@ def refused_status(
     status.setdefault("phase", "Pending")
     status["conditions"] = _with(status.get("conditions") or [], before.get("conditions") or [], refusal, job, now)
     return status if status != before else None
+
+
+def was_refused(status: object) -> bool:
+    """Whether the status says that the cluster would not have something."""
+    found = (one for one in items(status, "conditions") if at(one, "type") == _CONDITION)
+    return any(at(one, "status") == "False" and at(one, "reason") in _REASONS for one in found)
 
 
 def _with(

@@ -89,8 +89,10 @@ def project_object(document: Document) -> Document:
 def project_ray_job(document: Document) -> Document:
     """Identity, spec.suspend, and of the status what `states.read_ray_job` reads: not the cluster and its pods."""
     spec, status = at(document, "spec"), at(document, "status")
+    kept = only(document["metadata"], *_RAY_JOB_METADATA)
+    annotations = only(at(document, "metadata", "annotations"), names.DIGEST_ANNOTATION)
     return {
-        "metadata": only(document["metadata"], *_RAY_JOB_METADATA),
+        "metadata": {**kept, "annotations": annotations} if annotations else kept,
         "spec": only(spec, "suspend"),
         "status": only(status, *_RAY_JOB_STATUS),
     }

@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_api.progress import Progress, Stage
-from tests.bench.bench_operator_create import JOBS, RAY_JOBS
+from tests.bench.bench_operator_create import CONFIG_MAPS, JOBS, RAY_JOBS
 from tests.bench.common import busy, write_results
-from tests.bench.control_plane import NAMESPACE, Api, api_of, bench_server, rss_bytes, run_operator, say
+from tests.bench.control_plane import Api, api_of, bench_server, rss_bytes, run_operator, say
 from tests.cluster.server import Server
 from tests.control_plane.operators import Operator
 from tests.factories import job_document
@@ -29,7 +29,6 @@ GOALS: dict[str, Any] = {
     "status_writes_a_second": 70.0,
     "p99": 2.0,
 }
-CONFIG_MAPS = f"/api/v1/namespaces/{NAMESPACE}/configmaps"
 FLOOR_SECONDS = 15.0
 """The trainers write their progress at most so often."""
 _AT_ONCE = 32

@@ -10,9 +10,10 @@ import pytest
 
 from finetune_api.progress import Result
 from finetune_operator.errors import ApiError, ClusterError, Conflict, Forbidden, Invalid, TooManyRequests, Unreachable
-from finetune_operator.kinds import CONFIG_MAP, EVENT, FINETUNE_JOB, RAY_JOB, SERVICE_ACCOUNT, Key
+from finetune_operator.kinds import CONFIG_MAP, EVENT, FINETUNE_JOB, RAY_JOB, ROLE, SERVICE_ACCOUNT, Key
 from finetune_operator.reconcile import PROGRESS_SECONDS, Reconciler
-from tests.factories import job_document
+from finetune_operator.settings import Settings
+from tests.factories import job_document, runtime_document
 from tests.operator.runtime.virtual_time import run
 from tests.operator.stage import NAMESPACE, Asked, Stage, now, play
 
@@ -58,28 +59,105 @@ def test_a_job_becomes_a_ray_job_whose_end_becomes_its_own() -> None:
     play(scenario)
 
 
-def test_an_attempt_starts_with_one_write_of_the_status_after_its_ray_job_which_comes_after_all_else() -> None:
+def test_an_attempt_starts_with_its_ray_job_and_the_plan_that_pods_wait_for_comes_last_before_the_status() -> None:
     async def scenario(stage: Stage) -> None:
-        await stage.submit(job_document())
+        await stage.submit(runtime_document(name="pool"))
+        await stage.submit(job_document({"runtimeRef": {"name": "pool"}}))
         await asyncio.sleep(1)
         writes = [one for one in stage.cluster.writes() if one.kind != EVENT]
-        assert [one.kind for one in writes[-2:]] == [RAY_JOB, FINETUNE_JOB]
+        names = [one.name for one in writes]
+        assert names[:2] == ["example-runtime", "example-1"]
+        assert writes[1].kind == RAY_JOB
+        assert set(names[2:-2]) == {"example", "example-trainer", "example-progress"}
+        assert names[-2:] == ["example-1-plan", "example"]
         assert [one.verb for one in writes if one.kind == FINETUNE_JOB] == ["status"]
+        assert [one.verb for one in stage.cluster.asked if one.name == "example-1"] == ["create"]
 
     play(scenario)
 
 
-def test_when_one_object_is_refused_the_ray_job_is_not_created_and_the_others_are() -> None:
-    def refuse(asked: Asked) -> None:
-        if asked.verb == "create" and asked.kind == SERVICE_ACCOUNT:
-            raise Forbidden(403, "Forbidden", "not you")
+def test_of_jobs_that_wait_together_all_get_their_ray_job_before_the_rest_is_made_for_any() -> None:
+    async def main() -> None:
+        stage = Stage(Settings(pod_name="operator-0", workers=4))
+        for number in range(40):
+            await stage.submit(job_document(name=f"job-{number}"))
+        async with stage.operator():
+            await asyncio.sleep(5)
+        kinds = [one.kind for one in stage.cluster.writes()]
+        assert kinds[:40] == [RAY_JOB] * 40
+        assert len(stage.names(ROLE)) == 40
+        assert all(stage.status(f"job-{number}")["phase"] == "Starting" for number in range(40))
 
+    run(main())
+
+
+def test_when_one_object_is_refused_the_ray_job_is_taken_back_and_comes_last_from_then_on() -> None:
     async def scenario(stage: Stage) -> None:
+        def refuse(asked: Asked) -> None:
+            if asked.verb == "create" and asked.kind == SERVICE_ACCOUNT:
+                raise Forbidden(403, "Forbidden", "not you")
+
         stage.cluster.before = refuse
         await stage.submit(job_document())
         await asyncio.sleep(1)
         assert stage.names(RAY_JOB) == []
-        assert "example-progress" in stage.names(CONFIG_MAP)
+        assert stage.names(CONFIG_MAP) == ["example-progress"]
+        assert stage.condition("ClusterReady")["reason"] == "Forbidden"
+        await asyncio.sleep(3600)
+        assert [one.verb for one in stage.cluster.asked if one.kind == RAY_JOB] == ["create", "delete"]
+        stage.cluster.before = lambda _: None
+        await asyncio.sleep(301)
+        created = [
+            one.name for one in stage.cluster.asked if one.verb == "create" and one.kind in (CONFIG_MAP, RAY_JOB)
+        ]
+        assert created[-2:] == ["example-1-plan", "example-1"]
+        assert [attempt["number"] for attempt in stage.status()["attempts"]] == [1]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("change", ["edited", "suspended", "deleted"])
+def test_a_job_that_changes_before_its_plan_is_made_gets_a_ray_job_of_what_it_is_now(change: str) -> None:
+    async def scenario(stage: Stage) -> None:
+        def refuse(asked: Asked) -> None:
+            if asked.verb == "create" and asked.kind == SERVICE_ACCOUNT:
+                raise Unreachable("connection refused")
+
+        stage.cluster.before = refuse
+        await stage.submit(job_document())
+        await asyncio.sleep(1)
+        (first,) = stage.there.select(RAY_JOB, NAMESPACE)
+        if change == "edited":
+            await stage.change("example", {"training": {"seed": 7}})
+        elif change == "suspended":
+            await stage.change("example", {"suspend": True})
+        else:
+            await stage.there.delete(FINETUNE_JOB, Key(NAMESPACE, "example"))
+        stage.cluster.before = lambda _: None
+        await asyncio.sleep(60)
+        left = stage.there.select(RAY_JOB, NAMESPACE)
+        assert first["metadata"]["uid"] not in [one["metadata"]["uid"] for one in left]
+        assert len(left) == (change == "edited")
+        if change == "edited":
+            plan = stage.there.peek(CONFIG_MAP, Key(NAMESPACE, "example-1-plan"))
+            assert plan is not None
+            assert '"seed": 7' in plan["data"]["plan.json"]
+            assert [attempt["number"] for attempt in stage.status()["attempts"]] == [1]
+            assert stage.status()["restarts"] == 0
+        elif change == "suspended":
+            assert stage.status()["phase"] == "Suspended"
+            assert not stage.status().get("attempts")
+
+    play(scenario)
+
+
+def test_no_pod_of_ours_mounts_a_plan_that_somebody_else_has_laid_out() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.there.create(CONFIG_MAP, config_map("example-1-plan"))
+        await stage.submit(job_document())
+        await asyncio.sleep(300)
+        assert not [one for one in stage.cluster.asked if one.kind == RAY_JOB]
+        assert stage.condition("ClusterReady")["reason"] == "NameTaken"
 
     play(scenario)
 

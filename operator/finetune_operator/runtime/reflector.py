@@ -93,7 +93,7 @@ class Reflector:
         on_change: Callable[[Change], None],
         indexers: Mapping[str, Indexer] | None = None,
         project: Callable[[Document], Document] | None = None,
-        page_size: int = 500,
+        page_size: int = 100,
         watch_seconds: tuple[float, float] = (300, 600),
         idle_seconds: float = 70,
         rng: random.Random | None = None,
