@@ -30,6 +30,7 @@ _SHARED_MEMORY = "/dev/shm"
 _TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 _TOKEN_SECONDS = 3600
 _OURS = frozenset({PLAN_FOLDER, SCRATCH, _TOKEN_FOLDER})
+_CLAIM = f"{Scheme.PVC.value}://"
 _SHARED_CACHE = ".cache"
 """Below the runtime's storage, for all jobs on the claim: no namespace, which comes next there, starts with a dot."""
 
@@ -134,8 +135,8 @@ def _folder(storage: str | None) -> str | None:
 def _claims(plan: RunPlan, runtime: FineTuneRuntimeSpec) -> list[str]:
     """Every claim that the plan names, each once, in order. What planning wrote down for people names none."""
     document = plan.model_copy(update={"decisions": []}).to_document()
-    uris = (_uri(text) for text in [*_texts(document), runtime.storage or ""])
-    return sorted({uri.authority for uri in uris if uri is not None and uri.scheme is Scheme.PVC})
+    texts = (text for text in [*_texts(document), runtime.storage or ""] if text.startswith(_CLAIM))
+    return sorted({uri.authority for uri in map(_uri, texts) if uri is not None})
 
 
 def _texts(value: Any) -> Iterator[str]:
