@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
-__all__ = ["API_VERSION", "GROUP", "VERSION", "Contract", "Rule", "exactly_one"]
+__all__ = ["API_VERSION", "GROUP", "VERSION", "Choice", "Contract", "Rule", "exactly_one"]
 
 GROUP = "finetune-operator.io"
 VERSION = "v1alpha1"
@@ -68,15 +68,19 @@ class Contract(BaseModel):
             return [item.to_document() if isinstance(item, Contract) else item for item in here]
         return None if here is self else here.to_document() if isinstance(here, Contract) else here
 
-    @property
-    def chosen(self) -> str:
-        """The name (camelCase) of the first field that is set: of a choice of branches, the branch."""
-        fields = type(self).model_fields.items()
-        return next(field.alias or name for name, field in fields if getattr(self, name) is not None)
-
     def to_document(self) -> dict[str, Any]:
         """The object as it stands in YAML or JSON: camelCase, absent fields left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+class Choice(Contract):
+    """An object of which one branch is set."""
+
+    @property
+    def chosen(self) -> str:
+        """The name (camelCase) of the first field that is set."""
+        fields = type(self).model_fields.items()
+        return next(field.alias or name for name, field in fields if getattr(self, name) is not None)
 
 
 def exactly_one(*fields: str) -> Rule:

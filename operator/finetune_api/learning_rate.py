@@ -6,6 +6,9 @@ The table is the peak rate that models of a size were pre-trained with: Brown et
 Full tuning takes a tenth of it, so that what was learned is refined and not overwritten. LoRA takes ten times the rate
 of full tuning: the optimal ratio was found to be near ten and nearly independent of the model's size (Schulman et al.
 2025, "LoRA Without Regret").
+
+DPO, KTO and ORPO move a model that has been trained already, by how it differs from itself, and take a tenth of that:
+DPO's own 1e-6 (Rafailov et al. 2023, arXiv 2305.18290) for models of some billions of parameters.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import math
 import re
 from itertools import pairwise
 
-from finetune_api.spec import Tuning
+from finetune_api.spec import Method, Tuning
 
 __all__ = ["auto_learning_rate", "parameters_in_name", "parse_parameters"]
 
@@ -32,15 +35,18 @@ _UNITS = {"M": 1_000_000, "B": 1_000_000_000, "T": 1_000_000_000_000}
 _IN_NAME = re.compile(r"(?<![A-Za-z0-9.])(\d{1,6}(?:\.\d{1,6})?)([MB])(?![A-Za-z0-9])")
 
 
-def auto_learning_rate(num_parameters: int, tuning: Tuning) -> tuple[float, str]:
-    """The peak learning rate for a model of `num_parameters`, rounded to two digits, and why."""
+def auto_learning_rate(num_parameters: int, tuning: Tuning, method: Method | None = None) -> tuple[float, str]:
+    """The peak learning rate for a model of `num_parameters`, rounded to two digits, and why. `method` None: sft."""
     pretraining = _interpolate(float(num_parameters))
     size = _readable(num_parameters)
+    gentle = method is not None and (method.dpo or method.kto or method.orpo) is not None
+    part, why = (10, f"; {method.chosen} takes a tenth of that") if gentle and method is not None else (1, "")
     if tuning.lora is not None:
-        rate = _round(pretraining)
-        return rate, f"{rate:g}: ten times the rate for full tuning of {size} parameters, as LoRA wants"
-    rate = _round(pretraining / 10)
-    return rate, f"{rate:g}: a tenth of the pre-training rate of models with {size} parameters ({pretraining:.2g})"
+        rate = _round(pretraining / part)
+        return rate, f"{rate:g}: ten times the rate for full tuning of {size} parameters, as LoRA wants{why}"
+    rate = _round(pretraining / 10 / part)
+    of = f"a tenth of the pre-training rate of models with {size} parameters ({pretraining:.2g})"
+    return rate, f"{rate:g}: {of}{why}"
 
 
 def parse_parameters(text: str) -> int:

@@ -225,11 +225,13 @@ class _Planner:
         )
 
     def _auto_micro_batch(self, per_process: int, device: Device) -> int:
-        assert self.spec.method.sft is not None
-        length, budget = self.spec.method.sft.max_seq_length, _TOKENS_PER_MICRO_BATCH[device]
+        method, budget = self.spec.method, _TOKENS_PER_MICRO_BATCH[device]
+        length = method.settings.max_seq_length * method.rows_per_sequence
         micro = max((d for d in _divisors(per_process) if d * length <= budget), default=1)
         self._decide(
-            "training.microBatchSize", micro, f"sequences of {length} tokens, about {budget} tokens a pass on {device}"
+            "training.microBatchSize",
+            micro,
+            f"{'sequences' if method.sft else 'pairs'} of {length} tokens, about {budget} tokens a pass on {device}",
         )
         return micro
 
@@ -254,7 +256,7 @@ class _Planner:
         else:
             size = parse_parameters(model.parameters) if model.parameters else parameters_in_name(model.source)
             if size is not None:
-                peak, reason = auto_learning_rate(size, self.spec.tuning)
+                peak, reason = auto_learning_rate(size, self.spec.tuning, self.spec.method)
             self._decide("training.learningRate", "auto" if peak is None else f"{peak:g}", reason)
         return LearningRatePlan(
             peak=peak,

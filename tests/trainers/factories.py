@@ -19,7 +19,7 @@ from finetune_api.plan import RunPlan
 from finetune_operator.planning import plan_run
 from tests.factories import ABSENT, job
 
-__all__ = ["ABSENT", "WORDS", "tiny_model", "tiny_plan", "write_rows"]
+__all__ = ["ABSENT", "WORDS", "tiny_model", "tiny_plan", "write_pairs", "write_rated", "write_rows"]
 
 SENTENCE = "the a one two cat dog bird sees likes finds red green blue small house tree river and or why"
 WORDS = SENTENCE.split()
@@ -110,3 +110,28 @@ def tiny_plan(
         },
     }
     return plan_run(job(base | dict(changes or {})))
+
+
+def write_pairs(path: Path, num_rows: int, seed: int = 0, longest: int = 8) -> Path:
+    """Pairs of answers: the better one repeats the prompt backwards, the worse one is other words."""
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(num_rows):
+            words = draw.choices(WORDS, k=draw.randint(2, longest))
+            worse = draw.choices(WORDS, k=draw.randint(2, longest))
+            row = {"prompt": " ".join(words), "chosen": " ".join(reversed(words)), "rejected": " ".join([*worse, "or"])}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def write_rated(path: Path, num_rows: int, seed: int = 0, longest: int = 8) -> Path:
+    """Single answers, one in three of them bad."""
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for number in range(num_rows):
+            words = draw.choices(WORDS, k=draw.randint(2, longest))
+            good = number % 3 != 0
+            answer = list(reversed(words)) if good else [*draw.choices(WORDS, k=draw.randint(2, longest)), "or"]
+            row = {"prompt": " ".join(words), "completion": " ".join(answer), "label": good}
+            file.write(json.dumps(row) + "\n")
+    return path

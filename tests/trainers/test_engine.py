@@ -14,8 +14,9 @@ from torch import Tensor
 from finetune_trainers.context import SingleProcessContext
 from finetune_trainers.engine import Engine
 from finetune_trainers.errors import NonFiniteLossError
-from finetune_trainers.methods.sft import Sft, sum_nll
-from finetune_trainers.worker import load, train_batches
+from finetune_trainers.methods.building import build_method
+from finetune_trainers.methods.sft import sum_nll
+from finetune_trainers.worker import load
 from tests.trainers.conftest import SmallWorld
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
@@ -38,7 +39,7 @@ class Trained:
         prepared = world.prepare(self.plan, workdir)
         context = SingleProcessContext(self.plan, workdir)
         self.tuned, self.engine = load(self.plan, prepared, context)
-        self.method = Sft(train_batches(self.plan, prepared, context))
+        self.method = build_method(self.plan, prepared, self.engine.module, context)
 
     def step(self, number: int, done: float = 0.0, rate: float = 0.01, poison: float = 1.0) -> float | None:
         """Optimizer step `number`; the gradient of its last micro-batch is multiplied by `poison`."""
@@ -46,10 +47,10 @@ class Trained:
         engine.begin_step(rate, done)
         batches = self.method.step(number)
         for place, batch in enumerate(batches.micro_batches, start=1):
-            loss = self.method.loss_sum(engine.module, batch)
+            loss = self.method.loss(engine.module, batch).total
             if place == len(batches.micro_batches):
                 loss.register_hook(lambda grad: grad * poison)  # type: ignore[no-untyped-call]
-            engine.backward(loss, batches.num_trained_tokens)
+            engine.backward(loss, batches.divisor)
         return engine.step()
 
     def parameters(self) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from finetune_api.progress import Stage
 from finetune_trainers.data.batches import Batch, StepBatches
 from finetune_trainers.errors import NonFiniteLossError
 from finetune_trainers.loop import Loop, LoopMemory, LoopResult, epoch_ends
+from finetune_trainers.methods import BatchLoss
 from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedRun
 from tests.trainers.factories import tiny_plan
 
@@ -38,8 +39,8 @@ class CountingEngine:
         self.rates.append(learning_rate)
         self.done.append(done)
 
-    def backward(self, loss_sum: Tensor, num_tokens: int) -> None:
-        assert num_tokens == TOKENS_PER_STEP
+    def backward(self, loss_sum: Tensor, divisor: int) -> None:
+        assert divisor == TOKENS_PER_STEP
         self.num_backwards += 1
 
     def step(self) -> float | None:
@@ -58,6 +59,8 @@ class CountingEngine:
 class Losses:
     """A method whose steps have two micro-batches and the given mean losses."""
 
+    num_sums = 1
+
     def __init__(self, losses: Mapping[int, float]) -> None:
         self._losses = losses
         self._step = 0
@@ -68,8 +71,15 @@ class Losses:
         batch = Batch(one, one, one, torch.tensor([0, 1], dtype=torch.int32), 1, TOKENS_PER_STEP // 2)
         return StepBatches([batch, batch], TOKENS_PER_STEP, 2 * TOKENS_PER_STEP)
 
-    def loss_sum(self, module: nn.Module, batch: Batch) -> Tensor:
-        return torch.tensor(self._losses.get(self._step, 1.0) * TOKENS_PER_STEP / 2)
+    def loss(self, module: nn.Module, batch: Batch) -> BatchLoss:
+        total = torch.tensor(self._losses.get(self._step, 1.0) * TOKENS_PER_STEP / 2)
+        return BatchLoss(total, torch.tensor([float(self._step)]))
+
+    def figures(self, sums: Sequence[float]) -> dict[str, float]:
+        return {"steps_seen_twice": sums[0]}
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        raise AssertionError("the loop is given what evaluates")
 
 
 class Alone:

@@ -3,6 +3,7 @@
     adapter_model.safetensors, adapter_config.json                    of an adapter
     model*.safetensors, config.json, generation_config.json           of a model
     tokenizer.json, tokenizer_config.json, chat_template.jinja        of both, and
+    calibration.json                                                  of a reward model: where its scores lie
     README.md       the model card
     digests.json    blake3 and size of each file, and the base model by source, revision and digest
 
@@ -16,7 +17,7 @@ it and the digest of the base's weights are in digests.json.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,17 @@ from finetune_api.plan import RunPlan
 from finetune_api.progress import Artifact
 from finetune_api.spec import Lora
 from finetune_trainers.artifact_folder import ADAPTER_WEIGHTS, PEFT_PREFIX, new_folder, seal, write_config
+from finetune_trainers.methods.reward import Calibration
 from finetune_trainers.model_card import CardFacts, model_card
 from finetune_trainers.models import DTYPES, meta_model, stored_tokenizer
 from finetune_trainers.prepared import PreparedModel
-from finetune_trainers.tuning import ALL_LINEAR, transposed
+from finetune_trainers.score_head import padding_token, score_settings
+from finetune_trainers.tuning import ALL_LINEAR, SCORE_HEAD, transposed
 from finetune_trainers.weights import WeightFiles, read_tensors, write_tensors
 
-__all__ = ["adapter_config", "second_names", "write_artifact"]
+__all__ = ["CALIBRATION", "adapter_config", "second_names", "write_artifact"]
+
+CALIBRATION = "calibration.json"
 
 
 def write_artifact(
@@ -42,6 +47,7 @@ def write_artifact(
     prepared: PreparedModel,
     plan: RunPlan,
     card: CardFacts,
+    calibration: Calibration | None = None,
 ) -> Artifact:
     """Write the trained `tensors` (name as in the tuned module, CPU tensor) as an artifact at `folder`.
 
@@ -54,7 +60,12 @@ def write_artifact(
             _write_adapter(unfinished, tensors, prepared, plan, plan.tuning.lora)
         else:
             _write_model(unfinished, tensors, prepared, plan)
-        stored_tokenizer(prepared, plan.model.trust_remote_code).save_pretrained(unfinished)
+        tokenizer = stored_tokenizer(prepared, plan.model.trust_remote_code)
+        if plan.method.reward is not None:
+            tokenizer.pad_token = padding_token(tokenizer)
+        tokenizer.save_pretrained(unfinished)
+        if calibration is not None:
+            (unfinished / CALIBRATION).write_text(calibration.model_dump_json(by_alias=True, indent=2) + "\n")
         (unfinished / "README.md").write_text(model_card(plan, prepared, card))
         return seal(unfinished, folder, "adapter" if plan.tuning.lora is not None else "model", base)
 
@@ -66,7 +77,7 @@ def _write_adapter(
     plan: RunPlan,
     lora: Lora,
 ) -> None:
-    stored = {name.replace(".default.", "."): tensor for name, tensor in tensors}
+    stored = {_stored_name(name): tensor for name, tensor in tensors}
     write_tensors(folder, stored.items(), single=ADAPTER_WEIGHTS, shard_bytes=1 << 62)
     source = plan.model
     config = adapter_config(
@@ -75,26 +86,33 @@ def _write_adapter(
     config.save_pretrained(str(folder))
 
 
+def _stored_name(name: str) -> str:
+    """PEFT's name in files: without the adapter's own name, and without the wrapper of a module that learns whole."""
+    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+
+
 def adapter_config(
     lora: Lora,
-    names: Iterable[str],
+    names: Collection[str],
     source: str,
     revision: str | None,
     folder: Path,
     trust_remote_code: bool = False,
 ) -> Any:
     """PEFT's LoraConfig of an adapter whose tensors have these `names`, on the model of `source`, which is at
-    `folder`."""
+    `folder`. What is among them and no adapter is the head of a reward model."""
     import peft
 
-    adapted = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in names}
+    adapted = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in names if ".lora_" in name}
+    is_reward = any(".lora_" not in name for name in names)
     targets = {name.rpartition(".")[2] for name in adapted}
     if lora.target_modules != [ALL_LINEAR] and set(lora.target_modules) != targets:
         targets = adapted  # chosen by path or wildcard: only the full names say which
     from_hub = source.startswith("hf://")
     model = meta_model(_config(folder, trust_remote_code), trust_remote_code)
     return peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if is_reward else "CAUSAL_LM",
+        modules_to_save=[SCORE_HEAD] if is_reward else None,
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides it by the rank
         lora_dropout=lora.dropout,
@@ -121,10 +139,26 @@ def _write_model(folder: Path, tensors: Iterable[tuple[str, Tensor]], prepared: 
         return
     base = WeightFiles.of(Path(prepared.folder))
     assert base is not None
-    tied = second_names(config, plan.model.trust_remote_code)
+    is_reward = plan.method.reward is not None
+    left_out = second_names(config, plan.model.trust_remote_code)
+    model = meta_model(config, plan.model.trust_remote_code, scores=is_reward)
+    if is_reward:  # it has no place for an output head
+        left_out |= base.shard_of.keys() - {base.stored_name(name) for name, _ in model.named_parameters()}
     dtype = DTYPES[plan.precision]
-    write_tensors(folder, _with_base(tensors, base, tied, dtype))
+    write_tensors(folder, _with_base(tensors, base, left_out, dtype))
     write_config(folder, Path(prepared.folder), plan.precision, plan.model.trust_remote_code)
+    if is_reward:
+        _write_score_config(folder, type(model).__name__, prepared, plan)
+
+
+def _write_score_config(folder: Path, architecture: str, prepared: PreparedModel, plan: RunPlan) -> None:
+    """What plain transformers must know to read the score."""
+    config = _config(folder, plan.model.trust_remote_code)
+    settings = score_settings(stored_tokenizer(prepared, plan.model.trust_remote_code))
+    config.architectures = [architecture]
+    config.num_labels = settings["num_labels"]
+    config.get_text_config().pad_token_id = settings["pad_token_id"]
+    config.save_pretrained(folder)
 
 
 def second_names(config: Any, trust_remote_code: bool = False) -> set[str]:
@@ -135,10 +169,11 @@ def second_names(config: Any, trust_remote_code: bool = False) -> set[str]:
 
 
 def _with_base(
-    tensors: Iterable[tuple[str, Tensor]], base: WeightFiles, tied: set[str], dtype: torch.dtype
+    tensors: Iterable[tuple[str, Tensor]], base: WeightFiles, left_out: set[str], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """The trained tensors under the names that the base's files use, then the base's others."""
-    seen = set(tied)  # a second name of a tensor that has one already
+    """The trained tensors under the names that the base's files use, then the base's others but for `left_out`:
+    second names of tensors that have one already, and what the model has no place for."""
+    seen = set(left_out)
     for name, tensor in tensors:
         stored = base.stored_name(name) or name
         seen.add(stored)

@@ -3,8 +3,8 @@
 The loop knows this protocol only. `engine_torch` serves one process without ZeRO; `engine_deepspeed` the rest.
 
 Both keep one promise: after the backward passes of a step, the gradient is exactly sum(loss) / N, where the sum runs
-over all micro-batches and ranks and N is the number of trained tokens of the whole global batch. Neither the number
-of workers nor of accumulation steps shows in it.
+over all micro-batches and ranks and N is what the whole global batch counts for: its trained tokens, or its pairs.
+Neither the number of workers nor of accumulation steps shows in it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Engine(Protocol):
         unfreezing open by it."""
         ...
 
-    def backward(self, loss_sum: Tensor, num_tokens: int) -> None:
-        """Add the gradient of `loss_sum` / `num_tokens`. Call it once per micro-batch, on every rank."""
+    def backward(self, loss_sum: Tensor, divisor: int) -> None:
+        """Add the gradient of `loss_sum` / `divisor`. Call it once per micro-batch, on every rank."""
         ...
 
     def step(self) -> float | None:

@@ -110,8 +110,8 @@ class DeepSpeedEngine:
             params = self.adamw.param_groups[group]["params"]
         return [self.adamw.state[param] for param in params if param in self.adamw.state]
 
-    def backward(self, loss_sum: Tensor, num_tokens: int) -> None:
-        self.ds.backward(loss_sum * (self._world_size / num_tokens), scale_wrt_gas=False)
+    def backward(self, loss_sum: Tensor, divisor: int) -> None:
+        self.ds.backward(loss_sum * (self._world_size / divisor), scale_wrt_gas=False)
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()  # only counts the micro-batch
 

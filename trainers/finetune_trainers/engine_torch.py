@@ -45,8 +45,8 @@ class TorchEngine:
             for param in group.params:
                 param.requires_grad_(done >= group.opens_at)
 
-    def backward(self, loss_sum: Tensor, num_tokens: int) -> None:
-        self.scaler.scale(loss_sum / num_tokens).backward()  # type: ignore[no-untyped-call]
+    def backward(self, loss_sum: Tensor, divisor: int) -> None:
+        self.scaler.scale(loss_sum / divisor).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> float | None:
         self.scaler.unscale_(self.adamw)

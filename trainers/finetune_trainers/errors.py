@@ -79,7 +79,7 @@ def classified(error: BaseException) -> TrainerError:
         return error
     if _is_out_of_memory(error):
         return OutOfMemoryError(
-            f"Memory ran out: {first_line(error)}. Lower spec.training.microBatchSize or spec.method.sft.maxSeqLength,"
+            f"Memory ran out: {first_line(error)}. Lower spec.training.microBatchSize or the method's maxSeqLength,"
             " turn on spec.training.activationCheckpointing, or raise spec.deepspeed.zeroStage."
         )
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from finetune_trainers.context import WorkerContext
     from finetune_trainers.data.prompts import EvalPrompt
 
-__all__ = ["EarlyStop", "Verdict", "evaluate", "evaluate_generation"]
+__all__ = ["EarlyStop", "Verdict", "evaluate", "evaluate_generation", "evaluating", "finite_loss"]
 
 LOGITS_ROWS = 512
 """Rows of logits taken to fp32 at a time: 100 MB for a vocabulary of 50,000."""
@@ -47,22 +47,27 @@ def evaluate(module: nn.Module, batches: Iterable[Batch], context: WorkerContext
     nothing to measure, on all ranks alike.
     """
     totals = torch.zeros(3, dtype=torch.float64)  # sum of losses, correct tokens, tokens
-    with _evaluating(module), torch.no_grad():
+    with evaluating(module), torch.no_grad():
         for batch in batches:
             totals += _sums(module, batch.to(context.device))
     totals = context.all_reduce_sum(totals.to(context.device))
     loss_sum, num_correct, num_tokens = totals.tolist()
     if num_tokens == 0:
         raise DataError("no row of the evaluation data has a token inside the loss")
-    loss = loss_sum / num_tokens
-    if not math.isfinite(loss):
-        raise NonFiniteLossError(f"the evaluation loss is {loss}")
+    loss = finite_loss(loss_sum / num_tokens)
     return {
         "eval_loss": loss,
         "eval_perplexity": math.exp(min(loss, LARGEST_LOSS)),
         "eval_token_accuracy": num_correct / num_tokens,
         "eval_tokens": num_tokens,
     }
+
+
+def finite_loss(loss: float) -> float:
+    """`loss`, which every rank has. Raises NonFiniteLossError when it is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(f"the evaluation loss is {loss}")
+    return loss
 
 
 def _sums(module: nn.Module, batch: Batch) -> Tensor:
@@ -83,7 +88,7 @@ def _sums(module: nn.Module, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, and after it every submodule in the mode that it was in: frozen parts may differ."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
@@ -108,7 +113,7 @@ def evaluate_generation(
     """
     mine = _batches_of_rank([len(p.prompt_ids) for p in prompts], context.rank, context.world_size)
     answers: dict[int, str] = {}
-    with _evaluating(module), torch.no_grad():
+    with evaluating(module), torch.no_grad():
         for batch in mine:
             texts = _answers(
                 module,

@@ -179,7 +179,7 @@ class _Launch:
 
         rate = self.plan.optimization.learning_rate
         if rate.peak is None:
-            peak, reason = auto_learning_rate(model.num_parameters, self.plan.tuning)
+            peak, reason = auto_learning_rate(model.num_parameters, self.plan.tuning, self.plan.method)
             rate = rate.model_copy(update={"peak": peak, "reason": reason})
         sequences = sum(sequences_per_epoch_of(source) for source in data.train)
         return PreparedRun(

@@ -219,16 +219,17 @@ class Loop:
         rate = lr_at(step, self._total, self._prepared.learning_rate)
         self._engine.begin_step(rate, step / self._total)
         batches = self._method.step(step)
-        num_tokens = max(batches.num_trained_tokens, 1)  # a step may hold nothing to learn
         device = self._context.device
-        sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss; ranks that saw a stop request
+        # loss; ranks that saw a stop request; what the method counts
+        sums = torch.zeros(2 + self._method.num_sums, dtype=torch.float64, device=device)
         for batch in batches.micro_batches:
-            loss_sum = self._method.loss_sum(self._engine.module, batch.to(device))
-            self._engine.backward(loss_sum, num_tokens)
-            sums[0] += loss_sum.detach()
+            found = self._method.loss(self._engine.module, batch.to(device))
+            self._engine.backward(found.total, batches.divisor)
+            sums[0] += found.total.detach()
+            sums[2:] += found.sums
         sums[1] = float(self._context.should_stop())
-        loss_total, num_stops = self._context.all_reduce_sum(sums).tolist()
-        loss = loss_total / num_tokens
+        loss_total, num_stops, *counted = self._context.all_reduce_sum(sums).tolist()
+        loss = loss_total / batches.divisor
         self._stop_requested = num_stops > 0
         if not math.isfinite(loss):
             raise NonFiniteLossError(_non_finite(f"the loss is {loss}", step), step=step)
@@ -240,7 +241,7 @@ class Loop:
         figures = {"loss": loss, "learning_rate": rate, "num_tokens": float(self._num_trained_tokens)}
         if grad_norm is not None:
             figures["grad_norm"] = grad_norm
-        return figures, batches.num_tokens
+        return figures | self._method.figures(counted), batches.num_tokens
 
     def _log(self, figures: dict[str, float]) -> None:
         step = self.result.step

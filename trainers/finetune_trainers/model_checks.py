@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -18,7 +19,7 @@ from finetune_api.failures import Problem
 from finetune_api.plan import Device, RunPlan
 from finetune_api.spec import Freeze, Lora, Precision, Quantization
 from finetune_trainers.errors import UserError
-from finetune_trainers.tuning import linear_names, lora_targets, matching, transposed
+from finetune_trainers.tuning import SCORE_HEAD, linear_names, lora_targets, matching, transposed
 from finetune_trainers.weights import INDEX, BrokenWeightsError, WeightFiles
 
 __all__ = ["check_folder", "check_job"]
@@ -109,7 +110,7 @@ def check_job(
     plan: RunPlan, model: PreTrainedModel, weights: WeightFiles, tokenizer: PreTrainedTokenizerBase
 ) -> list[Problem]:
     """All that this job asks of this model and cannot have. `model` is on the meta device."""
-    unfit = _check_architecture(plan, model)
+    unfit = _check_score(plan, model) or _check_architecture(plan, model)
     return unfit or [
         *_check_tensors(plan, model, weights),
         *_check_vocabulary(plan, model, tokenizer),
@@ -145,6 +146,14 @@ def _check_architecture(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:
     ]
 
 
+def _check_score(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:
+    """A reward model needs transformers' way of putting a score in the place of the output head."""
+    if plan.method.reward is None or isinstance(getattr(model, SCORE_HEAD, None), nn.Linear):
+        return []
+    message = f"transformers knows no {type(model).__name__} with a score in the place of its output head"
+    return [Problem(path=SOURCE, value=plan.model.source, message=f"{message}; use another model for method.reward")]
+
+
 def _check_tensors(plan: RunPlan, model: PreTrainedModel, weights: WeightFiles) -> list[Problem]:
     """Every parameter must come from the files: transformers would fill a missing one with random numbers."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -158,6 +167,8 @@ def _check_tensors(plan: RunPlan, model: PreTrainedModel, weights: WeightFiles) 
         names_of.setdefault(id(parameter), []).append(name)
         shapes[id(parameter)] = tuple(parameter.shape)
     for key, names in names_of.items():
+        if plan.method.reward is not None and names == [f"{SCORE_HEAD}.weight"]:
+            continue  # begins anew
         stored = [found for name in names if (found := weights.stored_name(name)) is not None]
         if not stored:
             problems.append(f"the tensor {names[0]} is in none of its {len(weights.shards)} weight files")
@@ -185,11 +196,11 @@ def _check_vocabulary(plan: RunPlan, model: PreTrainedModel, tokenizer: PreTrain
 
 def _check_length(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    sft = plan.method.sft
-    if sft is None or positions is None or sft.max_seq_length <= positions:
+    length = plan.method.settings.max_seq_length
+    if positions is None or length <= positions:
         return []
     message = f"the model has {positions} positions; set at most that"
-    return [Problem(path="spec.method.sft.maxSeqLength", value=str(sft.max_seq_length), message=message)]
+    return [Problem(path=f"spec.method.{plan.method.chosen}.maxSeqLength", value=str(length), message=message)]
 
 
 def _check_device(plan: RunPlan) -> list[Problem]:

@@ -15,13 +15,20 @@ The torch engine updates what the model holds, so whatever trains is held in fp3
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from finetune_api.failures import Problem
 from finetune_api.plan import RunPlan
@@ -33,6 +40,7 @@ from finetune_trainers.gguf import is_gguf, unpack_gguf
 from finetune_trainers.model_checks import check_folder, check_job
 from finetune_trainers.model_sources import locate_model
 from finetune_trainers.prepared import PreparedModel
+from finetune_trainers.score_head import HEAD, begin_head, has_score_head, read_packed, score_settings
 from finetune_trainers.weights import file_digest
 
 __all__ = [
@@ -64,7 +72,7 @@ def prepare_model(plan: RunPlan, cache: Path, on_progress: Callable[[float, str]
         if is_gguf(tokenizer_folder):
             tokenizer_folder = unpack_gguf(tokenizer_folder, file_digest(tokenizer_folder), cache, on_progress)
     tokenizer = _open_tokenizer(tokenizer_folder, plan)
-    model = meta_model(config, source.trust_remote_code)
+    model = meta_model(config, source.trust_remote_code, scores=plan.method.reward is not None)
     problems = check_job(plan, model, weights, tokenizer)
     if problems:
         raise UserError("; ".join(str(problem) for problem in problems), problems)
@@ -81,12 +89,18 @@ def prepare_model(plan: RunPlan, cache: Path, on_progress: Callable[[float, str]
     )
 
 
-def meta_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without its weights: names, shapes and modules only. Tied weights are one parameter, as in training."""
+def meta_model(config: Any, trust_remote_code: bool = False, scores: bool = False) -> PreTrainedModel:
+    """The model without its weights: names, shapes and modules only. Tied weights are one parameter, as in training.
+
+    `scores`: with a score in the place of the output head, where transformers knows such a model.
+    """
+    scored = scores and has_score_head(config)
+    kind = AutoModelForSequenceClassification if scored else AutoModelForCausalLM
+    if scored:
+        config = copy.deepcopy(config)
+        config.num_labels = 1
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=PACKED_ATTENTION, trust_remote_code=trust_remote_code
-        )
+        model = kind.from_config(config, attn_implementation=PACKED_ATTENTION, trust_remote_code=trust_remote_code)
     model.tie_weights()
     assert isinstance(model, PreTrainedModel)
     return model
@@ -123,7 +137,9 @@ def load_model(
         from transformers.integrations import HfDeepSpeedConfig
 
         zero3 = HfDeepSpeedConfig(zero3_config)
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model.folder, **arguments)
+    loaded = _with_score(model, plan, arguments) if plan.method.reward is not None else None
+    if loaded is None:
+        loaded = AutoModelForCausalLM.from_pretrained(model.folder, **arguments)
     if zero3 is not None:
         # transformers holds this object weakly, and `generate` asks for it to keep the ranks in step
         loaded.finetune_zero3 = zero3
@@ -131,6 +147,20 @@ def load_model(
         nn.Module.to(loaded, device)
     if plan.precision is Precision.BF16 and bf16_is_emulated(device):
         use_float32_products(loaded)
+    return loaded
+
+
+def _with_score(model: PreparedModel, plan: RunPlan, arguments: dict[str, Any]) -> PreTrainedModel:
+    """The model with a new score head, which reads packed documents."""
+    settings = score_settings(stored_tokenizer(model, plan.model.trust_remote_code))
+    if "quantization_config" in arguments and plan.tuning.lora is not None:
+        arguments["quantization_config"].llm_int8_skip_modules = [HEAD]
+    loaded: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        model.folder, **arguments, num_labels=settings["num_labels"]
+    )
+    loaded.config.get_text_config().pad_token_id = settings["pad_token_id"]
+    begin_head(loaded, plan.optimization.seed)
+    read_packed(loaded)
     return loaded
 
 

@@ -22,6 +22,7 @@ from finetune_trainers.cpu_bf16 import Float32ProductLinear, use_float32_product
 
 __all__ = [
     "ALL_LINEAR",
+    "SCORE_HEAD",
     "TunedModel",
     "UnfreezeSchedule",
     "apply_tuning",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 ALL_LINEAR = "all-linear"
+SCORE_HEAD = "score"
+"""transformers' name for a reward model's head."""
 _LINEAR = (nn.Linear, Conv1D)
 
 
@@ -82,10 +85,10 @@ def transposed(model: nn.Module, modules: Sequence[str]) -> bool:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Full names of the linear layers, the output head left out."""
+    """Full names of the linear layers, the output head left out, and the score in its place."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = None if get_head is None else get_head()
-    return [name for name, module in model.named_modules() if isinstance(module, _LINEAR) and module is not head]
+    return [name for name, module in _linear_layers(model) if module is not head]
 
 
 def lora_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[str]]:
@@ -95,11 +98,18 @@ def lora_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[st
     """
     if list(patterns) == [ALL_LINEAR]:
         return {ALL_LINEAR: linear_names(model)}
-    layers = [name for name, module in model.named_modules() if isinstance(module, _LINEAR)]
+    layers = [name for name, _ in _linear_layers(model)]
     return {
         pattern: [name for name in layers if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
         for pattern in patterns
     }
+
+
+def _linear_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All of them but a reward model's head, which learns as a whole."""
+    return [
+        (name, module) for name, module in model.named_modules() if isinstance(module, _LINEAR) and name != SCORE_HEAD
+    ]
 
 
 @contextmanager
@@ -115,7 +125,8 @@ def _add_adapters(model: nn.Module, lora: Lora, plan: RunPlan) -> TunedModel:
 
     targets = sorted({name for names in lora_targets(model, lora.target_modules).values() for name in names})
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if plan.method.reward is None else "SEQ_CLS",
+        modules_to_save=None if plan.method.reward is None else [SCORE_HEAD],
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides it by the rank
         lora_dropout=lora.dropout,

@@ -19,13 +19,13 @@ from finetune_api.progress import Artifact, Result, Stage
 from finetune_trainers.artifact import write_artifact
 from finetune_trainers.best import BestParameters
 from finetune_trainers.context import WorkerContext, threads_per_worker
-from finetune_trainers.data.batches import TrainBatches, eval_batches
-from finetune_trainers.data.order import TrainOrder
 from finetune_trainers.data.prepare import EvalPrompt, eval_prompts
 from finetune_trainers.engine import Engine, build_engine
-from finetune_trainers.evaluation import evaluate, evaluate_generation
-from finetune_trainers.loop import Evaluator, Loop, LoopResult
-from finetune_trainers.methods.sft import Sft
+from finetune_trainers.evaluation import evaluate_generation
+from finetune_trainers.loop import Loop, LoopResult
+from finetune_trainers.methods import Method
+from finetune_trainers.methods.building import build_method
+from finetune_trainers.methods.reward import Calibration, Reward
 from finetune_trainers.model_card import CardFacts
 from finetune_trainers.models import load_model, load_tokenizer
 from finetune_trainers.prepared import PreparedRun
@@ -35,7 +35,7 @@ from finetune_trainers.tuning import TunedModel, apply_tuning
 if TYPE_CHECKING:
     from finetune_trainers.saving import Checkpoints
 
-__all__ = ["WorkerResult", "artifact_folder", "load", "run", "train_batches"]
+__all__ = ["WorkerResult", "artifact_folder", "load", "run"]
 
 
 @dataclass
@@ -61,9 +61,11 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
     context.report(Stage.LOADING_MODEL)
     tuned, engine = load(plan, prepared, context)
     torch.manual_seed(plan.optimization.seed + context.rank)  # dropout is not
+    method = build_method(plan, prepared, engine.module, context)  # asks the model before a checkpoint is loaded
     loaded_at = time.time()
     checkpoints = _checkpoints(plan, prepared, engine, context, workdir)
     trackers = open_trackers(plan, workdir, plan.name) if context.rank == 0 else None
+    evaluator = _Evaluator(plan, prepared, method, engine, context, trackers)
     best = None
     if plan.evaluation.early_stopping is not None:
         best = BestParameters(workdir / "best", engine, tuned.trainable, context)
@@ -71,10 +73,10 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
         plan,
         prepared,
         engine,
-        Sft(train_batches(plan, prepared, context)),
+        method,
         context,
         trackers=trackers,
-        evaluate=_evaluator(plan, prepared, engine, context, trackers) if prepared.data.eval else None,
+        evaluate=evaluator if prepared.data.eval else None,
         best=best,
         checkpoints=checkpoints,
     )
@@ -83,12 +85,14 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
         if checkpoints is not None and (resumed := checkpoints.resume()) is not None:
             loop.resume(resumed.step, resumed.memory)
         training = loop.run()
+        calibration = _calibrated(method, engine, evaluator, training)
         engine.close()
         exporting_at = time.time()
         artifact = None
         if not training.cancelled:
             context.report(Stage.EXPORTING, step=training.step, total_steps=prepared.total_steps)
-            artifact = _write(plan, prepared, context, workdir, training, _tensors(tuned, engine, training, best))
+            tensors = _tensors(tuned, engine, training, best)
+            artifact = _write(plan, prepared, context, workdir, training, tensors, calibration)
         result = Result.CANCELLED if training.cancelled else Result.SUCCEEDED
     finally:
         if trackers is not None:
@@ -117,19 +121,6 @@ def load(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> tuple[
     return tuned, build_engine(tuned, plan, context)
 
 
-def train_batches(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> TrainBatches:
-    """This rank's batches of every step."""
-    epochs = plan.optimization.epochs
-    return TrainBatches(
-        prepared.data,
-        TrainOrder(prepared.data.train, plan.optimization.seed),
-        plan.batch,
-        prepared.total_steps,
-        None if epochs is None else epochs * prepared.sequences_per_epoch,
-        context.rank,
-    )
-
-
 def _checkpoints(
     plan: RunPlan, prepared: PreparedRun, engine: Engine, context: WorkerContext, workdir: Path
 ) -> Checkpoints | None:
@@ -141,31 +132,50 @@ def _checkpoints(
     return Checkpoints(plan, plan.checkpoint, prepared, engine, context, workdir, best)
 
 
-def _evaluator(
-    plan: RunPlan,
-    prepared: PreparedRun,
-    engine: Engine,
-    context: WorkerContext,
-    trackers: Trackers | None,
-) -> Evaluator:
-    generation = plan.evaluation.generation
-    tokenizer = None
-    prompts: list[EvalPrompt] = []
-    if generation is not None:
-        tokenizer = load_tokenizer(prepared.model, plan.model.trust_remote_code)
-        prompts = eval_prompts(plan, prepared.model, generation.max_rows)
+class _Evaluator:
+    """The method's figures, and answers where they are asked for. Collective."""
 
-    def measure(step: int) -> dict[str, float]:
-        batches = eval_batches(prepared.data, plan.batch.micro_batch_size, context.world_size, context.rank)
-        figures = evaluate(engine.module, batches, context)
-        if generation is not None and tokenizer is not None:
-            answers, samples = evaluate_generation(engine.module, tokenizer, prompts, generation, context)
+    def __init__(
+        self,
+        plan: RunPlan,
+        prepared: PreparedRun,
+        method: Method,
+        engine: Engine,
+        context: WorkerContext,
+        trackers: Trackers | None,
+    ) -> None:
+        self._method, self._engine, self._context, self._trackers = method, engine, context, trackers
+        self.by_step: dict[int, dict[str, float]] = {}
+        """What each evaluation of this process found, by the number of steps done."""
+        self._generation = plan.evaluation.generation
+        self._prompts: list[EvalPrompt] = []
+        if self._generation is not None:
+            self._tokenizer = load_tokenizer(prepared.model, plan.model.trust_remote_code)
+            self._prompts = eval_prompts(plan, prepared.model, self._generation.max_rows)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        figures = self._method.evaluate(self._engine.module)
+        if self._generation is not None:
+            answers, samples = evaluate_generation(
+                self._engine.module, self._tokenizer, self._prompts, self._generation, self._context
+            )
             figures |= answers
-            if trackers is not None:
-                trackers.log_samples(step, samples)
+            if self._trackers is not None:
+                self._trackers.log_samples(step, samples)
+        self.by_step[step] = figures
         return figures
 
-    return measure
+
+def _calibrated(method: Method, engine: Engine, evaluator: _Evaluator, training: LoopResult) -> Calibration | None:
+    """Where a reward model's scores lie; None of other models. Collective.
+
+    Measured on the model of the artifact. When another process evaluated that one, the last evaluation must do.
+    """
+    if not isinstance(method, Reward) or training.cancelled:
+        return None
+    step = training.step if training.best_step is None else training.best_step
+    evaluated = evaluator.by_step.get(step, training.metrics)
+    return method.calibrate(engine.module, evaluated if "eval_rewards/std" in evaluated else None)
 
 
 def _tensors(
@@ -187,6 +197,7 @@ def _write(
     workdir: Path,
     training: LoopResult,
     tensors: Iterator[tuple[str, Tensor]],
+    calibration: Calibration | None,
 ) -> Artifact | None:
     """The artifact, written by rank 0 while all ranks gather."""
     if context.rank != 0:
@@ -204,4 +215,4 @@ def _write(
         eval=training.eval,
         metrics=training.metrics,
     )
-    return write_artifact(artifact_folder(workdir), tensors, prepared.model, plan, card)
+    return write_artifact(artifact_folder(workdir), tensors, prepared.model, plan, card, calibration)

@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.base import Contract, Rule
-from finetune_api.spec.checkpoint import Checkpoint
+from finetune_api.spec.checkpoint import Checkpoint, KeepBest
 from finetune_api.spec.cluster import Cluster, DeepSpeed, Head, Offload, RuntimeRef, Workers
 from finetune_api.spec.data import Columns, Data, DataFormat, DataSource
 from finetune_api.spec.lifecycle import (
@@ -24,7 +24,7 @@ from finetune_api.spec.lifecycle import (
     Scheduling,
     Topology,
 )
-from finetune_api.spec.method import Method, Sft
+from finetune_api.spec.method import Dpo, Kto, LongRows, Method, MethodSettings, Orpo, Reward, Sft
 from finetune_api.spec.model import Model
 from finetune_api.spec.outputs import MlflowTracking, Output, TensorBoardTracking, Tracking, WandbTracking
 from finetune_api.spec.pods import EnvVar, KeyOf, Pods, Toleration, Volume
@@ -42,6 +42,7 @@ __all__ = [
     "DataFormat",
     "DataSource",
     "DeepSpeed",
+    "Dpo",
     "EarlyStopping",
     "EnvVar",
     "FailurePolicy",
@@ -51,18 +52,24 @@ __all__ = [
     "Full",
     "GenerationEval",
     "Head",
+    "KeepBest",
     "KeyOf",
+    "Kto",
     "Lifecycle",
+    "LongRows",
     "Lora",
     "Method",
+    "MethodSettings",
     "MlflowTracking",
     "Model",
     "Offload",
     "OptimizerSettings",
+    "Orpo",
     "Output",
     "Pods",
     "Precision",
     "Quantization",
+    "Reward",
     "RuntimeRef",
     "Scheduling",
     "Sft",
@@ -149,6 +156,30 @@ class FineTuneJobSpec(Contract):
         ),
         *(
             Rule(
+                cel=f"self.data.{part}.all(d, d.format == 'auto' || (has(self.method.kto) ?"
+                " d.format == 'unpaired-preference' : has(self.method.sft) ?"
+                " d.format != 'preference' && d.format != 'unpaired-preference' : d.format == 'preference'))",
+                message="reward, dpo and orpo learn from format preference, kto from unpaired-preference, and sft from"
+                " the other formats; set format to auto or to one that the method learns from",
+                holds=lambda s, part=part: s._formats_fit(part),
+                field=f"data.{part}",
+            )
+            for part in ("train", "eval")
+        ),
+        Rule(
+            cel="!has(self.training.generation) || !has(self.method.reward)",
+            message="a reward model writes no answers; remove generation",
+            holds=lambda s: s.training.generation is None or s.method.reward is None,
+            field="training.generation",
+        ),
+        Rule(
+            cel="!has(self.method.reward) || self.outputs.all(o, !o.merge)",
+            message="the adapter of a reward model is not merged, its head is beside it; remove merge from outputs",
+            holds=lambda s: s.method.reward is None or not any(o.merge for o in s.outputs),
+            field="outputs",
+        ),
+        *(
+            Rule(
                 cel=f"self.{block} == oldSelf.{block}",
                 message=f"spec.{block} cannot be changed; create another job",
                 field=block,
@@ -172,6 +203,10 @@ class FineTuneJobSpec(Contract):
         if micro == "auto" or workers.gpus is None:
             return True  # planning decides, and checks again with the runtime's numbers
         return self.training.global_batch_size % (micro * workers.replicas * max(workers.gpus, 1)) == 0
+
+    def _formats_fit(self, part: str) -> bool:
+        sources: list[DataSource] = getattr(self.data, part)
+        return all(source.format in {DataFormat.AUTO, *self.method.formats} for source in sources)
 
     def _wants_evaluation(self) -> bool:
         training = self.training

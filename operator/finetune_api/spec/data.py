@@ -22,6 +22,8 @@ class DataFormat(StrEnum):
     ALPACA = "alpaca"
     SHAREGPT = "sharegpt"
     TEXT = "text"
+    PREFERENCE = "preference"
+    UNPAIRED_PREFERENCE = "unpaired-preference"
 
 
 ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
@@ -35,9 +37,9 @@ class Columns(Contract):
     conversations: ColumnName | None = None
     """sharegpt: the list of {from, value}."""
     prompt: ColumnName | None = None
-    """prompt-completion: what the model is given."""
+    """prompt-completion and both kinds of preference: what the model is given, text or a list of messages."""
     completion: ColumnName | None = None
-    """prompt-completion: what the model should answer."""
+    """prompt-completion: what the model should answer. unpaired-preference: what it answered."""
     instruction: ColumnName | None = None
     """alpaca: the task."""
     input: ColumnName | None = None
@@ -45,9 +47,19 @@ class Columns(Contract):
     output: ColumnName | None = None
     """alpaca: the answer."""
     system: ColumnName | None = None
-    """alpaca, prompt-completion and sharegpt: a system message for the row; may be empty."""
+    """alpaca, prompt-completion, sharegpt and both kinds of preference: a system message for the row; may be
+    empty."""
     text: ColumnName | None = None
     """text: the document."""
+    chosen: ColumnName | None = None
+    """preference: the better answer, as text or messages; or, without a prompt, the whole conversation."""
+    rejected: ColumnName | None = None
+    """preference: the worse answer, in the same way."""
+    margin: ColumnName | None = None
+    """preference: by how much the chosen answer is better, a number of at least 0 that method.reward learns to put
+    between the scores; may be empty."""
+    label: ColumnName | None = None
+    """unpaired-preference: whether the answer is good, true or false."""
 
 
 class DataSource(Contract):
@@ -61,7 +73,8 @@ class DataSource(Contract):
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Branch, tag or commit of an hf:// dataset."""
     format: DataFormat = DataFormat.AUTO
-    """Layout of a row. `auto` reads it from the columns of the first row."""
+    """Layout of a row. `auto` reads it from the columns of the first row, among those that the method learns from:
+    reward, dpo and orpo learn from `preference`, kto from `unpaired-preference`, sft from the others."""
     columns: Columns | None = None
     """Column names where they differ from the format's own."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0

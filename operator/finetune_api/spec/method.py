@@ -2,33 +2,140 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from finetune_api.base import Contract, exactly_one
+from finetune_api.base import Choice, Contract, Rule, exactly_one
+from finetune_api.spec.data import DataFormat
 
-__all__ = ["Method", "Sft"]
+__all__ = ["Dpo", "Kto", "LongRows", "Method", "MethodSettings", "Orpo", "Reward", "Sft"]
+
+MaxSeqLength = Annotated[int, Field(ge=16, le=1_048_576)]
+LongRows: TypeAlias = Literal["error", "truncate", "drop"]
+Beta = Annotated[float, Field(gt=0, le=100)]
 
 
 class Sft(Contract):
     """Supervised fine-tuning: learn to give the answers in the data."""
 
-    max_seq_length: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
+    max_seq_length: MaxSeqLength = 2048
     """Tokens in one training sequence. Packing fills sequences of this length."""
     packing: bool = True
     """Put several rows into one sequence, best fit first. Rows never attend to one another."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """`assistant` trains on the answers only, end-of-turn token included; `all` trains on every token."""
-    long_rows: Literal["error", "truncate", "drop"] = "error"
+    long_rows: LongRows = "error"
     """What to do with a row longer than maxSeqLength: `error` stops before training and names the rows. Rows of
     format `text` are never refused; they are cut into consecutive sequences."""
 
 
-class Method(Contract):
+class Reward(Contract):
+    """A reward model: learn a score that is higher for the answer that people preferred. The loss is that of Bradley
+    and Terry, the mean over pairs of -log sigmoid(chosen - rejected - margin)."""
+
+    max_seq_length: MaxSeqLength = 2048
+    """Tokens of a prompt with one answer."""
+    long_rows: LongRows = "error"
+    """What to do with a pair in which a prompt with its answer is longer than maxSeqLength: `error` stops before
+    training and names the rows, `truncate` cuts the end of the answer, `drop` leaves the pair out."""
+    center_coefficient: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Weight of (chosen + rejected)², which keeps scores around zero; 0.01 is usual. Only differences are learned
+    otherwise (Eisenstein et al. 2023, arXiv 2312.09244)."""
+    squash: bool = False
+    """Calibrated scores are to be read as sigmoid((score - mean) / scale), from 0 to 1. The mean and the scale are
+    written into the artifact either way."""
+
+
+class Dpo(Contract):
+    """Direct preference optimisation: raise the odds of preferred answers beyond those of the model before training,
+    which is the reference (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+    max_seq_length: MaxSeqLength = 2048
+    """Tokens of a prompt with one answer."""
+    long_rows: LongRows = "error"
+    """What to do with a pair in which a prompt with its answer is longer than maxSeqLength: `error` stops before
+    training and names the rows, `truncate` cuts the end of the answer, `drop` leaves the pair out."""
+    beta: Beta = 0.1
+    """How strongly the model is held to the reference: more holds it closer."""
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """`sigmoid` is DPO, `ipo` is Azar et al. (arXiv 2310.12036), `hinge` is SLiC (arXiv 2305.10425)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs that are believed to be the wrong way round; for lossType sigmoid."""
+
+    rules = (
+        Rule(
+            cel="self.labelSmoothing == 0.0 || self.lossType == 'sigmoid'",
+            message="labelSmoothing is only for lossType sigmoid; set it to 0",
+            holds=lambda m: m.label_smoothing == 0 or m.loss_type == "sigmoid",
+            field="labelSmoothing",
+        ),
+    )
+
+
+class Kto(Contract):
+    """Kahneman-Tversky optimisation: learn from single answers marked good or bad, without pairs (Ethayarajh et al.
+    2024, arXiv 2402.01306). The reference is the model before training."""
+
+    max_seq_length: MaxSeqLength = 2048
+    """Tokens of a prompt with its answer."""
+    long_rows: LongRows = "error"
+    """What to do with a row longer than maxSeqLength: `error` stops before training and names the rows, `truncate`
+    cuts the end of the answer, `drop` leaves the row out."""
+    beta: Beta = 0.1
+    """How strongly the model is held to the reference: more holds it closer."""
+    desirable_weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Weight of good answers. With fewer of one kind, weigh them so that weight × number is about the same for
+    both."""
+    undesirable_weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Weight of bad answers."""
+
+
+class Orpo(Contract):
+    """Odds ratio preference optimisation: supervised fine-tuning and preference in one pass, without a reference
+    (Hong et al. 2024, arXiv 2403.07691)."""
+
+    max_seq_length: MaxSeqLength = 2048
+    """Tokens of a prompt with one answer."""
+    long_rows: LongRows = "error"
+    """What to do with a pair in which a prompt with its answer is longer than maxSeqLength: `error` stops before
+    training and names the rows, `truncate` cuts the end of the answer, `drop` leaves the pair out."""
+    beta: Beta = 0.1
+    """Weight of the odds ratio beside the chosen answer's own loss."""
+
+
+MethodSettings: TypeAlias = Sft | Reward | Dpo | Kto | Orpo
+
+
+class Method(Choice):
     """How the model learns: exactly one."""
 
     sft: Sft | None = None
     """Supervised fine-tuning."""
+    reward: Reward | None = None
+    """A reward model, from pairs of answers."""
+    dpo: Dpo | None = None
+    """Direct preference optimisation, from pairs of answers."""
+    kto: Kto | None = None
+    """Kahneman-Tversky optimisation, from answers marked good or bad."""
+    orpo: Orpo | None = None
+    """Odds ratio preference optimisation, from pairs of answers."""
 
-    rules = (exactly_one("sft"),)
+    rules = (exactly_one("sft", "reward", "dpo", "kto", "orpo"),)
+
+    @property
+    def settings(self) -> MethodSettings:
+        """The block that is set."""
+        return next(one for one in (self.sft, self.reward, self.dpo, self.kto, self.orpo) if one is not None)
+
+    @property
+    def formats(self) -> frozenset[DataFormat]:
+        """The formats of data that it learns from, `auto` left out."""
+        if self.sft is not None:
+            return frozenset(DataFormat) - {DataFormat.AUTO, DataFormat.PREFERENCE, DataFormat.UNPAIRED_PREFERENCE}
+        return frozenset({DataFormat.UNPAIRED_PREFERENCE if self.kto is not None else DataFormat.PREFERENCE})
+
+    @property
+    def rows_per_sequence(self) -> int:
+        """Texts that one sequence of the data consists of, where packing does not decide it: a pair has two."""
+        return 1 if self.sft is not None else 2

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finetune_api.base import Contract, Rule, exactly_one
+from finetune_api.base import Choice, Contract, Rule, exactly_one
 from finetune_api.spec.fields import Glob
 
 __all__ = ["Freeze", "Full", "Lora", "Quantization", "Tuning", "UnfreezeStep"]
@@ -78,7 +78,7 @@ class Freeze(Contract):
     )
 
 
-class Tuning(Contract):
+class Tuning(Choice):
     """Which parameters learn: exactly one."""
 
     full: Full | None = None

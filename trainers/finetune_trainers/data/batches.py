@@ -11,7 +11,7 @@ computes them. Called by the training loop and by evaluation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,13 @@ from torch import Tensor
 from finetune_api.plan import BatchPlan
 from finetune_trainers.data.cache import SourceArrays
 from finetune_trainers.data.order import TrainOrder
-from finetune_trainers.prepared import PreparedData
+from finetune_trainers.prepared import PreparedData, PreparedSource
 
-__all__ = ["IGNORED", "Batch", "StepBatches", "TrainBatches", "eval_batches"]
+__all__ = ["IGNORED", "Batch", "StepBatches", "TrainBatches", "batches_in_order", "eval_batches"]
 
 IGNORED = -100
 """Label of a position that is not trained; torch's cross-entropy skips it."""
+_ALL_ROWS = slice(None)
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,22 @@ class Batch:
     """Tokens of the longest document."""
     num_trained_tokens: int
     """Positions with a label."""
+    slots: tuple[tuple[int, int], ...] = ()
+    """(source, sequence) of the sequences that the documents are of, in order."""
+    marks: Tensor | None = None
+    """float32, one for each of `slots`: what the data says of the sequence, where it says something."""
+    references: Tensor | None = None
+    """float32 [slots, rows of a sequence]: log-probabilities by the reference model, where a method has one."""
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
+        return replace(
+            self,
             input_ids=self.input_ids.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
-            max_seqlen=self.max_seqlen,
-            num_trained_tokens=self.num_trained_tokens,
+            marks=None if self.marks is None else self.marks.to(device, non_blocking=True),
+            references=None if self.references is None else self.references.to(device, non_blocking=True),
         )
 
 
@@ -64,9 +72,16 @@ class StepBatches:
     micro_batches: list[Batch]
     """As many as there are accumulation steps, on every rank."""
     num_trained_tokens: int
-    """Of the whole global batch, over all ranks: what the loss is divided by."""
+    """Of the whole global batch, over all ranks."""
     num_tokens: int
     """Of the whole global batch, trained or not."""
+    num_sequences: int | None = None
+    """Of the whole global batch, where each counts the same in the loss; None: each trained token does."""
+
+    @property
+    def divisor(self) -> int:
+        """What the summed loss of the global batch is divided by. A step may hold nothing to learn: at least 1."""
+        return max(self.num_trained_tokens if self.num_sequences is None else self.num_sequences, 1)
 
 
 class TrainBatches:
@@ -80,14 +95,18 @@ class TrainBatches:
         total_steps: int,
         total_sequences: int | None,
         rank: int,
+        by_sequence: bool = False,
+        rows: slice = _ALL_ROWS,
     ) -> None:
-        """`total_sequences`: stream positions from there on are empty, None for never. Raises
-        StorageError."""
+        """`total_sequences`: stream positions from there on are empty, None for never. `by_sequence`: the loss is a
+        mean over sequences. `rows`: those of each sequence that become documents. Raises StorageError."""
         self.total_steps = total_steps
         self._order = order
         self._batch = batch
         self._total_sequences = total_sequences
         self._rank = rank
+        self._by_sequence = by_sequence
+        self._rows = rows
         self._sources = [SourceArrays(Path(source.folder)) for source in prepared.train]
 
     def step(self, step: int) -> StepBatches:
@@ -99,11 +118,12 @@ class TrainBatches:
         slots = [self._order.slot(position)[1:] for position in range(first, stop)]
         return StepBatches(
             micro_batches=[
-                _batch_of(self._sources, self._own_slots(slots, micro_step))
+                _batch_of(self._sources, self._own_slots(slots, micro_step), self._rows)
                 for micro_step in range(self._batch.gradient_accumulation_steps)
             ],
             num_trained_tokens=sum(int(self._sources[source].sequence_trained[seq]) for source, seq in slots),
             num_tokens=sum(int(self._sources[source].sequence_tokens[seq]) for source, seq in slots),
+            num_sequences=len(slots) if self._by_sequence else None,
         )
 
     def _own_slots(self, slots: list[tuple[int, int]], micro_step: int) -> list[tuple[int, int]]:
@@ -112,19 +132,30 @@ class TrainBatches:
         return slots[start : start + micro]
 
 
-def eval_batches(prepared: PreparedData, micro_batch_size: int, world_size: int, rank: int) -> Iterator[Batch]:
+def eval_batches(
+    prepared: PreparedData, micro_batch_size: int, world_size: int, rank: int, rows: slice = _ALL_ROWS
+) -> Iterator[Batch]:
     """This rank's part of the evaluation data: every row once over all ranks, and the same number of batches
     on each, because a sharded model needs all ranks in every forward pass."""
-    sources = [SourceArrays(Path(source.folder)) for source in prepared.eval]
+    yield from batches_in_order(prepared.eval, micro_batch_size, world_size, rank, rows)
+
+
+def batches_in_order(
+    prepared: Sequence[PreparedSource], micro_batch_size: int, world_size: int, rank: int, rows: slice = _ALL_ROWS
+) -> Iterator[Batch]:
+    """The same of any sources. Which sequences share a batch does not depend on the number of ranks."""
+    sources = [SourceArrays(Path(source.folder)) for source in prepared]
     slots = [(index, seq) for index, source in enumerate(sources) for seq in range(source.num_sequences)]
     for start in range(0, len(slots), micro_batch_size * world_size):
         own = start + rank * micro_batch_size
-        yield _batch_of(sources, slots[own : own + micro_batch_size])
+        yield _batch_of(sources, slots[own : own + micro_batch_size], rows)
 
 
-def _batch_of(sources: Sequence[SourceArrays], slots: Sequence[tuple[int, int]]) -> Batch:
+def _batch_of(sources: Sequence[SourceArrays], slots: Sequence[tuple[int, int]], rows: slice) -> Batch:
     """The rows of the sequences in `slots` (source, sequence), laid end to end."""
-    parts = [(sources[source], start, end) for source, seq in slots for start, end in sources[source].rows_of(seq)]
+    parts = [
+        (sources[source], start, end) for source, seq in slots for start, end in sources[source].rows_of(seq)[rows]
+    ]
     if not parts:
         return _dummy_batch()
     lengths = [end - start for _, start, end in parts]
@@ -140,7 +171,16 @@ def _batch_of(sources: Sequence[SourceArrays], slots: Sequence[tuple[int, int]])
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
         max_seqlen=max(lengths),
         num_trained_tokens=int(trained.sum()),
+        slots=tuple(slots),
+        marks=_marks(sources, slots),
     )
+
+
+def _marks(sources: Sequence[SourceArrays], slots: Sequence[tuple[int, int]]) -> Tensor | None:
+    marks = [sources[source].marks for source, _ in slots]
+    if any(one is None for one in marks):
+        return None
+    return torch.tensor([float(one[seq]) for one, (_, seq) in zip(marks, slots, strict=True) if one is not None])
 
 
 def _dummy_batch() -> Batch:

@@ -8,6 +8,8 @@
         bin_offsets.npy       int64 [s+1]  sequence i is bin_rows[bin_offsets[i]:bin_offsets[i + 1]]
         sequence_tokens.npy   int64 [s]    tokens of each sequence
         sequence_trained.npy  int64 [s]    trained tokens of each sequence
+        marks.npy             float32 [s]  what the data says of each sequence, where it says something: by how much
+                                           the chosen answer of a pair is better; 1 for a good answer, 0 for a bad one
         manifest.json         figures, and size and blake3 digest of every file above
 
 `prepare` writes an entry in a folder of its own and renames it, so two processes that prepare the same data
@@ -138,7 +140,14 @@ class SourceWriter:
         return np.concatenate(self._lengths) if self._lengths else np.empty(0, dtype=np.int64)
 
     def publish(
-        self, bins: Bins, *, capacity: int, num_rows: int, num_rows_dropped: int, notes: list[str]
+        self,
+        bins: Bins,
+        *,
+        capacity: int,
+        num_rows: int,
+        num_rows_dropped: int,
+        notes: list[str],
+        marks: NDArray[np.float32] | None = None,
     ) -> SourceManifest:
         """Complete the entry and put it in place, unless another process has done so by now."""
         self._tokens.finish()
@@ -146,13 +155,15 @@ class SourceWriter:
         lengths = self.lengths
         num_trained = np.concatenate(self._num_trained)
         rows, offsets = bins
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             "bin_rows": rows,
             "bin_offsets": offsets,
             "sequence_tokens": np.add.reduceat(lengths[rows], offsets[:-1]),
             "sequence_trained": np.add.reduceat(num_trained[rows], offsets[:-1]),
         }
+        if marks is not None:
+            arrays["marks"] = marks
         for name, array in arrays.items():
             np.save(self._temporary / f"{name}.npy", array, allow_pickle=False)
         num_sequences = len(offsets) - 1
@@ -231,6 +242,8 @@ class SourceArrays:
             self.bin_offsets: NDArray[np.int64] = _map(folder / "bin_offsets.npy")
             self.sequence_tokens: NDArray[np.int64] = np.load(folder / "sequence_tokens.npy", allow_pickle=False)
             self.sequence_trained: NDArray[np.int64] = np.load(folder / "sequence_trained.npy", allow_pickle=False)
+            marked = (folder / "marks.npy").exists()
+            self.marks: NDArray[np.float32] | None = _map(folder / "marks.npy") if marked else None
         except (OSError, ValueError) as error:
             raise StorageError(f"{folder} cannot be read as prepared data: {error}") from error
 

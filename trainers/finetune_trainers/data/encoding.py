@@ -20,7 +20,8 @@ from finetune_trainers.prepared import PreparedModel
 __all__ = ["TextEncoding", "load_encoding"]
 
 SEPARATORS = {DataFormat.PROMPT_COMPLETION: "", DataFormat.ALPACA: "\n\n"}
-"""Between prompt and answer where there is no template. A prompt-completion row is joined as it stands."""
+"""Between prompt and answer where there is no template. A prompt-completion row is joined as it stands. Preferences
+need a template: their prompts may be conversations."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from bisect import bisect_left, insort
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Bins", "one_row_each", "pack"]
+__all__ = ["Bins", "one_row_each", "pack", "rows_together"]
 
 Bins = tuple[NDArray[np.int64], NDArray[np.int64]]
 """(rows, offsets): sequence i holds the rows `rows[offsets[i]:offsets[i + 1]]`, in that order."""
@@ -52,7 +52,13 @@ def pack(lengths: NDArray[np.integer], capacity: int, seed: int) -> Bins:
 
 def one_row_each(num_rows: int) -> Bins:
     """Every row a sequence of its own: packing is off."""
-    return np.arange(num_rows, dtype=np.int64), np.arange(num_rows + 1, dtype=np.int64)
+    return rows_together(num_rows, 1)
+
+
+def rows_together(num_rows: int, size: int) -> Bins:
+    """Each `size` rows that follow one another are a sequence: the two answers of a pair, say."""
+    assert num_rows % size == 0, "what belongs together is kept or dropped together"
+    return np.arange(num_rows, dtype=np.int64), np.arange(0, num_rows + 1, size, dtype=np.int64)
 
 
 def _best_fit(lengths: list[int], capacity: int) -> NDArray[np.int64]:

@@ -6,20 +6,24 @@ Every row of every source is read before anything is refused, so that one messag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from finetune_api.plan import RunPlan
-from finetune_api.spec import DataSource, Sft
+from finetune_api.spec import DataFormat, DataSource
 from finetune_trainers.data.cache import SourceManifest, SourceWriter, cache_key, read_manifest
 from finetune_trainers.data.encoding import load_encoding
 from finetune_trainers.data.faults import Faults, RowError
-from finetune_trainers.data.formats import Item, RowFormat, choose_format
+from finetune_trainers.data.formats import Row, RowFormat, choose_format
+from finetune_trainers.data.judged import side_by_side
 from finetune_trainers.data.limits import Limits
 from finetune_trainers.data.order import sequences_per_epoch_of
-from finetune_trainers.data.packing import one_row_each, pack
+from finetune_trainers.data.packing import Bins, pack, rows_together
 from finetune_trainers.data.prompts import EvalPrompt, eval_prompts
 from finetune_trainers.data.readers import Chunk, read_chunks
 from finetune_trainers.data.sources import DataFiles, find_files
@@ -54,9 +58,9 @@ class _Place:
 
 class _Preparation:
     def __init__(self, plan: RunPlan, model: PreparedModel, cache: Path, on_progress: OnProgress) -> None:
-        assert plan.method.sft is not None, "the plan has one method, and this is the only one yet"
         self.plan = plan
-        self.sft: Sft = plan.method.sft
+        self.method = plan.method
+        self.settings = plan.method.settings
         self.seed = plan.optimization.seed
         self.encoding = load_encoding(plan, model)
         self.fingerprint = self.encoding.fingerprint
@@ -126,7 +130,7 @@ class _Preparation:
         source = place.source
         facts: dict[str, Any] = {
             "encoding": self.fingerprint,
-            "method": self.sft.to_document(),
+            "method": self._shaping(),
             "seed": self.seed,
             "kind": place.files.kind,
             "split": place.files.hub.split if place.files.hub else None,
@@ -136,10 +140,17 @@ class _Preparation:
         }
         return cache_key(place.files.files, facts)
 
+    def _shaping(self) -> dict[str, Any]:
+        """What of the method shapes the rows: methods that learn from the same pairs share them."""
+        if self.method.sft is not None:
+            return self.method.sft.to_document()
+        [form] = self.method.formats
+        return {"rows": form, "maxSeqLength": self.settings.max_seq_length, "longRows": self.settings.long_rows}
+
     def _make(self, place: _Place, folder: Path) -> SourceManifest | None:
         """Read, tokenize and pack one source into `folder`; None, with faults added, when that cannot be."""
         faults_before = self.faults.num_found
-        rows = _SourceRows(place, self.cache, self.faults)
+        rows = _SourceRows(place, self.cache, self.faults, self.method.formats)
         try:
             form = rows.format()
         except RowError as fault:
@@ -149,45 +160,60 @@ class _Preparation:
             if self.faults.num_found == faults_before:
                 self.faults.add("has no rows", path=f"{place.path}.source", value=place.source.source)
             return None
-        tokenizer = RowTokenizer(
-            self.encoding.tokenizer,
-            self.encoding.renderer(form.format),
-            eos_id=self.encoding.eos_id,
-            stop_ids=frozenset(self.encoding.stop_tokens.values()),
-            loss_on=self.sft.loss_on,
-        )
-        limits = Limits(self.sft, form.format, self.faults)
+        tokenizer = self._tokenizer(form.format)
+        limits = Limits(self.settings, form.format, self.faults)
+        marks: list[float] = []
         with SourceWriter(folder) as writer:
-            for (chunk, indices), encoded in tokenizer.encode_all(rows.items()):
-                writer.append(*limits.apply(chunk, indices, encoded))
+            for ((chunk, indices), of_chunk), encoded in tokenizer.encode_all(side_by_side(rows.items())):
+                kept = limits.apply(chunk, indices, encoded)
+                writer.append(kept.ids, kept.trained, kept.lengths)
+                marks += [of_chunk[item] for item in kept.items] if of_chunk is not None else []
                 self._report(chunk.share * place.files.num_bytes, f"tokenizing {place.source.source}")
             if self.faults.num_found > faults_before:
                 return None
             lengths = writer.lengths
             if len(lengths) == 0:
                 self.faults.add(
-                    f"has no row that fits into maxSeqLength {self.sft.max_seq_length}; raise it",
+                    f"has no row that fits into maxSeqLength {self.settings.max_seq_length}; raise it",
                     path=f"{place.path}.source",
                     value=place.source.source,
                 )
                 return None
-            bins = pack(lengths, self.sft.max_seq_length, self.seed) if self.sft.packing else one_row_each(len(lengths))
             return writer.publish(
-                bins,
-                capacity=self.sft.max_seq_length,
+                self._sequences(lengths, limits.rows_each),
+                capacity=self.settings.max_seq_length * limits.rows_each,
                 num_rows=limits.num_kept,
                 num_rows_dropped=limits.num_dropped,
                 notes=_notes(tokenizer, limits),
+                marks=np.array(marks, dtype=np.float32) if limits.rows_each > 1 else None,
             )
+
+    def _tokenizer(self, form: DataFormat) -> RowTokenizer:
+        sft = self.method.sft
+        return RowTokenizer(
+            self.encoding.tokenizer,
+            self.encoding.renderer(form),
+            eos_id=self.encoding.eos_id,
+            stop_ids=frozenset(self.encoding.stop_tokens.values()),
+            loss_on="last" if sft is None else sft.loss_on,
+        )
+
+    def _sequences(self, lengths: NDArray[np.int64], rows_each: int) -> Bins:
+        """Which encoded rows make up each sequence."""
+        sft = self.method.sft
+        if sft is not None and sft.packing:
+            return pack(lengths, sft.max_seq_length, self.seed)
+        return rows_together(len(lengths), rows_each)
 
     def _report(self, bytes_of_source: float, message: str) -> None:
         self.on_progress(min(100.0 * (self.bytes_done + bytes_of_source) / self.bytes_total, 100.0), message)
 
 
 class _SourceRows:
-    """The rows of one source as conversations or documents; the others become faults."""
+    """The rows of one source as the method learns from them; the others become faults."""
 
-    def __init__(self, place: _Place, cache: Path, faults: Faults) -> None:
+    def __init__(self, place: _Place, cache: Path, faults: Faults, formats: Collection[DataFormat]) -> None:
+        self._formats = formats
         self._source = place.source
         self._faults = faults
         self._chunks = self._limited(read_chunks(place.files, place.path, cache / "datasets", faults))
@@ -204,16 +230,16 @@ class _SourceRows:
         # A first row that is no object is a fault of its own, and tells nothing about the others.
         index = next((i for i, row in enumerate(self._first.rows) if isinstance(row, dict)), 0)
         self.first_place = self._first.place(index)
-        self._format = choose_format(self._source, self._first.rows[index])
+        self._format = choose_format(self._source, self._first.rows[index], self._formats)
         return self._format
 
-    def items(self) -> Iterator[tuple[tuple[Chunk, list[int]], list[Item]]]:
+    def items(self) -> Iterator[tuple[tuple[Chunk, list[int]], list[Row]]]:
         """((chunk, indices in it), rows in order)."""
         assert self._format is not None, "format() comes first"
         chunk: Chunk | None = self._first
         while chunk is not None:
             indices: list[int] = []
-            items: list[Item] = []
+            items: list[Row] = []
             for index, row in enumerate(chunk.rows):
                 try:
                     items.append(self._format.read(row))

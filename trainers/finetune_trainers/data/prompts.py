@@ -12,9 +12,11 @@ from finetune_api.plan import RunPlan
 from finetune_api.spec import DataFormat
 from finetune_trainers.data.encoding import TextEncoding, load_encoding
 from finetune_trainers.data.faults import Faults
-from finetune_trainers.data.formats import Conversation, choose_format
+from finetune_trainers.data.formats import Row, choose_format
+from finetune_trainers.data.preferences import Preference, Rated
 from finetune_trainers.data.readers import read_chunks
 from finetune_trainers.data.sources import find_files
+from finetune_trainers.data.turns import Conversation, Document, Message
 from finetune_trainers.errors import UserError
 from finetune_trainers.prepared import PreparedModel
 
@@ -56,7 +58,7 @@ def _prompts_of(plan: RunPlan, index: int, encoding: TextEncoding, scratch: Path
                 return
             num_seen += 1
             if form is None:
-                form = choose_format(source, row)
+                form = choose_format(source, row, plan.method.formats)
                 renderer = encoding.renderer(form.format)
             if form.format is DataFormat.TEXT or renderer is None:
                 problem = Problem(
@@ -64,8 +66,22 @@ def _prompts_of(plan: RunPlan, index: int, encoding: TextEncoding, scratch: Path
                     message=f"needs questions and answers, but {source.source} holds running text",
                 )
                 raise UserError(str(problem), [problem])
-            item = form.read(row)
-            assert isinstance(item, Conversation), "all formats but text read conversations"
-            text = renderer.prompt(item.messages[:-1])
+            messages = _good_answer(form.read(row))
+            if messages is None:
+                continue
+            text = renderer.prompt(messages[:-1])
             ids = encoding.tokenizer.encode(text, add_special_tokens=renderer.adds_special_tokens).ids
-            yield EvalPrompt(ids, item.messages[-1]["content"])
+            yield EvalPrompt(ids, messages[-1]["content"])
+
+
+def _good_answer(row: Row) -> list[Message] | None:
+    """The conversation with the answer that is worth comparing with; None where the data has a bad one only."""
+    match row:
+        case Conversation():
+            return row.messages
+        case Preference():
+            return row.chosen.messages
+        case Rated():
+            return row.conversation.messages if row.good else None
+        case Document():
+            raise AssertionError("running text is refused before it is read")

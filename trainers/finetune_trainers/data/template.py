@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 
 from finetune_trainers.data.faults import RowError, shorten
-from finetune_trainers.data.formats import Message
+from finetune_trainers.data.turns import Message
 
 __all__ = ["STORED_TEMPLATES", "ChatTemplate", "PlainText", "Rendered", "Renderer"]
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from finetune_trainers.data.faults import RowError
-from finetune_trainers.data.formats import Conversation, Item
 from finetune_trainers.data.template import Rendered, Renderer
+from finetune_trainers.data.turns import Conversation, Item
 
 __all__ = ["EncodedRows", "RowTokenizer"]
 
@@ -53,9 +53,10 @@ class RowTokenizer:
         *,
         eos_id: int,
         stop_ids: frozenset[int],
-        loss_on: Literal["assistant", "all"],
+        loss_on: Literal["assistant", "all", "last"],
     ) -> None:
-        """`renderer` may be None when all rows are documents. `stop_ids`: tokens that end a turn."""
+        """`renderer` may be None when all rows are documents. `stop_ids`: tokens that end a turn. `loss_on`: every
+        answer of a conversation, all of it, or its last answer."""
         self._tokenizer = tokenizer
         self._renderer = renderer
         self._eos_id = eos_id
@@ -121,7 +122,8 @@ class RowTokenizer:
                 if not isinstance(item, Conversation):
                     trained[start:end] = True
                 elif isinstance(row, Rendered):
-                    for first, last in _token_spans(encoding, row.spans, end - start):
+                    spans = row.spans[-1:] if self._loss_on == "last" else row.spans
+                    for first, last in _token_spans(encoding, spans, end - start):
                         trained[start + first : start + last] = True
         trained[starts[lengths > 0]] = False
         faults = {index: row for index, row in enumerate(rendered) if isinstance(row, RowError)}

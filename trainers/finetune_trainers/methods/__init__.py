@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune_trainers.data.batches import Batch, StepBatches
 
-__all__ = ["Method"]
+__all__ = ["BatchLoss", "Method"]
+
+
+class BatchLoss(NamedTuple):
+    """What a method says of one micro-batch."""
+
+    total: Tensor
+    """The summed loss: fp32, no dimensions, with a gradient."""
+    sums: Tensor
+    """float64 [num_sums], without gradient: what `figures` is made of when it is summed over the global batch."""
 
 
 class Method(Protocol):
     """What the loop asks of a method."""
 
+    num_sums: int
+
     def step(self, step: int) -> StepBatches:
-        """This rank's micro-batches of optimizer step `step` (0-based), and the whole step's token counts."""
+        """This rank's micro-batches of optimizer step `step` (0-based), and the whole step's counts. Collective: called
+        on every rank before the step's first forward pass."""
         ...
 
-    def loss_sum(self, module: nn.Module, batch: Batch) -> torch.Tensor:
-        """The summed loss of one micro-batch, fp32 scalar with a gradient."""
+    def loss(self, module: nn.Module, batch: Batch) -> BatchLoss:
+        """The summed loss of one micro-batch; the loop divides by the step's divisor."""
+        ...
+
+    def figures(self, sums: Sequence[float]) -> dict[str, float]:
+        """The method's own figures of a step or an evaluation, of sums over all micro-batches and ranks."""
+        ...
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """Figures of the evaluation data, eval_loss among them. Collective, the same on every rank."""
         ...

@@ -8,6 +8,7 @@ Only trained positions reach the output head, so the logits are [K, V]. They are
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finetune_trainers.attention import forward_kwargs
+from finetune_trainers.context import WorkerContext
 from finetune_trainers.data.batches import IGNORED, Batch, StepBatches, TrainBatches
+from finetune_trainers.evaluation import evaluate
+from finetune_trainers.methods import BatchLoss
 
 __all__ = ["Sft", "sum_nll"]
 
@@ -26,16 +30,29 @@ CHUNK_ELEMENTS = 1 << 22
 class Sft:
     """The method as the loop sees it."""
 
-    def __init__(self, batches: TrainBatches) -> None:
+    num_sums = 0
+
+    def __init__(
+        self, batches: TrainBatches, eval_batches: Callable[[], Iterable[Batch]], context: WorkerContext
+    ) -> None:
         self._batches = batches
+        self._eval_batches = eval_batches
+        self._context = context
 
     def step(self, step: int) -> StepBatches:
         return self._batches.step(step)
 
-    def loss_sum(self, module: nn.Module, batch: Batch) -> Tensor:
-        """Summed negative log-likelihood (nats) of the trained tokens of `batch`; fp32, no dimensions."""
+    def loss(self, module: nn.Module, batch: Batch) -> BatchLoss:
+        """Summed negative log-likelihood (nats) of the trained tokens of `batch`."""
         logits = module(input_ids=batch.input_ids, **forward_kwargs(batch)).logits[0]  # [K, V]
-        return sum_nll(logits, batch.labels[batch.labels != IGNORED])
+        total = sum_nll(logits, batch.labels[batch.labels != IGNORED])
+        return BatchLoss(total, total.new_zeros(0, dtype=torch.float64))
+
+    def figures(self, sums: Sequence[float]) -> dict[str, float]:
+        return {}
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        return evaluate(module, self._eval_batches(), self._context)
 
 
 def sum_nll(logits: Tensor, labels: Tensor) -> Tensor:
