@@ -120,6 +120,9 @@ class _Pass:
             self._end_ray_jobs(active)
         elif active:
             self.moments.append(until)
+        if self.draft.failure is None and self.seen.lifecycle.keep_failed_cluster_seconds > 0:
+            # KubeRay keeps the cluster of every RayJob that has ended for so long, of one that has succeeded too.
+            self._end_ray_jobs([one for one in self.seen.ray_jobs.values() if one.finished])
         if expiry is not None:
             self.moments.append(expiry)
 
