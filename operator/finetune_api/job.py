@@ -11,7 +11,7 @@ from pydantic import Field
 from finetune_api.base import API_VERSION, Contract
 from finetune_api.failures import FailureClass
 from finetune_api.meta import Metadata
-from finetune_api.progress import Artifact
+from finetune_api.progress import Artifact, SavedCheckpoint
 from finetune_api.spec import FineTuneJobSpec
 
 __all__ = ["Attempt", "Condition", "FineTuneJob", "JobProgress", "Phase", "PostMortem", "Resolved", "Status"]
@@ -35,7 +35,7 @@ class Condition(Contract):
     """One aspect of the job's state, in Kubernetes' own form."""
 
     type: Annotated[str, Field(max_length=316)]
-    """Valid, Admitted, ClusterReady, Running, ArtifactsPublished, Suspended, Complete or Failed."""
+    """Valid, Admitted, ClusterReady, Running, Checkpointed, Suspended, ArtifactsPublished, Complete or Failed."""
     status: Literal["True", "False", "Unknown"]
     """Whether it holds."""
     reason: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")]
@@ -95,7 +95,11 @@ class Attempt(Contract):
     step: int = 0
     """The last optimizer step that was reported."""
     resumed_from_step: int | None = None
-    """Steps that were done when it started; absent for a start from nothing."""
+    """Steps that were done when it began to train: those in the checkpoint that it went on from, or 0."""
+    checkpoint_step: int | None = None
+    """Steps in the newest checkpoint that it knew of: made by it, or gone on from."""
+    stop_asked_at: datetime | None = None
+    """When its trainers were asked to save a checkpoint and to stop, because the job was suspended."""
     micro_batch_size: int | None = None
     """Sequences in one pass on one device, where an earlier attempt ran out of memory."""
 
@@ -155,6 +159,8 @@ class Status(Contract):
     """What planning made of the job."""
     progress: JobProgress | None = None
     """How far training has come."""
+    checkpoint: SavedCheckpoint | None = None
+    """The newest whole checkpoint: what another attempt would go on from."""
     attempts: Annotated[list[Attempt], Field(max_length=10)] = Field(default_factory=list)
     """The last attempts, the newest last."""
     ray_job: str | None = None

@@ -72,6 +72,8 @@ class Progress(Contract):
     """The newest whole checkpoint that this attempt knows of: made by it, or gone on from."""
     rejected_checkpoints: Annotated[list[str], Field(max_length=4)] = Field(default_factory=list)
     """Checkpoints that this attempt would not go on from, each with its name and the reason; the newest four."""
+    save_failure: str | None = None
+    """Why the last try to save a checkpoint failed; absent once another one has succeeded."""
     updated_at: datetime
 
 

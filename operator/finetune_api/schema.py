@@ -53,6 +53,7 @@ _COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("Phase", "string", ".status.phase", 0),
     ("Step", "integer", ".status.progress.step", 0),
     ("Steps", "integer", ".status.progress.totalSteps", 0),
+    ("Ckpt", "integer", ".status.checkpoint.step", 0),
     ("Restarts", "integer", ".status.restarts", 0),
     ("Age", "date", ".metadata.creationTimestamp", 0),
     ("Queue", "string", ".spec.scheduling.queue", 1),

@@ -15,13 +15,14 @@ from typing import Literal
 
 from finetune_api.failures import Failure, FailureClass
 from finetune_api.job import Condition
-from finetune_api.progress import Artifact, Outcome, Progress, Result, Stage
+from finetune_api.progress import Artifact, Outcome, Progress, Result, SavedCheckpoint, Stage
 
 __all__ = [
     "JOBS_FAULT",
     "TRAINING_STAGES",
     "Finding",
     "artifacts_published",
+    "checkpointed",
     "conditions",
     "ended",
     "find",
@@ -35,7 +36,10 @@ JOBS_FAULT = frozenset({FailureClass.USER_ERROR, FailureClass.DATA_ERROR})
 """Failures that running again cannot mend: a person must change the job or its data."""
 
 _MESSAGE_LIMIT = 4096
-_ORDER = ("Valid", "Admitted", "ClusterReady", "Running", "Suspended", "ArtifactsPublished", "Complete", "Failed")
+_ORDER = (
+    *("Valid", "Admitted", "ClusterReady", "Running", "Checkpointed", "Suspended"),
+    *("ArtifactsPublished", "Complete", "Failed"),
+)
 _PLACES = {name: place for place, name in enumerate(_ORDER)}
 
 
@@ -110,6 +114,23 @@ def artifacts_published(artifacts: Iterable[Artifact], is_over: bool) -> Finding
     if is_over:
         return Finding("ArtifactsPublished", "False", "NoArtifact", "The run ended before a model was written.")
     return Finding("ArtifactsPublished", "False", "NotYet", "The model is written after training.")
+
+
+def checkpointed(newest: SavedCheckpoint | None, is_asked: bool, save_failure: str | None) -> Finding:
+    """Whether there is a checkpoint that another attempt could go on from.
+
+    `is_asked`: the job wants checkpoints. `save_failure` is why the last try to save one failed, None when it did not.
+    """
+    kept = f"Step {newest.step} is saved at {newest.uri}." if newest is not None else ""
+    if save_failure:
+        message = f"The last try to save failed: {save_failure}"
+        return Finding("Checkpointed", "True" if kept else "False", "SaveFailed", f"{kept}\n{message}".strip())
+    if kept:
+        return Finding("Checkpointed", "True", "Saved", kept)
+    if not is_asked:
+        message = "The job has no spec.checkpoint: nothing is saved, and another attempt begins at step 0."
+        return Finding("Checkpointed", "False", "NotAsked", message)
+    return Finding("Checkpointed", "False", "NotYet", "No checkpoint is there yet.")
 
 
 def _place(condition: Condition) -> int:

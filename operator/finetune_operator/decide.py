@@ -8,7 +8,8 @@ early:
     its RayJobs                 an attempt is whatever has a RayJob: what the status lost is taken up again
     the attempt that goes on    how far it is; whether it ended, is late, hung, or used up the job's time
     the spec                    problems become condition Valid; an attempt that goes on is left alone
-    suspended                   its RayJob is deleted, the attempt ends as Suspended
+    suspended                   trainers that can are asked to save and to stop; then, or when their time is over, the
+                                RayJob is deleted and the attempt ends as Suspended
     waiting to try again        until the back-off is over
     otherwise                   the next attempt: runtime, other jobs' artifacts, plan, objects (`launch`)
 
@@ -29,9 +30,9 @@ from typing import Any
 from finetune_api.failures import FailureClass
 from finetune_api.job import Attempt, FineTuneJob
 from finetune_api.spec import Action
-from finetune_operator import endings
+from finetune_operator import checkpoints, endings, names
 from finetune_operator.conditions import TRAINING_STAGES, Finding
-from finetune_operator.decision import Create, Decision, Delete, Event
+from finetune_operator.decision import Create, Decision, Delete, Event, Merge
 from finetune_operator.describe import Scene, describe, events, obstacle
 from finetune_operator.kinds import CONFIG_MAP, FINETUNE_JOB, RAY_JOB, Key
 from finetune_operator.launch import Blocked, Launch, Prepared, expected_config_maps, judge_spec, prepare
@@ -46,13 +47,13 @@ from finetune_operator.policies.retention import (
     superseded_plans,
     superseded_ray_jobs,
 )
-from finetune_operator.policies.suspend import Hold, hold_on
+from finetune_operator.policies.suspend import Hold, can_save, hold_on, saves_until
 from finetune_operator.settings import Settings
-from finetune_operator.states import PodState, RayJobState, Report
+from finetune_operator.states import STOP_KEY, PodState, RayJobState, Report
 from finetune_operator.status import Draft, clip, job_progress
 from finetune_operator.times import after, sane, written
 
-__all__ = ["Create", "Decision", "Delete", "Event", "decide"]
+__all__ = ["Create", "Decision", "Delete", "Event", "Merge", "decide"]
 
 _NAME_TAKEN_SECONDS = 60.0
 _SOON_SECONDS = 5.0
@@ -85,6 +86,7 @@ class _Pass:
         self.creates: list[Create] = []
         self.deletes: list[Delete] = []
         self.events: list[Event] = []
+        self.merges: list[Merge] = []
         self.moments: list[datetime] = []
         self.hold = Hold.NONE
         self.failed_into_hold = False
@@ -183,17 +185,20 @@ class _Pass:
 
     def _follow_attempt(self) -> None:
         attempt, ray_job = self.draft.open, self._ray_job()
+        checkpoints.keep_newest(self.draft, self.report)
         if attempt is None:
             return
         self._show_progress()
         if ray_job is not None:
             self._admit(ray_job)
+        if self._heartbeat() is not None and self.report.progress is not None:
+            self.events += checkpoints.begin(self.draft, self.report.progress)
         known = self.draft.post_mortem
         ending = classify(ray_job, self.pods, self.report, attempt=attempt.number, seen=known)
         if ray_job is None and attempt.uid is not None and (ending is None or ending.outcome == CANCELLED):
             # Nobody stopped the run but by deleting it, be it ourselves in a pass whose status was refused.
             ending = _ended(FailureClass.UNKNOWN, f"RayJob {attempt.ray_job} was deleted while the attempt went on.")
-        if self.seen.job.suspend and (ending is None or ending.outcome != SUCCEEDED):
+        if (self.seen.job.suspend or self._was_asked_to_stop()) and (ending is None or ending.outcome != SUCCEEDED):
             return  # whatever else it came to, by then it had to end
         if ending is not None:
             if not self._outcome_is_awaited(ending, ray_job):
@@ -226,7 +231,7 @@ class _Pass:
             if attempt.admitted_at is not None:
                 taken = (self.draft.now - attempt.admitted_at).total_seconds()
                 self.draft.active_seconds += max(0, int(taken))
-                self.draft.change_last(admitted_at=None, running_at=None)
+                self.draft.change_last(admitted_at=None, running_at=None, resumed_from_step=None)
                 self.events.append(Event("Normal", "Evicted", f"The queue took attempt {attempt.number} back."))
             return
         if attempt.admitted_at is None:
@@ -279,7 +284,7 @@ class _Pass:
             endings.give_up(draft, ending)
             self.events.append(endings.told(draft, ending, None))
         else:
-            verdict = endings.settle(draft, ending, self.seen.policy)
+            verdict = endings.settle(draft, ending, self.seen.policy, saves=self._goes_on_from_checkpoints())
             self.failed_into_hold = verdict is not None and verdict.action is Action.SUSPEND
             self.events.append(endings.told(draft, ending, verdict))
         if out_of_time and ray_job is not None and not self._is_kept_to_look_at(ending):
@@ -295,9 +300,11 @@ class _Pass:
     def _go_on(self) -> None:
         self.hold = hold_on(self.seen.job.suspend, self.draft.condition("Suspended"), self.failed_into_hold)
         job = self._judge()
-        if self.hold is not Hold.NONE:
+        if self.hold is not Hold.NONE or self._was_asked_to_stop():
             self._suspend()
-        elif self.draft.open is not None:
+        if self.hold is not Hold.NONE or self._was_asked_to_stop():
+            return
+        if self.draft.open is not None:
             self._keep_whole()
         elif self.draft.next_attempt_at is not None and self.draft.next_attempt_at > self.now:
             self.moments.append(self.draft.next_attempt_at)
@@ -316,11 +323,34 @@ class _Pass:
         self.draft.find(Finding("Valid", "True", "Accepted", "The job can be run as it is written."))
         return True
 
+    def _was_asked_to_stop(self) -> bool:
+        """The attempt that goes on was asked to, and so must end."""
+        return self.draft.open is not None and self.draft.open.stop_asked_at is not None
+
     def _suspend(self) -> None:
-        if self.draft.open is not None:
-            endings.suspend(self.draft, self.report)
+        attempt = self.draft.open
+        if attempt is not None and self._is_saving(attempt):
+            return
+        if attempt is not None:
+            asked_in_vain = attempt.stop_asked_at is not None and self.report.outcome is None
+            endings.suspend(self.draft, self.report, saved_in_time=not asked_in_vain)
         self.draft.next_attempt_at = None
         self._end_ray_jobs(self._active())
+
+    def _is_saving(self, attempt: Attempt) -> bool:
+        """The trainers were asked to save and to stop, or are now, and there is time left."""
+        where = CONFIG_MAP, names.progress_config_map(self.seen.job.name)
+        until = saves_until(attempt, self.draft.now, self.seen.lifecycle)
+        can = self._saves() and can_save(attempt, self._ray_job(), self.report)
+        if not can or until <= self.now or where not in self.seen.own:
+            return False
+        if attempt.stop_asked_at is None:
+            self.draft.change_last(stop_asked_at=self.draft.now)
+        if self.seen.report.stop_attempt != attempt.number:
+            patch = {"data": {STOP_KEY: str(attempt.number)}}
+            self.merges.append(Merge(CONFIG_MAP, Key(self.seen.job.namespace, where[1]), patch))
+        self.moments.append(until)
+        return True
 
     def _keep_whole(self) -> None:
         """The attempt goes on: what it needs and somebody deleted is made again, what is not its own is ended."""
@@ -414,15 +444,18 @@ class _Pass:
         attempt = self.draft.open
         doomed = {one.key.name for one in self.deletes if one.kind == RAY_JOB}
         over = self._active(but=attempt.number if attempt is not None else None)
+        progress = self.report.progress if attempt is not None and self._heartbeat() is not None else None
         describe(
             self.draft,
             Scene(
                 hold=self.hold,
                 ray_job=self._ray_job(),
                 pods=self.pods if attempt is not None else (),
-                progress=self.report.progress if attempt is not None and self._heartbeat() is not None else None,
+                progress=progress,
                 leftovers=tuple(one.name for one in over if one.deleting or one.name in doomed),
                 queue=self._queue(),
+                wants_checkpoints=self._saves(),
+                save_failure=progress.save_failure if progress is not None else None,
             ),
         )
         finished_at = self.draft.finished_at
@@ -439,10 +472,10 @@ class _Pass:
         again = None if wait is None else max(wait, 0.01)
         status = self.draft.to_status()
         document = status.to_document() if status is not None else None
+        creates, deletes, merges = tuple(self.creates), tuple(self.deletes), tuple(self.merges)
         if document is None or document == self.document.get("status"):
-            return Decision(tuple(self.creates), tuple(self.deletes), requeue_after=again)
-        told = (*self.events, *events(self.draft))
-        return Decision(tuple(self.creates), tuple(self.deletes), document, told, again)
+            return Decision(creates, deletes, merge=merges, requeue_after=again)
+        return Decision(creates, deletes, document, (*self.events, *events(self.draft)), merges, again)
 
     # -- the spec, as far as it is needed ------------------------------------------------------------------------------
 
@@ -450,6 +483,12 @@ class _Pass:
     def spec(self) -> dict[str, Any]:
         spec = self.document.get("spec")
         return spec if isinstance(spec, dict) else {}
+
+    def _saves(self) -> bool:
+        return isinstance(self.spec.get("checkpoint"), dict)
+
+    def _goes_on_from_checkpoints(self) -> bool:
+        return self._saves() and self.spec["checkpoint"].get("resume") != "never"
 
     @cached_property
     def parsed(self) -> FineTuneJob | Finding:

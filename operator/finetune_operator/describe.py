@@ -11,7 +11,7 @@ from typing import Literal
 
 from finetune_api.job import Attempt, Phase
 from finetune_api.progress import Progress
-from finetune_operator.conditions import Finding, artifacts_published, running
+from finetune_operator.conditions import Finding, artifacts_published, checkpointed, running
 from finetune_operator.decision import Event
 from finetune_operator.policies.suspend import Hold
 from finetune_operator.states import PodState, RayJobState
@@ -38,6 +38,9 @@ class Scene:
     leftovers: tuple[str, ...]
     """RayJobs that are active although their attempt is over."""
     queue: str | None
+    wants_checkpoints: bool
+    save_failure: str | None
+    """Why the last try to save a checkpoint failed."""
 
 
 def describe(draft: Draft, scene: Scene) -> None:
@@ -45,7 +48,11 @@ def describe(draft: Draft, scene: Scene) -> None:
     finished = draft.finished_at is not None
     if not finished:
         draft.phase = _phase(draft, scene)
-    for finding in (_admitted(draft, scene), _cluster_ready(draft, scene), _running(draft, scene), _suspended(scene)):
+    findings = [
+        *(_admitted(draft, scene), _cluster_ready(draft, scene), _running(draft, scene), _suspended(draft, scene)),
+        checkpointed(draft.checkpoint, scene.wants_checkpoints, scene.save_failure),
+    ]
+    for finding in findings:
         draft.findings.setdefault(finding.type, finding)
     draft.find(artifacts_published(draft.artifacts, finished))
 
@@ -120,7 +127,10 @@ def _running(draft: Draft, scene: Scene) -> Finding:
     return Finding("Running", "False", *_why_no_attempt(draft, scene))
 
 
-def _suspended(scene: Scene) -> Finding:
+def _suspended(draft: Draft, scene: Scene) -> Finding:
+    if draft.open is not None and draft.open.stop_asked_at is not None:
+        message = f"Attempt {draft.open.number} was asked to save a checkpoint and to stop."
+        return Finding("Suspended", "False", "Suspending", message)
     if scene.hold is Hold.NONE:
         return Finding("Suspended", "False", Hold.NONE, "")
     if scene.hold is Hold.FAILURE_POLICY:
@@ -152,10 +162,17 @@ def _kind(finding: Finding, was: str | None, why: str | None) -> Literal["Normal
         return "Normal" if waits or (finding.status == "True" and why == "Queued") else None
     if finding.type == "Suspended":
         return "Normal" if finding.status == "True" or (was == "True" and finding.reason == Hold.NONE) else None
+    if finding.type == "Checkpointed":
+        # The first one is news; of those after it the status tells.
+        if finding.reason == "SaveFailed":
+            return "Warning" if why != "SaveFailed" else None
+        return "Normal" if finding.status == "True" and was != "True" else None
     return "Normal" if finding.type == "Complete" else None
 
 
 def _event_reason(finding: Finding) -> str:
     if finding.type == "Suspended":
         return "Resumed" if finding.reason == Hold.NONE else "Suspended"
+    if finding.type == "Checkpointed":
+        return "CheckpointSaved" if finding.reason == "Saved" else "CheckpointFailed"
     return finding.type if finding.type in ("Complete", "Failed") else finding.reason

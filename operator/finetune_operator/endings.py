@@ -39,15 +39,18 @@ def close(draft: Draft, outcome: str, message: str, step: int = 0, ended_at: dat
     )
 
 
-def settle(draft: Draft, ending: Ending, policy: FailurePolicy) -> Verdict | None:
-    """What follows from an attempt that was closed and did not succeed; None when it was cancelled."""
+def settle(draft: Draft, ending: Ending, policy: FailurePolicy, *, saves: bool = False) -> Verdict | None:
+    """What follows from an attempt that was closed and did not succeed; None when it was cancelled.
+
+    `saves`: the job's attempts go on from checkpoints.
+    """
     attempt = draft.attempts[-1]
     if ending.failure_class is None:
         _finish(draft, Phase.FAILED, Finding("Failed", "True", "Cancelled", ending.message or "The run was stopped."))
         return None
     draft.post_mortem = post_mortem(attempt.number, ending.failure_class, ending)
     micro = attempt.micro_batch_size or (draft.resolved.micro_batch_size if draft.resolved is not None else None)
-    history = History(draft.attempts, draft.restarts, draft.preemptions, micro)
+    history = History(draft.attempts, draft.restarts, draft.preemptions, micro, saves)
     verdict = judge(ending.failure_class, ending.exit_code, ending.message, history, policy)
     draft.change_last(action=verdict.action.value)
     draft.restarts, draft.preemptions = verdict.restarts, verdict.preemptions
@@ -83,9 +86,15 @@ def fail(draft: Draft, failure: FailureClass, reason: str, message: str) -> None
     _finish(draft, Phase.FAILED, Finding("Failed", "True", reason, message))
 
 
-def suspend(draft: Draft, report: Report) -> None:
-    """The attempt that goes on is ended because somebody asked for it; it counts as nothing."""
-    close(draft, SUSPENDED, "spec.suspend was set to true.", last_step(report))
+def suspend(draft: Draft, report: Report, saved_in_time: bool = True) -> None:
+    """The attempt that goes on is ended because somebody asked for it; it counts as nothing.
+
+    `saved_in_time` False: its trainers were asked to save and to stop, and did not.
+    """
+    step = last_step(report)
+    late = "" if saved_in_time else " Its trainers were asked to save and to stop, and did not in time."
+    kept = f" Step {draft.checkpoint.step} is saved." if draft.checkpoint is not None else ""
+    close(draft, SUSPENDED, f"spec.suspend was set to true.{late}{kept}", step)
 
 
 def last_step(report: Report, told: int | None = None) -> int:

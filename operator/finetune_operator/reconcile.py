@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -219,6 +220,9 @@ class Reconciler:
         await self._delete(last)
         for event in decision.events:
             await self._events.record(job, event.type, event.reason, event.message)
+        for one in decision.merge:
+            with suppress(NotFound):  # what is gone is asked of nobody
+                await self._cluster.merge(one.kind, one.key, one.patch)
         return decision.requeue_after
 
     async def _delete(self, unwanted: Iterable[Delete]) -> None:
@@ -249,7 +253,7 @@ class Reconciler:
     def _until_progress_is_due(self, key: Key, job: Document, decision: Decision) -> float | None:
         """Seconds until a status that only brings news of progress may be written; None for now."""
         written_at = self._memories[key].written_at
-        if decision.status is None or decision.delete or decision.events or written_at is None:
+        if decision.status is None or decision.delete or decision.events or decision.merge or written_at is None:
             return None
         left = PROGRESS_SECONDS - (self._clock() - written_at).total_seconds()
         if left <= 0 or _without_progress(decision.status) != _without_progress(job.get("status") or {}):

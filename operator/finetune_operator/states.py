@@ -21,6 +21,7 @@ __all__ = [
     "OUTCOME_ATTEMPT_KEY",
     "OUTCOME_KEY",
     "PROGRESS_KEY",
+    "STOP_KEY",
     "PodState",
     "RayJobState",
     "Report",
@@ -38,6 +39,9 @@ ATTEMPT_KEY = "attempt"
 """Keys of the progress ConfigMap; `attempt` tells which attempt the other two speak of."""
 OUTCOME_ATTEMPT_KEY = "outcome-attempt"
 """Which attempt the outcome speaks of, where it may be older: the next attempt's first report leaves it standing."""
+STOP_KEY = "stop-attempt"
+"""The number of an attempt that is asked to save a checkpoint and to stop: the one key that the operator writes. Rank 0
+reads it in the answers to its own patches."""
 
 _JOB_ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _DEPLOYMENT_ENDED = frozenset({"Complete", "Failed", "ValidationFailed"})
@@ -123,6 +127,8 @@ class Report:
     attempt: int | None = None
     progress: Progress | None = None
     outcome: Outcome | None = None
+    stop_attempt: int | None = None
+    """The attempt that was asked to stop."""
 
 
 def read_ray_job(document: Document) -> RayJobState:
@@ -196,12 +202,8 @@ def read_report(config_map: Document | None) -> Report:
     """What the progress ConfigMap holds; what cannot be read in it is left out."""
     data = at(config_map, "data")
     progress, outcome = _model(Progress, data, PROGRESS_KEY), _model(Outcome, data, OUTCOME_KEY)
-    if progress is not None and not _believable(
-        progress.step, progress.total_steps, progress.tokens_per_second, progress.eta_seconds
-    ):
-        progress = None
     if progress is not None:
-        progress = progress.model_copy(update={"updated_at": sane(progress.updated_at)})
+        progress = _sane(progress)
     if outcome is not None and not _believable(
         outcome.step, outcome.total_steps, *(artifact.bytes for artifact in outcome.artifacts)
     ):
@@ -209,7 +211,20 @@ def read_report(config_map: Document | None) -> Report:
     attempt = at(data, ATTEMPT_KEY)
     if at(data, OUTCOME_ATTEMPT_KEY) not in (None, attempt):
         outcome = None
-    return Report(names.attempt_from(attempt), progress, outcome)
+    return Report(names.attempt_from(attempt), progress, outcome, names.attempt_from(at(data, STOP_KEY)))
+
+
+def _sane(progress: Progress) -> Progress | None:
+    """The report with times that can be compared; None where a number in it cannot be."""
+    checkpoint = progress.checkpoint
+    numbers = (progress.step, progress.total_steps, progress.tokens_per_second, progress.eta_seconds)
+    saved = (checkpoint.step, checkpoint.world_size, checkpoint.bytes) if checkpoint is not None else ()
+    if not _believable(*numbers, progress.resumed_from_step, *saved):
+        return None
+    changes: dict[str, Any] = {"updated_at": sane(progress.updated_at)}
+    if checkpoint is not None:
+        changes["checkpoint"] = checkpoint.model_copy(update={"saved_at": sane(checkpoint.saved_at)})
+    return progress.model_copy(update=changes)
 
 
 def _whole(value: Any, key: str) -> int | None:

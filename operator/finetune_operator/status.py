@@ -21,7 +21,7 @@ from finetune_api.base import Contract
 from finetune_api.failures import FailureClass
 from finetune_api.job import Attempt, Condition, JobProgress, Phase, PostMortem, Resolved, Status
 from finetune_api.plan import RunPlan
-from finetune_api.progress import Artifact, Outcome, Progress, Result
+from finetune_api.progress import Artifact, Outcome, Progress, Result, SavedCheckpoint
 from finetune_operator.conditions import TRAINING_STAGES, Finding, conditions, find, updated
 from finetune_operator.times import sane, whole
 
@@ -50,7 +50,10 @@ def read_status(document: Any) -> Status | None:
 
 
 class Draft:
-    """A status while it is being decided. Nothing in it goes backwards: attempts, counts, the end."""
+    """A status while it is being decided. Nothing in it goes backwards: attempts, counts, the end.
+
+    But for the checkpoint, which goes back to where an attempt began that would not go on from it (`checkpoints`).
+    """
 
     def __init__(self, standing: Status | None, now: datetime, generation: int) -> None:
         """Starts as `standing`. `now` dates what changes, `generation` is the spec's."""
@@ -63,6 +66,7 @@ class Draft:
         self.method, self.tuning = status.method, status.tuning
         self.resolved: Resolved | None = status.resolved
         self.progress: JobProgress | None = status.progress
+        self.checkpoint: SavedCheckpoint | None = status.checkpoint
         self.attempts: list[Attempt] = _in_order(status.attempts)
         self.restarts, self.preemptions = max(0, status.restarts), max(0, status.preemptions)
         self.active_seconds = max(0, status.active_seconds)
@@ -113,6 +117,7 @@ class Draft:
             "conditions": updated(self.standing.conditions, self.findings.values(), self.now, self.generation),
             "resolved": self.resolved,
             "progress": self.progress,
+            "checkpoint": self.checkpoint,
             "attempts": self.attempts[-_ATTEMPTS_LIMIT:],
             "ray_job": last.ray_job if last is not None else self.standing.ray_job,
             "restarts": self.restarts,
@@ -248,8 +253,11 @@ def _with_sane_times(status: Status) -> Status:
     moments = [status.next_attempt_at, status.finished_at, *(one.last_transition_time for one in status.conditions)]
     for attempt in status.attempts:
         moments += (attempt.created_at, attempt.admitted_at, attempt.running_at, attempt.ended_at)
+        moments.append(attempt.stop_asked_at)
     if status.progress is not None:
         moments.append(status.progress.updated_at)
+    if status.checkpoint is not None:
+        moments.append(status.checkpoint.saved_at)
     if all(one is None or (one.tzinfo is not None and 2000 <= one.year < 2200) for one in moments):
         return status
     sane_status: Status = _sane_model(status)

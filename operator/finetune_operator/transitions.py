@@ -6,12 +6,12 @@ Called by the reconcile pass after the newer status was written, so that nothing
 from __future__ import annotations
 
 from datetime import datetime
-from itertools import zip_longest
 from typing import Any
 
 from pydantic import ValidationError
 
 from finetune_api.job import Attempt, Status
+from finetune_api.progress import Result
 from finetune_operator.metrics import Metrics
 
 __all__ = ["count_transition", "goodput"]
@@ -41,22 +41,28 @@ def goodput(status: Status) -> float | None:
     """Share of the attempts' running time that went into steps which the job kept; None where none has run.
 
     Steps done after the last checkpoint of a failed attempt were done again: they and the time before the first step
-    are what is lost. Of a long list of attempts the status holds the last ten.
+    are what is lost. An attempt that never trained tells nothing of what the one before it has left. Of a long list of
+    attempts the status holds the last ten.
     """
-    spent, kept = 0.0, 0.0
-    for attempt, following in zip_longest(status.attempts, status.attempts[1:]):
+    spent, kept, following = 0.0, 0.0, None
+    for attempt in reversed(status.attempts):
         spent += _seconds(attempt.admitted_at or attempt.created_at, attempt.ended_at)
         kept += _seconds(attempt.running_at, attempt.ended_at) * _share_kept(attempt, following)
+        following = attempt if attempt.resumed_from_step is not None else following
     return min(1.0, kept / spent) if spent > 0 else None
 
 
 def _share_kept(attempt: Attempt, following: Attempt | None) -> float:
+    """`following` is the next attempt that trained, None where there is none."""
     begun = attempt.resumed_from_step or 0
     done = attempt.step - begun
     if done <= 0:
         return 0.0
-    kept = attempt.step if following is None else (following.resumed_from_step or 0)
-    return min(1.0, max(0.0, (kept - begun) / done))
+    if following is not None:
+        left = following.resumed_from_step
+    else:
+        left = attempt.step if attempt.outcome == Result.SUCCEEDED else attempt.checkpoint_step
+    return min(1.0, max(0.0, ((left or 0) - begun) / done))
 
 
 def _count_first_step(metrics: Metrics, job: Document, before: Status, now: Status) -> None:

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from finetune_api.failures import EXIT_CODES, INTERRUPTED, Failure, FailureClass, Problem
 from finetune_api.plan import RunPlan
-from finetune_api.progress import Artifact, EvalSummary, Outcome, Progress, Result, Stage
+from finetune_api.progress import Artifact, EvalSummary, Outcome, Progress, Result, SavedCheckpoint, Stage
 
 STEP_OF_TROUBLE = 3
 
@@ -32,7 +32,10 @@ class FakeTrainer:
     def __init__(self, plan: RunPlan, workdir: Path, behaviour: str) -> None:
         self.plan, self.workdir, self.behaviour = plan, workdir, behaviour
         self.total = plan.optimization.max_steps or 5
-        self.step = 0
+        self.saved = workdir / "checkpoints" / "newest.json"
+        self.checkpoint = self.found()
+        self.resumed = self.checkpoint.step if self.checkpoint else None
+        self.step = self.resumed or 0
         self.reports = (workdir / "progress.jsonl").open("a", buffering=1)
 
     def run(self) -> int:
@@ -42,12 +45,27 @@ class FakeTrainer:
             self.report(stage, f"{stage} as asked")
         while self.step < self.total:
             self.step += 1
+            every = self.plan.checkpoint.every_steps if self.plan.checkpoint else None
+            if every and self.step % every == 0:
+                self.save()
             self.report(Stage.TRAINING)
             if self.step == STEP_OF_TROUBLE:
                 self.misbehave()
         self.report(Stage.EVALUATING)
         self.write_artifact()
         return 0
+
+    def found(self) -> SavedCheckpoint | None:
+        goes_on = self.plan.checkpoint is not None and self.plan.checkpoint.resume and self.saved.exists()
+        return SavedCheckpoint.model_validate_json(self.saved.read_bytes()) if goes_on else None
+
+    def save(self) -> None:
+        self.saved.parent.mkdir(exist_ok=True)
+        uri = (self.saved.parent / f"step-{self.step}").as_uri()
+        self.checkpoint = SavedCheckpoint(
+            uri=uri, step=self.step, saved_at=datetime.now(UTC), world_size=1, bytes=1_500_000
+        )
+        self.saved.write_text(self.checkpoint.model_dump_json(by_alias=True))
 
     def report(self, stage: Stage, message: str | None = None) -> None:
         progress = Progress(
@@ -60,6 +78,8 @@ class FakeTrainer:
             tokens_per_second=1234.5,
             metrics={"loss": 2.0 - 0.1 * self.step, "eval_loss": 2.5},
             message=message,
+            resumed_from_step=self.resumed,
+            checkpoint=self.checkpoint,
             updated_at=datetime.now(UTC),
         )
         self.reports.write(progress.model_dump_json(by_alias=True) + "\n")
@@ -99,6 +119,9 @@ class FakeTrainer:
         sys.exit(EXIT_CODES[kind])
 
     def interrupted(self, _signal: int, _frame: FrameType | None) -> None:
+        if self.plan.checkpoint is not None and self.step:
+            self.save()
+            self.report(Stage.TRAINING)
         self.end(Outcome(result=Result.CANCELLED, step=self.step, total_steps=self.total))
         sys.exit(INTERRUPTED)
 

@@ -45,6 +45,39 @@ def test_a_killed_trainer_is_followed_by_another_attempt(finetune: Any, write_jo
     assert "Attempt 2 begins again at step 0: there is no checkpoint" in done.stderr
 
 
+SAVES: dict[str, Any] = {"spec.checkpoint": {"everySteps": 2}}
+
+
+def test_a_run_that_saves_goes_on_from_its_checkpoint_and_tells_where_it_is(
+    finetune: Any, write_job: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = finetune("run", write_job(SAVES), "--workdir", run, "-o", "json", *AT_ONCE, fake="killed then ")
+    document = done.document
+    assert outcomes(document) == [(1, "Unknown"), (2, "Succeeded")]
+    assert [(one["resumedFromStep"], one["checkpointStep"]) for one in document["attempts"]] == [(0, 2), (2, 4)]
+    assert document["checkpoint"]["step"] == 4
+    assert document["checkpoint"]["uri"] == (run / "checkpoints" / "step-4").as_uri()
+    assert f"The first checkpoint is whole, after step 2: {(run / 'checkpoints' / 'step-2').as_uri()}" in done.stderr
+    assert "Attempt 2 goes on after step 2" in done.stderr
+    assert {c["type"]: c["reason"] for c in document["conditions"]}["Checkpointed"] == "Saved"
+
+
+def test_a_run_that_saves_is_suspended_with_a_checkpoint_and_goes_on_from_it(
+    finetune: Any, write_job: Any, tmp_path: Path
+) -> None:
+    run, job = tmp_path / "run", write_job({"spec.checkpoint": {}})
+    done = finetune("run", job, "--workdir", run, "--suspend-after", "3", fake="waits then ")
+    assert done.code == SUSPENDED
+    assert "Waiting for the trainers to save a checkpoint and to stop" in done.stderr
+    assert "The next attempt goes on after step 3." in done.stderr
+    assert f"The checkpoint of step 3 is {(run / 'checkpoints' / 'step-3').as_uri()} (1.5 MB)" in done.stderr
+    done = finetune("run", "--resume", run, "-o", "json", fake="waits then ")
+    assert done.code == 0
+    assert outcomes(done.document) == [(1, "Suspended"), (2, "Succeeded")]
+    assert done.document["attempts"][1]["resumedFromStep"] == 3
+
+
 def test_what_workers_complain_of_after_their_driver_was_killed_is_not_the_cause(
     finetune: Any, write_job: Any, tmp_path: Path
 ) -> None:

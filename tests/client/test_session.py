@@ -191,6 +191,30 @@ def test_a_suspended_job_leaves_no_process_and_goes_on_as_the_next_attempt(tmp_p
     assert after.status().restarts == 0
 
 
+def test_a_job_that_saves_is_asked_to_before_it_is_suspended_and_its_next_attempt_goes_on(tmp_path: Path) -> None:
+    def saving(laptop: Laptop, entrypoint: FakeEntrypoint) -> None:
+        entrypoint.saves = True
+        entrypoint.report(3, laptop.now())
+
+    def suspend(laptop: Laptop) -> None:
+        if laptop.started:
+            laptop.session.suspend(TINY)
+
+    def resumed(laptop: Laptop, entrypoint: FakeEntrypoint) -> None:
+        entrypoint.report(5, laptop.now(), resumed=3)
+        entrypoint.succeed()
+
+    laptop = play(tmp_path, [tiny({"checkpoint": {}})], saving, looks=suspend)
+    status = laptop.status()
+    assert (status.phase, laptop.outcomes) == (Phase.SUSPENDED, [(1, "Suspended")])
+    assert status.attempts[0].stop_asked_at is not None
+    assert status.checkpoint is not None
+    assert status.checkpoint.step == 3
+    after = go_on(tmp_path, resumed).status()
+    assert after.attempts[1].resumed_from_step == 3
+    assert after.checkpoint == status.checkpoint
+
+
 def test_a_job_that_its_failure_policy_suspended_goes_on_too(tmp_path: Path) -> None:
     job = tiny({"failurePolicy": {"rules": [{"action": "Suspend"}]}})
     laptop = play(tmp_path, [job], KILLED)

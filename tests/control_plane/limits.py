@@ -137,6 +137,7 @@ EXAMPLES = {
             "checkpoint": {"everySteps": 100, "keepLast": 3, "resume": "auto"},
             "lifecycle": {
                 "startDeadlineSeconds": 600,
+                "suspendGraceSeconds": 30,
                 "activeDeadlineSeconds": 86_400,
                 "ttlSecondsAfterFinished": 3600,
                 "keepFailedClusterSeconds": 600,

@@ -20,16 +20,17 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from finetune_api.failures import Failure, FailureClass
-from finetune_api.progress import Artifact, Outcome, Progress, Result, Stage
+from finetune_api.progress import Artifact, Outcome, Progress, Result, SavedCheckpoint, Stage
 from finetune_operator import names
 from finetune_operator.decide import Decision, decide
 from finetune_operator.kinds import CONFIG_MAP, FINETUNE_JOB, RAY_JOB, Kind
 from finetune_operator.observe import World, observe
 from finetune_operator.settings import Settings
+from finetune_operator.states import STOP_KEY
 from finetune_operator.times import written
 from tests.factories import job, job_document, runtime_document
 
-__all__ = ["ARTIFACT", "NOON", "SETTINGS", "Cluster", "another_job", "failed", "stopped", "succeeded"]
+__all__ = ["ARTIFACT", "NOON", "SETTINGS", "Cluster", "another_job", "failed", "saved", "stopped", "succeeded"]
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 SETTINGS = Settings(pod_name="test")
@@ -48,9 +49,16 @@ def failed(kind: FailureClass, message: str = "it broke", step: int = 0) -> Outc
     return Outcome(result=Result.FAILED, failure=Failure(failure_class=kind, message=message, step=step), step=step)
 
 
-def stopped() -> Outcome:
+def stopped(step: int = 0) -> Outcome:
     """The trainers' account of having been told to stop."""
-    return Outcome(result=Result.CANCELLED)
+    return Outcome(result=Result.CANCELLED, step=step)
+
+
+def saved(step: int, **changes: Any) -> SavedCheckpoint:
+    """A whole checkpoint of so many steps."""
+    return SavedCheckpoint(
+        **{"uri": f"pvc://runs/step-{step}", "step": step, "saved_at": NOON, "world_size": 2, "bytes": 1000} | changes
+    )
 
 
 def another_job(name: str, status: Mapping[str, Any] | None = None) -> Document:
@@ -109,13 +117,17 @@ class Cluster:
             there = self.objects.get((delete.kind, delete.key.name))
             if there is not None and delete.uid in (None, there["metadata"]["uid"]):
                 self.delete(delete.kind, delete.key.name)
-        if self.job is None or decision.status is None:
+        if self.job is None:
+            return True
+        if decision.status is None:
+            self._merge(decision)
             return True
         if world is not None and world.job["metadata"]["resourceVersion"] != self.job["metadata"]["resourceVersion"]:
             return False
         # By way of JSON: what cannot be written as JSON cannot be written.
         self._change_job({"status": json.loads(json.dumps(decision.status))})
         self.events += [event.reason for event in decision.events]
+        self._merge(decision)
         return True
 
     def step(self) -> Decision:
@@ -131,7 +143,7 @@ class Cluster:
             if self.job is None:
                 return Decision()
             decision = self.step()
-            if not (decision.create or decision.delete or decision.status):
+            if not (decision.create or decision.delete or decision.status or decision.merge):
                 return decision
         raise AssertionError(f"still changing after {passes} passes: {decision}")
 
@@ -243,6 +255,14 @@ class Cluster:
         return status
 
     @property
+    def stop_asked(self) -> str | None:
+        """The attempt that is asked to save and to stop, as its trainers see it."""
+        assert self.job is not None
+        config_map = self.objects[CONFIG_MAP, names.progress_config_map(self.job["metadata"]["name"])]
+        found: str | None = (config_map.get("data") or {}).get(STOP_KEY)
+        return found
+
+    @property
     def attempt(self) -> Document:
         """The newest attempt in the status."""
         attempt: Document = self.status["attempts"][-1]
@@ -272,9 +292,15 @@ class Cluster:
         number = str(attempt or self.attempt["number"])
         data = config_map.get("data") or {}
         if data.get("attempt") != number:
-            data = {}
+            data = {key: value for key, value in data.items() if key == STOP_KEY}
         config_map["data"] = {**data, "attempt": number, key: text}
         return self
+
+    def _merge(self, decision: Decision) -> None:
+        for one in decision.merge:
+            there = self.objects.get((one.kind, one.key.name))
+            if there is not None:
+                there["data"] = {**(there.get("data") or {}), **one.patch["data"]}
 
     def _change_job(self, change: Document) -> None:
         assert self.job is not None

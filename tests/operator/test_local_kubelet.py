@@ -171,6 +171,29 @@ def test_deleting_a_ray_job_stops_its_entrypoint_and_nothing_starts_before_it_is
     run(scenario())
 
 
+def test_an_entrypoint_that_is_asked_to_save_and_to_stop_does_so_and_its_report_is_there_before_the_end() -> None:
+    async def scenario() -> None:
+        machine = Machine()
+        await machine.create(attempt=2)
+        await machine.look(4)
+        entrypoint = machine.started[0]
+        entrypoint.saves = True
+        entrypoint.report(7)
+        for asked, ends in (("1", False), ("2", True)):
+            wish = {"data": {"stop-attempt": asked}}
+            await machine.cluster.merge(CONFIG_MAP, Key("default", "tiny-progress"), wish)
+            await machine.look(5)
+            assert (entrypoint.code == 130) is ends, f"asked of attempt {asked}"
+        report = read_report(machine.reported())
+        assert report.progress is not None
+        assert report.progress.checkpoint is not None
+        assert (report.progress.checkpoint.step, report.stop_attempt) == (7, 2)
+        assert report.outcome is not None
+        assert machine.status(attempt=2)["jobStatus"] == "FAILED"
+
+    run(scenario())
+
+
 def test_suspending_a_ray_job_stops_it_and_taking_that_back_starts_it_anew() -> None:
     async def scenario() -> None:
         machine = Machine()

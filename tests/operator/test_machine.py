@@ -22,7 +22,7 @@ from finetune_operator.decide import Decision
 from finetune_operator.kinds import CONFIG_MAP, RAY_JOB
 from finetune_operator.observe import World
 from finetune_operator.states import RayJobState, read_ray_job
-from tests.operator.decide_factories import Cluster, Document, another_job, failed, stopped, succeeded
+from tests.operator.decide_factories import Cluster, Document, another_job, failed, saved, stopped, succeeded
 
 LONG = bool(os.environ.get("FINETUNE_LONG"))
 
@@ -35,6 +35,8 @@ JOBS: list[dict[str, Any]] = [
     {"failurePolicy": {"maxRestarts": 2, "maxPreemptions": 2, "hangTimeoutSeconds": 60}},
     {"lifecycle": {"activeDeadlineSeconds": 5000, "startDeadlineSeconds": 300, "ttlSecondsAfterFinished": 100}},
     {"lifecycle": {"keepFailedClusterSeconds": 600}, "training.microBatchSize": 8, "training.globalBatchSize": 16},
+    {"checkpoint": {"everySteps": 5}, "failurePolicy": {"maxRestarts": 50}},
+    {"checkpoint": {"resume": "never"}, "scheduling": {"queue": "team"}, "lifecycle": {"suspendGraceSeconds": 300}},
 ]
 DEPLOYMENTS = ["", "Initializing", "Running", "Suspending", "Suspended", "Complete", "Failed", "ValidationFailed"]
 JOB_STATUSES = ["", "PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
@@ -97,7 +99,7 @@ class Life(RuleBasedStateMachine):
         assert len([one for one in self.active() if not one.deleting]) <= 1
         if self.exists:
             again = self.cluster.decide()
-            assert (again.create, again.delete, again.status, again.events) == ((), (), None, ())
+            assert (again.create, again.delete, again.status, again.events, again.merge) == ((), (), None, (), ())
             assert decision == again
 
     @precondition(lambda self: self.exists)
@@ -175,6 +177,20 @@ class Life(RuleBasedStateMachine):
     @rule(stage=st.sampled_from(Stage), step=st.integers(0, 50), data=st.data())
     def trainers_report(self, stage: Stage, step: int, data: st.DataObject) -> None:
         self.cluster.report(stage, step, attempt=self.some_attempt(data))
+
+    @precondition(lambda self: self.can_report)
+    @rule(begun=st.none() | st.integers(0, 50), more=st.none() | st.integers(0, 20), rejected=st.integers(0, 2))
+    def trainers_go_on_and_save(self, begun: int | None, more: int | None, rejected: int) -> None:
+        """After `begun` steps, in `more` of which there is a checkpoint."""
+        step = (begun or 0) + (more or 0)
+        checkpoint = saved(step, saved_at=self.cluster.now) if begun or more else None
+        reasons = [f"step-{number}: damaged" for number in range(rejected)]
+        self.cluster.report(step=step, resumed_from_step=begun, checkpoint=checkpoint, rejected_checkpoints=reasons)
+
+    @precondition(lambda self: self.can_report and self.cluster.stop_asked)
+    @rule(step=st.integers(0, 50))
+    def trainers_save_and_stop_as_they_were_asked(self, step: int) -> None:
+        self.cluster.report(Stage.DONE, step, checkpoint=saved(step)).outcome(stopped(step))
 
     @precondition(lambda self: self.can_report)
     @rule(outcome=OUTCOMES, data=st.data())
@@ -319,7 +335,7 @@ class Life(RuleBasedStateMachine):
             decision = self.cluster.decide()
             self.cluster.apply(decision)
             self.check_status(decision)
-            if not (decision.create or decision.delete or decision.status):
+            if not (decision.create or decision.delete or decision.status or decision.merge):
                 return decision
         raise AssertionError(f"does not settle: {decision}")
 
@@ -338,8 +354,19 @@ class Life(RuleBasedStateMachine):
         assert before.get("finishedAt") in (None, after.get("finishedAt"))
         ended = {one["number"]: one for one in before.get("attempts", []) if "endedAt" in one}
         assert all(ended.get(one["number"], one) == one for one in after["attempts"])
+        self.check_checkpoint(before, after)
         self.check_times(after)
         self.before = after
+
+    def check_checkpoint(self, before: Document, after: Document) -> None:
+        """The newest checkpoint goes back only to where an attempt has just begun."""
+        was, now = (status.get("checkpoint", {}).get("step", -1) for status in (before, after))
+        if now >= was:
+            return
+        known = {one["number"]: one.get("resumedFromStep") for one in before.get("attempts", [])}
+        last = after["attempts"][-1]
+        assert last["resumedFromStep"] < was
+        assert known.get(last["number"]) != last["resumedFromStep"]
 
     def check_times(self, status: Document) -> None:
         for one in status["attempts"]:

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from finetune_api.progress import Outcome, Progress, Result, Stage
+from finetune_api.progress import Outcome, Progress, Result, SavedCheckpoint, Stage
 from finetune_trainers import progress as progress_module
 from finetune_trainers.cluster_sink import ClusterSink, Mailbox, cluster_sink
 from finetune_trainers.progress import FileSink
@@ -52,6 +52,8 @@ class ApiServer:
     """Answers to come; 200 when there are none left."""
     patches: queue.Queue[Patch] = field(default_factory=queue.Queue)
     config_map: dict[str, str] = field(default_factory=dict)
+    answer: bytes = b""
+    """Instead of the ConfigMap."""
 
     def next(self) -> Patch:
         return self.patches.get(timeout=PATIENCE)
@@ -71,7 +73,7 @@ def serve(certificate: Path | None = None) -> tuple[ApiServer, ThreadingHTTPServ
                     state.config_map.pop(key, None)
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(b"{}")
+            self.wfile.write(state.answer or json.dumps({"kind": "ConfigMap", "data": state.config_map}).encode())
             state.patches.put(Patch(self.path, dict(self.headers), body["data"]))
 
         def log_message(self, format: str, *args: Any) -> None:
@@ -141,6 +143,66 @@ def test_a_report_is_a_merge_patch_with_its_attempt(api: ApiServer, sink: Cluste
     assert patch.headers["Authorization"] == "Bearer first"
     assert patch.data["attempt"] == "2"
     assert Progress.model_validate_json(patch.data["progress.json"]) == report(1)
+
+
+@dataclass
+class Stops:
+    """Counts what a sink is told to do."""
+
+    num: int = 0
+    error: OSError | None = None
+
+    def stop(self) -> None:
+        self.num += 1
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize(("wanted", "num"), [(None, 0), ("1", 0), ("2", 1), ("3", 0)])
+def test_the_attempt_that_the_operator_wants_to_stop_learns_it_from_the_answer_to_its_report(
+    wanted: str | None, num: int, api: ApiServer, account: Path
+) -> None:
+    stops = Stops()
+    sink = ClusterSink(api.url, "2", account, on_stop=stops.stop)
+    api.config_map = {"stop-attempt": wanted} if wanted else {}
+    sink.report(report(1))
+    sink.finish(DONE, waits=())  # waits for the report
+    assert stops.num == num
+
+
+@pytest.mark.parametrize("answer", [b"{", b"[]", b"null", b'{"data": null}', b'{"data": {"stop-attempt": 2}}'])
+def test_an_answer_that_is_no_config_map_stops_nothing_and_is_no_fault(
+    answer: bytes, api: ApiServer, account: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stops = Stops()
+    api.answer = answer
+    assert ClusterSink(api.url, "2", account, on_stop=stops.stop).finish(DONE, waits=(0,))
+    assert (stops.num, caplog.records) == (0, [])
+
+
+def test_a_stop_that_cannot_be_passed_on_is_logged_and_reports_go_on(
+    api: ApiServer, account: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stops = Stops(error=OSError("the folder is read-only"))
+    api.config_map = {"stop-attempt": "2"}
+    sink = ClusterSink(api.url, "2", account, on_stop=stops.stop)
+    sink.report(report(1))
+    assert sink.finish(DONE, waits=(0,))
+    assert "the folder is read-only" in caplog.text
+
+
+def test_a_runs_own_sink_passes_the_wish_on(
+    api: ApiServer, account: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        progress_module, "cluster_sink", lambda on_stop: ClusterSink(api.url, "2", account, on_stop=on_stop)
+    )
+    api.config_map = {"stop-attempt": "2"}
+    stop_file = tmp_path / "stop"
+    file = FileSink(tmp_path / "progress.jsonl", on_stop=stop_file.touch)
+    file.report(Stage.TRAINING, step=1)
+    file.finish(DONE)
+    assert stop_file.exists()
 
 
 def test_reports_that_come_too_soon_are_not_written_one_by_one(api: ApiServer, sink: ClusterSink) -> None:
@@ -264,7 +326,7 @@ def test_without_a_token_there_is_nothing_to_report_with(tmp_path: Path) -> None
 def test_what_goes_into_the_runs_file_goes_to_the_cluster_too(
     api: ApiServer, sink: ClusterSink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress_module, "cluster_sink", lambda: sink)
+    monkeypatch.setattr(progress_module, "cluster_sink", lambda on_stop: sink)
     file = FileSink(tmp_path / "progress.jsonl")
     file.begin()
     file.report(Stage.TRAINING, step=4)
@@ -272,6 +334,30 @@ def test_what_goes_into_the_runs_file_goes_to_the_cluster_too(
     assert json.loads(api.next().data["progress.json"]) == json.loads((tmp_path / "progress.jsonl").read_text())
     file.finish(DONE)
     assert "outcome.json" in api.config_map
+
+
+def test_what_the_driver_says_after_training_includes_how_far_rank_0_has_come(tmp_path: Path) -> None:
+    saved = SavedCheckpoint(uri="file:///c/4", step=4, saved_at=NOON, world_size=2, bytes=10)
+    FileSink(tmp_path / "progress.jsonl").report(
+        Stage.TRAINING, step=5, total_steps=9, eta_seconds=3.0, message="m", resumed_from_step=2, checkpoint=saved
+    )
+    driver = FileSink(tmp_path / "progress.jsonl")
+    for stage in (Stage.EXPORTING, Stage.DONE):
+        driver.report(stage)
+        said = Progress.model_validate_json((tmp_path / "progress.jsonl").read_bytes().splitlines()[-1])
+        assert (said.stage, said.step, said.total_steps, said.resumed_from_step) == (stage, 5, 9, 2)
+        assert (said.checkpoint, said.message, said.eta_seconds) == (saved, None, None)
+
+
+@pytest.mark.parametrize("before", [None, b"", b"{", b'{"stage": "Flying"}\n'])
+def test_a_driver_that_cannot_tell_how_far_it_came_says_only_what_it_knows(
+    before: bytes | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "progress.jsonl"
+    if before is not None:
+        file.write_bytes(before)
+    FileSink(file).report(Stage.DONE)
+    assert b'"stage":"Done"' in file.read_bytes()
 
 
 def self_signed(folder: Path) -> Path:

@@ -7,6 +7,10 @@ service account's token is mounted. Elsewhere there is no such sink.
 Reporting never holds training up and never ends it: a thread of its own writes the newest report, at most every 15
 seconds unless the stage is new. What could not be written is logged once and goes with the next report. Only the
 outcome, which is the last word, waits until it is written, for half a minute at most.
+
+The operator has no other way to the trainers either. It writes the number of an attempt that should save and stop into
+the same ConfigMap, and the API server answers each patch with the whole of it: so rank 0 learns of the wish with its
+next report, without any right to read or to watch.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ MIN_INTERVAL_SECONDS = 15.0
 OUTCOME_WAITS_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0)
 """Before each try to write the outcome; with the timeouts of the tries about 40 seconds at the worst."""
 TIMEOUT_SECONDS = 5.0
+STOP_KEY = "stop-attempt"
+"""Number of the attempt that is asked to save a checkpoint and to stop; the operator's key."""
 ACCOUNT_FOLDER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 logger = logging.getLogger(__name__)
@@ -69,12 +75,23 @@ class Mailbox:
 class ClusterSink:
     """Writes into one ConfigMap by merge patches."""
 
-    def __init__(self, url: str, attempt: str, account: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        """`url` is the ConfigMap's own; `account` the folder with `token` and `ca.crt`."""
+    def __init__(
+        self,
+        url: str,
+        attempt: str,
+        account: Path,
+        clock: Callable[[], float] = time.monotonic,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`url` is the ConfigMap's own; `account` the folder with `token` and `ca.crt`.
+
+        `on_stop` is called, in a thread of the sink's, when the operator wants this attempt to stop; perhaps twice.
+        """
         self._url = url
         self._attempt = attempt
         self._account = account
         self._clock = clock
+        self._on_stop = on_stop
         self._mailbox = Mailbox()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -122,7 +139,7 @@ class ClusterSink:
     def _write(self, data: Mapping[str, str | None]) -> bool:
         """One patch. What goes wrong is logged when it begins to, and when it has passed."""
         try:
-            self._patch(json.dumps({"data": data}).encode())
+            answer = self._patch(json.dumps({"data": data}).encode())
         except (OSError, ValueError, http.client.HTTPException) as error:
             if not self._is_failing:
                 logger.warning("Progress cannot be written to %s: %s. Training goes on.", self._url, error)
@@ -131,10 +148,26 @@ class ClusterSink:
         if self._is_failing:
             logger.info("Progress can be written again.")
         self._is_failing = False
+        self._obey(answer)
         return True
 
-    def _patch(self, body: bytes) -> None:
-        """Token and authority are read anew: the kubelet renews them while the pod runs."""
+    def _obey(self, answer: bytes) -> None:
+        """Stops the run if the ConfigMap, as it now is, says so. An answer that says something else is no order."""
+        try:
+            wanted = json.loads(answer)["data"][STOP_KEY]
+        except (ValueError, KeyError, TypeError):
+            return
+        if wanted == self._attempt:
+            try:
+                self._on_stop()
+            except OSError as error:
+                logger.warning("The run was asked to stop, and cannot be told: %s", error)
+
+    def _patch(self, body: bytes) -> bytes:
+        """The ConfigMap as the patch has made it.
+
+        Token and authority are read anew: the kubelet renews them while the pod runs.
+        """
         request = urllib.request.Request(
             self._url,
             data=body,
@@ -149,10 +182,15 @@ class ClusterSink:
             context = ssl.create_default_context(cafile=str(self._account / "ca.crt"))
             handlers.append(urllib.request.HTTPSHandler(context=context))
         with urllib.request.build_opener(*handlers).open(request, timeout=TIMEOUT_SECONDS) as answer:
-            answer.read()
+            content: bytes = answer.read()
+        return content
 
 
-def cluster_sink(environment: Mapping[str, str] | None = None, account: Path = ACCOUNT_FOLDER) -> ClusterSink | None:
+def cluster_sink(
+    environment: Mapping[str, str] | None = None,
+    account: Path = ACCOUNT_FOLDER,
+    on_stop: Callable[[], None] = lambda: None,
+) -> ClusterSink | None:
     """The sink of this pod; None where there is nothing to report to."""
     environment = os.environ if environment is None else environment
     name, namespace = environment.get("FINETUNE_PROGRESS_CONFIGMAP"), environment.get("FINETUNE_NAMESPACE")
@@ -161,7 +199,7 @@ def cluster_sink(environment: Mapping[str, str] | None = None, account: Path = A
         return None
     host = f"[{host}]" if ":" in host else host
     url = f"https://{host}:{port}/api/v1/namespaces/{namespace}/configmaps/{name}?fieldManager=finetune-trainers"
-    return ClusterSink(url, environment.get("FINETUNE_ATTEMPT", "1"), account)
+    return ClusterSink(url, environment.get("FINETUNE_ATTEMPT", "1"), account, on_stop=on_stop)
 
 
 def _json(said: Progress | Outcome) -> str:

@@ -65,7 +65,7 @@ class _FileSignals:
 
     def __init__(self, workdir: Path) -> None:
         self._stop_file = workdir / STOP_FILE
-        self._sink: Sink = FileSink(workdir / "progress.jsonl")
+        self._sink: Sink = FileSink(workdir / "progress.jsonl", on_stop=self._stop_file.touch)
 
     def report(self, stage: Stage, urgent: bool = False, **figures: Any) -> None:
         if self.rank == 0:

@@ -1,6 +1,7 @@
 """Progress reports on their way out: JSON lines in the run's folder, which the CLI follows, and the job's ConfigMap.
 
-The driver writes the stages before and after training, rank 0 writes those between; never both at the same time.
+The driver writes the stages before and after training, rank 0 writes those between; never both at the same time. What
+the driver says after training includes how far rank 0 has come: whoever follows the run may see only the last report.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from finetune_trainers.cluster_sink import cluster_sink
 __all__ = ["FileSink", "Sink"]
 
 MIN_INTERVAL_SECONDS = 0.2
+_AFTER_TRAINING = frozenset({Stage.EXPORTING, Stage.DONE})
+_LASTING = frozenset(Progress.model_fields) - {"stage", "percent", "eta_seconds", "message", "updated_at"}
+"""Of a report, what still holds when training is over."""
+_LONGEST_LINE = 1 << 16
 
 
 class Sink(Protocol):
@@ -33,9 +38,12 @@ class FileSink:
     In a pod of the operator's, what is written to the file is reported to the cluster too.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, path: Path, clock: Callable[[], float] = time.monotonic, on_stop: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_stop` is called when the operator asks the run to stop; it is asked of rank 0."""
         self._path = path
-        self._cluster = cluster_sink()
+        self._cluster = cluster_sink(on_stop=on_stop)
         self._clock = clock
         self._last_stage: Stage | None = None
         self._last_time = float("-inf")
@@ -45,12 +53,24 @@ class FileSink:
         if not urgent and stage is self._last_stage and now - self._last_time < MIN_INTERVAL_SECONDS:
             return
         self._last_stage, self._last_time = stage, now
-        progress = Progress(stage=stage, updated_at=datetime.now(UTC), **figures)
+        reached = self._reached() if stage in _AFTER_TRAINING and "step" not in figures else {}
+        progress = Progress(stage=stage, updated_at=datetime.now(UTC), **reached | figures)
         line = progress.model_dump_json(by_alias=True, exclude_none=True) + "\n"
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line)
         if self._cluster is not None:
             self._cluster.report(progress)
+
+    def _reached(self) -> dict[str, Any]:
+        """What the last report says of steps and checkpoints, whoever wrote it; nothing when it cannot be read."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(max(0, self._path.stat().st_size - _LONGEST_LINE))
+                *_, last = file.read().splitlines()
+            report = Progress.model_validate_json(last)
+        except (OSError, ValueError):
+            return {}
+        return {name: getattr(report, name) for name in report.model_fields_set & _LASTING}
 
     def begin(self) -> None:
         """The run starts: only its driver says so."""

@@ -71,7 +71,7 @@ class FailurePolicy(Contract):
     Without rules: lost nodes, storage errors, hangs, late starts and unknown failures are tried again; preempted
     attempts are tried again and not counted; out of memory is tried again with a smaller micro-batch; mistakes in the
     job or its data, and a loss that is not finite, fail at once. Three attempts in a row that come no further than
-    those before them fail the job.
+    those before them fail the job; where attempts go on from checkpoints, three that leave no newer one do.
     """
 
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
@@ -91,6 +91,8 @@ class Lifecycle(Contract):
 
     start_deadline_seconds: Seconds = 3600
     """An attempt whose trainers have not started this long after it was admitted is ended: StartTimeout."""
+    suspend_grace_seconds: Annotated[int, Field(ge=0, le=86_400)] = 60
+    """A job that saves checkpoints and is suspended may take this long to save one and to stop; 0 suspends at once."""
     active_deadline_seconds: Seconds | None = None
     """Time that all attempts may take together, waiting in a queue not counted. Left out: no limit."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None

@@ -1,4 +1,4 @@
-"""Tells the person who watches what becomes of their jobs: each attempt's end, what follows from it, and the wait.
+"""Tells the person who watches what becomes of their jobs: each attempt's beginning and end, what follows, the waits.
 
 Used by `finetune run`, which shows it every status several times a second; what was said is not said again.
 """
@@ -44,8 +44,16 @@ class Narrator:
                 self._once(key, "waiting", admitted.message, admitted.message)
             return
         last = status.attempts[-1]
+        if status.checkpoint is not None:
+            said = f"The first checkpoint is whole, after step {status.checkpoint.step}: {status.checkpoint.uri}"
+            self._once(key, "saved", "first", said if last.number == 1 else "")
         if last.ended_at is None:
             self._once(key, "begins", last.number, self._begins(last, job))
+            if last.resumed_from_step:
+                went_on = f"Attempt {last.number} goes on after step {last.resumed_from_step}"
+                self._once(key, "resumed", last.number, went_on)
+            if last.stop_asked_at is not None:
+                self._once(key, "asked", last.number, "Waiting for the trainers to save a checkpoint and to stop")
         elif status.next_attempt_at is not None:
             why = f"Attempt {last.number} failed {_after(last)} ({last.outcome}): {self._why(key, last)}"
             self._once(key, "failed", last.number, why)
@@ -54,8 +62,6 @@ class Narrator:
     def _begins(self, attempt: Attempt, job: FineTuneJob) -> str:
         if attempt.number == 1:
             return "Starting" if self._several else ""
-        if attempt.resumed_from_step:
-            return f"Attempt {attempt.number} goes on after step {attempt.resumed_from_step}"
         checkpoint = job.spec.checkpoint
         if checkpoint is not None and checkpoint.resume == "auto":
             return f"Attempt {attempt.number} begins: it goes on from the newest checkpoint, or at step 0 without one"

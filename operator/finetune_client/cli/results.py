@@ -114,7 +114,7 @@ def as_text(ending: Ending) -> str:
 
 def _stopped(ending: Ending) -> list[str]:
     lines = [f"Stopped {_after(ending)}. No process is left behind.", *_where_the_log_is(ending)]
-    return [*lines, *_how_to_go_on(ending)]
+    return [*lines, *(_how_to_go_on(ending) or _where_the_checkpoint_is(ending))]
 
 
 def _suspended(ending: Ending) -> list[str]:
@@ -124,12 +124,11 @@ def _suspended(ending: Ending) -> list[str]:
 def _how_to_go_on(ending: Ending) -> list[str]:
     if not ending.can_go_on or ending.run is None:
         return []
-    return [
-        "",
-        "Next:",
-        f"  finetune run --resume {shlex.quote(str(ending.run))}",
-        "Without a checkpoint the next attempt begins again at step 0.",
-    ]
+    lines = ["", "Next:", f"  finetune run --resume {shlex.quote(str(ending.run))}"]
+    saved = ending.status.checkpoint
+    if saved is None:
+        return [*lines, "There is no checkpoint: the next attempt begins again at step 0."]
+    return [*lines, f"The next attempt goes on after step {saved.step}.", *_where_the_checkpoint_is(ending)]
 
 
 def _succeeded(ending: Ending) -> list[str]:
@@ -168,6 +167,7 @@ def _failed(ending: Ending) -> list[str]:
     headline = _HEADLINES.get(failure.failure_class, f"The run failed ({failure.failure_class})")
     lines = [f"{headline}{step}: {failure.message}", *_attempts(ending.status)]
     lines += [f"  {problem}" for problem in failure.problems]
+    lines += _where_the_checkpoint_is(ending)
     lines += _where_the_log_is(ending)
     if failure.failure_class is FailureClass.UNKNOWN and ending.log is not None:
         lines += ["Its last lines:", *(f"  {line}" for line in tail(ending.log).splitlines())]
@@ -180,6 +180,11 @@ def _attempts(status: Status) -> list[str]:
         return []
     tries = ", ".join(f"{one.number} ended after step {one.step} ({one.outcome})" for one in status.attempts)
     return [f"Attempts: {tries}"]
+
+
+def _where_the_checkpoint_is(ending: Ending) -> list[str]:
+    saved = ending.status.checkpoint
+    return [f"The checkpoint of step {saved.step} is {saved.uri} ({size(saved.bytes)})"] if saved is not None else []
 
 
 def _where_the_log_is(ending: Ending) -> list[str]:

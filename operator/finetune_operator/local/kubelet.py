@@ -2,8 +2,8 @@
 
 `finetune_client.session` makes one and calls `look` several times a second. It is three things that a real cluster
 has: a queue (this machine trains one job at a time, the others wait suspended, as in Kueue), KubeRay (a RayJob becomes
-a running entrypoint), and the trainers' progress sink (what they report is copied into the job's ConfigMap). How an
-entrypoint is run is not known here: whoever makes the kubelet brings a `Launcher`.
+a running entrypoint), and the trainers' progress sink (what they report is copied into the job's ConfigMap, and a wish
+in there is obeyed). How an entrypoint is run is not known here: whoever makes the kubelet brings a `Launcher`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from finetune_operator import names
 from finetune_operator.kinds import CONFIG_MAP, RAY_JOB, Key, Kind
 from finetune_operator.local import ray_job
 from finetune_operator.local.cluster import LocalCluster
-from finetune_operator.raw import Document, key_of
+from finetune_operator.raw import Document, key_of, text
 from finetune_operator.resources.config_map import PLAN_KEY
-from finetune_operator.states import ATTEMPT_KEY, OUTCOME_KEY, PROGRESS_KEY
+from finetune_operator.states import ATTEMPT_KEY, OUTCOME_KEY, PROGRESS_KEY, STOP_KEY
 
 __all__ = ["CannotLaunch", "Entrypoint", "Kubelet", "Launch", "Launcher"]
 
@@ -163,10 +163,17 @@ class Kubelet:
     async def _watch(self, uid: str, status: Document) -> Document | None:
         if (running := self._running.get(uid)) is None:
             return ray_job.ended(status, None, False, "", self._clock())
+        if self._is_asked_to_stop(running.launch):
+            running.entrypoint.stop()
         code = await self._follow(uid, running)
         if code is not None:
             return ray_job.ended(status, code, running.was_stopped, running.entrypoint.log_tail, self._clock())
         return ray_job.running(status, self._clock()) if status.get("jobStatus") == "PENDING" else None
+
+    def _is_asked_to_stop(self, launch: Launch) -> bool:
+        """By the operator, which wants it suspended: rank 0 reads that in the same place in a cluster."""
+        report = self._cluster.peek(CONFIG_MAP, Key(launch.job.namespace, names.progress_config_map(launch.job.name)))
+        return text(report, "data", STOP_KEY) == str(launch.attempt)
 
     async def _is_gone(self, uid: str) -> bool:
         """Whether nothing is left of a suspended RayJob's entrypoint; it is asked to end."""

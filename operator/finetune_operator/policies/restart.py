@@ -5,6 +5,10 @@ free of charge, with a budget of its own; what another try may mend is tried aga
 fails at once. Three attempts in a row that come no further than those before them fail the job too: trying a fourth
 time would burn the same GPUs for the same end.
 
+How far an attempt came is what it leaves to the next one. Where attempts go on from checkpoints, that is its newest
+one: an attempt that went on after step 400, came to 410 and saved nothing has come no further, and the next one would
+do those ten steps again. Where every attempt begins at step 0, it is the steps that it made.
+
 Called by the reconcile pass when an attempt has failed. It decides; the pass carries it out.
 """
 
@@ -48,6 +52,8 @@ class History:
     preemptions: int = 0
     micro_batch_size: int | None = None
     """Of the attempt that has just failed; None when it is not known."""
+    saves: bool = False
+    """The job saves checkpoints, and its attempts go on from them."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +139,10 @@ def _counted(action: Action, failure: FailureClass, history: History, policy: Fa
     count = history.restarts + 1
     if count > policy.max_restarts:
         return _over("MaxRestartsExceeded", f"failurePolicy.maxRestarts allows {policy.max_restarts}", history)
-    if action is Action.RETRY and _stalled(history.attempts):
+    if action is Action.RETRY and _stalled(history.attempts, history.saves):
+        came = "left no newer checkpoint" if history.saves else "came no further"
         num = ATTEMPTS_WITHOUT_PROGRESS
-        return _over("NoProgress", f"the last {num} attempts came no further than those before them", history)
+        return _over("NoProgress", f"the last {num} attempts {came} than those before them", history)
     how = f" with a micro-batch of at most {smaller}" if smaller is not None else ""
     return Verdict(
         action,
@@ -158,15 +165,30 @@ def _wait_seconds(backoff: Backoff, restarts: int) -> int:
     return min(backoff.max_seconds, backoff.initial_seconds << doublings)
 
 
-def _stalled(attempts: Sequence[Attempt]) -> bool:
+def _stalled(attempts: Sequence[Attempt], saves: bool) -> bool:
     """Whether the last attempts that were tried again as they were came no further than any attempt before them.
 
-    An attempt that was preempted, suspended, or given a smaller micro-batch says nothing about the next one; but steps
-    that it made are progress.
+    An attempt that was preempted, suspended, or given a smaller micro-batch says nothing about the next one; but what
+    it achieved is progress.
     """
-    same = [place for place, attempt in enumerate(attempts) if attempt.action in (None, Action.RETRY)]
-    if len(same) < ATTEMPTS_WITHOUT_PROGRESS:
+    last = len(attempts) - 1  # what follows from it is not settled yet
+    same = [place for place, attempt in enumerate(attempts) if attempt.action == Action.RETRY or place == last]
+    if len(same) < ATTEMPTS_WITHOUT_PROGRESS or same[-ATTEMPTS_WITHOUT_PROGRESS] == 0:
         return False
     first = same[-ATTEMPTS_WITHOUT_PROGRESS]
-    best = max((attempt.step for attempt in attempts[:first]), default=None)
-    return best is not None and all(attempt.step <= best for attempt in attempts[first:])
+    if saves:
+        following = (*attempts[first + 1 :], None)
+        return not any(map(_saved_more, attempts[first:], following))
+    best = max(attempt.step for attempt in attempts[:first])
+    return all(attempt.step <= best for attempt in attempts[first:])
+
+
+def _saved_more(attempt: Attempt, following: Attempt | None) -> bool:
+    """Whether the attempt saved steps that it did not begin with.
+
+    Its last report may be older than its last checkpoint: where the next attempt went on tells too.
+    """
+    if attempt.resumed_from_step is None:
+        return False  # it never trained
+    later = following.resumed_from_step if following is not None else None
+    return max(attempt.checkpoint_step or 0, later or 0) > attempt.resumed_from_step

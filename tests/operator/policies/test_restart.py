@@ -219,6 +219,61 @@ def test_preempted_attempts_say_nothing_about_progress() -> None:
     assert verdict(FailureClass.PREEMPTED, history=history).action is Action.RETRY_FREE
 
 
+def saving(*attempts: tuple[int | None, int, int | None]) -> History:
+    """Attempts of a job that saves: steps done when each began (None: it never trained), when it ended, and saved."""
+    made = [
+        Attempt(
+            number=number,
+            ray_job=f"j-{number}",
+            created_at=NOON,
+            resumed_from_step=begun,
+            step=step,
+            checkpoint_step=kept,
+            action=Action.RETRY,
+        )
+        for number, (begun, step, kept) in enumerate(attempts, start=1)
+    ]
+    return History([*made[:-1], made[-1].model_copy(update={"action": None})], saves=True)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "is_over"),
+    [
+        pytest.param(
+            [(0, 410, 400), (400, 411, 400), (400, 412, 400), (400, 413, 400)],
+            True,
+            id="each came a step further, and nothing was saved",
+        ),
+        pytest.param([(0, 410, 400), (400, 411, 400), (400, 512, 500), (500, 513, 500)], False, id="one of them saved"),
+        pytest.param(
+            [(0, 410, 400), (400, 411, 400), (400, 412, 400), (420, 425, 420)],
+            False,
+            id="a later attempt began where no report had told of",
+        ),
+        pytest.param(
+            [(0, 410, 400), (None, 0, None), (None, 0, None), (None, 0, None)], True, id="three that never trained"
+        ),
+        pytest.param(
+            [(0, 410, 400), (200, 310, 300), (300, 410, 400), (200, 310, 300)],
+            False,
+            id="what was saved again after the newest was rejected is progress",
+        ),
+        pytest.param([(0, 9, None), (0, 9, None), (0, 9, None)], False, id="the first has none before it"),
+        pytest.param([(0, 9, None), (0, 8, None), (0, 9, None), (0, 7, None)], True, id="none saved anything, ever"),
+    ],
+)
+def test_where_a_job_saves_progress_is_what_the_next_attempt_need_not_do_again(
+    attempts: list[tuple[int | None, int, int | None]], is_over: bool
+) -> None:
+    found = verdict(history=saving(*attempts), maxRestarts=100)
+    assert (found.reason == "NoProgress") is is_over
+
+
+def test_attempts_that_somebody_suspended_say_nothing_about_progress() -> None:
+    history = History(attempts(100, 1, 1, 1, 1, action=None))
+    assert verdict(history=history, maxRestarts=100).action is Action.RETRY
+
+
 def test_a_hold_leaves_the_counts_alone_and_says_how_to_go_on() -> None:
     held = verdict(rules=[SUSPEND_ON_ALL], history=History(attempts(5), restarts=2, preemptions=1))
     assert (held.action, held.restarts, held.preemptions) == (Action.SUSPEND, 2, 1)
