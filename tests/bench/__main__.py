@@ -7,20 +7,26 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHES = sorted(file.stem.removeprefix("bench_") for file in Path(__file__).parent.glob("bench_*.py"))
+HERE = Path(__file__).parent
+BENCHES = {
+    ".".join((*file.relative_to(HERE).parts[:-1], file.stem.removeprefix("bench_"))): file
+    for file in sorted(HERE.rglob("bench_*.py"))
+}
+"""By name: `packing`, or `checkpoints.save` where it is in a folder."""
 
 
 def main() -> int:
     """0 when every benchmark ran and met its goal."""
     parser = argparse.ArgumentParser(description=__doc__, epilog="What each measures: tests/bench/README.md")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of: {', '.join(BENCHES)}; all when left out")
-    names = parser.parse_args().names or BENCHES
-    if unknown := sorted(set(names) - set(BENCHES)):
+    names = parser.parse_args().names or list(BENCHES)
+    if unknown := sorted(set(names) - BENCHES.keys()):
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHES)}")
     missed = []
     for name in names:
         print(f"\n===== bench {name} =====", flush=True)
-        if subprocess.run([sys.executable, "-m", f"tests.bench.bench_{name}"], check=False).returncode:
+        module = ".".join(("tests.bench", *BENCHES[name].relative_to(HERE).with_suffix("").parts))
+        if subprocess.run([sys.executable, "-m", module], check=False).returncode:
             missed.append(name)
     print(f"\n{len(names) - len(missed)} of {len(names)} benchmarks met their goal" + f"; not: {missed}" * bool(missed))
     return int(bool(missed))
