@@ -16,6 +16,7 @@ from finetune_api.spec import (
     Data,
     EarlyStopping,
     GenerationEval,
+    KeepBest,
     Method,
     Model,
     OptimizerSettings,
@@ -27,6 +28,7 @@ from finetune_api.spec import (
 
 __all__ = [
     "BatchPlan",
+    "CheckpointInterval",
     "CheckpointPlan",
     "Decision",
     "DeepSpeedPlan",
@@ -105,6 +107,16 @@ class EvaluationPlan(Contract):
     generation: GenerationEval | None
 
 
+class CheckpointInterval(Contract):
+    """How far apart checkpoints are when the run decides: so far that saving costs no more than it may."""
+
+    max_overhead: float
+    """Of the time, for which training stands still while state is copied: 0.01 is one second in a hundred."""
+    min_seconds: float
+    max_seconds: float
+    """It is never more than this, whatever saving costs; unless a checkpoint takes longer than that to be written."""
+
+
 class CheckpointPlan(Contract):
     """Where and when checkpoints are made."""
 
@@ -113,8 +125,15 @@ class CheckpointPlan(Contract):
     job: str
     """Whose they are: the job's uid, or its namespace/name where it has none. Another job's are never used."""
     every_steps: int | None
-    """None: only when the run is asked to stop."""
+    """None: as `interval` says."""
+    interval: CheckpointInterval | None = None
+    """None: every_steps is set."""
+    when_behind: Literal["skip", "wait"] = "skip"
+    """What a due checkpoint does while two earlier ones are still being written."""
     keep_last: int
+    keep_every: int | None = None
+    """Steps: those at its multiples stay."""
+    keep_best: KeepBest | None = None
     resume: bool
     """Go on from the newest one that is whole."""
 

@@ -66,8 +66,6 @@ class Progress(Contract):
     """A sentence for people."""
     resumed_from_step: int | None = None
     """Optimizer steps that an earlier attempt had done and that were not done again."""
-    checkpoint_step: int | None = None
-    """Optimizer steps in the newest checkpoint of this attempt."""
     checkpoint: SavedCheckpoint | None = None
     """The newest whole checkpoint that this attempt knows of: made by it, or gone on from."""
     rejected_checkpoints: Annotated[list[str], Field(max_length=4)] = Field(default_factory=list)

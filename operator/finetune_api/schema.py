@@ -44,6 +44,7 @@ _KEEP = (
     "format",
     "x-kubernetes-int-or-string",
     "x-kubernetes-preserve-unknown-fields",
+    "x-kubernetes-validations",
 )
 
 _COLUMNS: tuple[tuple[str, str, str, int], ...] = (

@@ -1,8 +1,11 @@
 """Finds every process that a run started, wherever it went, and sees to it that none is left.
 
-Called by `runner`. A trainer starts Ray, and Ray starts daemons and workers in sessions of their own that outlive a
-trainer which was killed. So a process counts as the run's when it is a descendant of the trainer, or was one when it
-was last seen, or is in the trainer's session, or carries the run's mark in its environment.
+Called by `runner` and `guardian`. A trainer starts Ray, and Ray starts daemons and workers in sessions of their own
+that outlive a trainer which was killed. So a process counts as the run's when it is a descendant of the trainer, or was
+one when it was last seen, or is in the trainer's session, or carries the run's mark in its environment.
+
+One kind is not killed with the others: what writes a checkpoint that training has handed over. It is let finish, within
+bounds, because all that was trained since the checkpoint before it would be lost.
 """
 
 from __future__ import annotations
@@ -13,10 +16,15 @@ from collections.abc import Callable, Iterable
 
 import psutil
 
-__all__ = ["RUN_MARK", "ProcessTree"]
+__all__ = ["RUN_MARK", "WRITER", "WRITER_SECONDS", "ProcessTree"]
 
 RUN_MARK = "FINETUNE_RUN_MARK"
 """Environment variable whose value is unique to a run; children inherit it."""
+
+WRITER = "finetune_trainers.checkpoint.writer"
+"""The module whose processes finish what they write."""
+WRITER_SECONDS = 60.0
+"""How long they may take."""
 
 _KILL_ROUNDS = 5
 """A process may start another between being seen and being killed: look again this many times."""
@@ -43,22 +51,33 @@ class ProcessTree:
         return sorted((process for process in self._seen if _is_alive(process)), key=lambda process: process.pid)
 
     def kill(self) -> None:
-        """SIGKILL to all of them at once, the trainer first so that it starts no more."""
+        """SIGKILL to all of them at once, the trainer first so that it starts no more. Writers go on."""
         for process in sorted(self.survivors(), key=lambda process: process.pid != self._root):
-            _ignoring_the_gone(process.kill)
+            if not _is_writer(process):
+                _ignoring_the_gone(process.kill)
 
-    def clean_up(self, leave_seconds: float = 3.0, terminate_seconds: float = 3.0) -> int:
+    def clean_up(
+        self, leave_seconds: float = 3.0, terminate_seconds: float = 3.0, writer_seconds: float = WRITER_SECONDS
+    ) -> int:
         """Give what the trainer left behind time to go, then SIGTERM, then SIGKILL. Returns how many had to be told.
 
-        Call it when the trainer itself has ended.
+        Call it when the trainer itself has ended. Writers have more time than the others.
         """
-        if not (left := _wait(self.survivors(), leave_seconds)):
+        began = time.monotonic()
+        others = [process for process in self.survivors() if not _is_writer(process)]
+        told = self._end(_wait(others, leave_seconds), terminate_seconds, writers_too=False)
+        writers = _wait(self.survivors(), writer_seconds - (time.monotonic() - began))
+        return told + self._end(writers, terminate_seconds, writers_too=True)
+
+    def _end(self, left: list[psutil.Process], terminate_seconds: float, writers_too: bool) -> int:
+        if not left:
             return 0
         for process in left:
             _ignoring_the_gone(process.terminate)
         _wait(left, terminate_seconds)
         for _ in range(_KILL_ROUNDS):
-            if not (stubborn := self.survivors()):
+            stubborn = [process for process in self.survivors() if writers_too or not _is_writer(process)]
+            if not stubborn:
                 break
             for process in stubborn:
                 _ignoring_the_gone(process.kill)
@@ -85,6 +104,13 @@ def _descendants(roots: set[int]) -> set[psutil.Process]:
             found.add(child)
             waiting.append(child.pid)
     return found
+
+
+def _is_writer(process: psutil.Process) -> bool:
+    try:
+        return WRITER in process.cmdline()
+    except psutil.Error:
+        return False
 
 
 def _is_alive(process: psutil.Process) -> bool:

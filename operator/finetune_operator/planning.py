@@ -13,6 +13,7 @@ from finetune_api.job import FineTuneJob
 from finetune_api.learning_rate import auto_learning_rate, parameters_in_name, parse_parameters
 from finetune_api.plan import (
     BatchPlan,
+    CheckpointInterval,
     CheckpointPlan,
     Decision,
     DeepSpeedPlan,
@@ -34,6 +35,11 @@ __all__ = ["plan_run", "storage_of"]
 
 _TOKENS_PER_MICRO_BATCH = {Device.CPU: 2048, Device.CUDA: 16384}
 """What `microBatchSize: auto` fills: enough to keep the device busy, small enough to leave memory for the model."""
+
+_INTERVAL = CheckpointInterval(max_overhead=0.01, min_seconds=60, max_seconds=1800)
+_INTERVAL_REASON = (
+    "saving stops training for no more than 1 % of the time, as measured; checkpoints are 1 to 30 minutes apart"
+)
 
 
 def plan_run(
@@ -84,6 +90,7 @@ class _Planner:
         precision = self._precision(workers)
         zero_stage = self._zero_stage(workers)
         batch = self._batch(workers)
+        checkpoint = self._checkpoint()
         self.problems += reserved_key_problems(spec.deepspeed.config)
         if self.problems:
             raise InvalidManifest(self.problems)
@@ -105,7 +112,7 @@ class _Planner:
                 generation=spec.training.generation,
             ),
             deepspeed=self._deepspeed(workers, batch, precision, zero_stage),
-            checkpoint=self._checkpoint(),
+            checkpoint=checkpoint,
             outputs=spec.outputs,
             tracking=spec.tracking,
             decisions=self.decisions,
@@ -284,13 +291,25 @@ class _Planner:
             self._decide("checkpoint", uri, f"storage of runtime {self._runtime_name()}")
         else:
             self._decide("checkpoint", "checkpoints", "in the run's own folder: no runtime names a storage")
-        if asked.every_steps is None:
-            self._decide("checkpoint.everySteps", "none", "left out: a checkpoint is made when the run is stopped")
+        interval = None
+        if asked.every_steps == "auto":
+            interval = _INTERVAL
+            self._decide("checkpoint.everySteps", "auto", _INTERVAL_REASON)
+        if asked.keep_best is not None and asked.keep_best.metric.startswith("eval_") and not self.spec.data.eval:
+            self._refuse(
+                "checkpoint.keepBest.metric",
+                asked.keep_best.metric,
+                "is a figure of evaluations, and there are none; set spec.data.eval",
+            )
         return CheckpointPlan(
             uri=uri,
             job=str((metadata.model_extra or {}).get("uid") or f"{metadata.namespace}/{metadata.name}"),
-            every_steps=asked.every_steps,
+            every_steps=None if asked.every_steps == "auto" else asked.every_steps,
+            interval=interval,
+            when_behind=asked.when_behind,
             keep_last=asked.keep_last,
+            keep_every=asked.keep_every,
+            keep_best=asked.keep_best,
             resume=asked.resume == "auto",
         )
 

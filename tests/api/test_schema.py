@@ -103,6 +103,7 @@ def test_the_server_and_the_models_hold_the_same_rules_in_the_same_words() -> No
         (rule["rule"], rule["message"])
         for crd in CRDS.values()
         for _, node in _nodes(_schema(crd))
+        if "properties" in node  # a single value's rule stands in for a type that a schema cannot say
         for rule in node.get("x-kubernetes-validations", ())
     }
     assert generated == {(rule.cel, rule.message) for _, rule in rules_of_the_contract()}

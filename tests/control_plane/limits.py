@@ -134,7 +134,14 @@ EXAMPLES = {
                     {"classes": ["OutOfMemory"], "exitCodes": [1], "messagePattern": "CUDA", "action": "Retry"},
                 ],
             },
-            "checkpoint": {"everySteps": 100, "keepLast": 3, "resume": "auto"},
+            "checkpoint": {
+                "everySteps": 100,
+                "whenBehind": "wait",
+                "keepLast": 3,
+                "keepEvery": 1000,
+                "keepBest": {"metric": "loss", "mode": "min", "count": 2},
+                "resume": "auto",
+            },
             "lifecycle": {
                 "startDeadlineSeconds": 600,
                 "suspendGraceSeconds": 30,

@@ -102,6 +102,13 @@ OTHER_FAULTS: dict[str, Mapping[str, Any]] = {
     "a list in a list": {"tuning.lora.targetModules": [["q_proj"]]},
     "a checkpoint every no steps": {"checkpoint": {"everySteps": 0}},
     "no checkpoint is kept": {"checkpoint": {"keepLast": 0}},
+    "a checkpoint in words": {"checkpoint": {"everySteps": "often"}},
+    "a checkpoint every half step": {"checkpoint": {"everySteps": 0.5}},
+    "another way to be behind": {"checkpoint": {"whenBehind": "stop"}},
+    "kept every no steps": {"checkpoint": {"keepEvery": 0}},
+    "the best of no figure": {"checkpoint": {"keepBest": {}}},
+    "a figure that cannot be one": {"checkpoint": {"keepBest": {"metric": "Eval Loss"}}},
+    "none of the best": {"checkpoint": {"keepBest": {"metric": "loss", "count": 0}}},
     "going on in another way": {"checkpoint": {"resume": "always"}},
     "a number among names": {"tuning.lora.targetModules": [1]},
 }

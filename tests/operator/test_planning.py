@@ -11,10 +11,11 @@ from pydantic import ValidationError
 
 from finetune_api.failures import Problem
 from finetune_api.job import FineTuneJob
-from finetune_api.plan import Device, RunPlan
+from finetune_api.plan import CheckpointInterval, Device, RunPlan
 from finetune_api.problems import InvalidManifest
 from finetune_api.progress import Artifact
 from finetune_api.runtime import FineTuneRuntime
+from finetune_api.spec import KeepBest
 from finetune_operator.planning import plan_run
 from tests.factories import job, job_document, runtime
 
@@ -445,7 +446,24 @@ class TestCheckpoints:
         assert planned.checkpoint is not None
         assert (planned.checkpoint.uri, planned.checkpoint.resume, planned.checkpoint.keep_last) == (None, False, 1)
         assert decided(planned)["checkpoint"][0] == "checkpoints"
-        assert decided(planned)["checkpoint.everySteps"][0] == "none"
+
+    def test_left_to_the_run_they_are_as_often_as_their_cost_allows(self) -> None:
+        left_out, asked = plan({"checkpoint": {}}), plan({"checkpoint": {"everySteps": "auto"}})
+        assert left_out.checkpoint == asked.checkpoint
+        assert asked.checkpoint is not None
+        assert asked.checkpoint.every_steps is None
+        assert asked.checkpoint.interval == CheckpointInterval(max_overhead=0.01, min_seconds=60, max_seconds=1800)
+        value, reason = decided(asked)["checkpoint.everySteps"]
+        assert value == "auto"
+        assert "1 %" in reason
+        assert "1 to 30 minutes" in reason
+
+    def test_what_is_kept_and_what_happens_when_writing_is_slow_are_the_jobs_choice(self) -> None:
+        choice = {"whenBehind": "wait", "keepEvery": 500, "keepBest": {"metric": "loss", "mode": "max", "count": 2}}
+        planned = plan({"checkpoint": choice}).checkpoint
+        assert planned is not None
+        assert (planned.when_behind, planned.keep_every) == ("wait", 500)
+        assert planned.keep_best == KeepBest(metric="loss", mode="max", count=2)
 
     def test_they_belong_to_the_job_by_its_uid(self) -> None:
         document = job_document({"checkpoint": {}})

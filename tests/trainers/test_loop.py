@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from finetune_api.plan import RunPlan
-from finetune_api.progress import Stage
+from finetune_api.progress import SavedCheckpoint, Stage
 from finetune_trainers.data.batches import Batch, StepBatches
 from finetune_trainers.errors import NonFiniteLossError
-from finetune_trainers.loop import Loop, LoopMemory, LoopResult, epoch_ends
+from finetune_trainers.loop import Loop, LoopMemory, LoopResult, SaveNews, epoch_ends
 from finetune_trainers.methods import BatchLoss
 from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedRun
 from tests.trainers.factories import tiny_plan
@@ -123,17 +124,31 @@ class Kept:
 
 
 class Saved:
-    """Remembers the checkpoints that it was asked for; `fault` is what it says of each."""
+    """Remembers the checkpoints that were due, and what a stop saved; `news` is what it has to tell of each."""
 
     def __init__(self, every_steps: int | None = None) -> None:
         self.every_steps = every_steps
         self.memories: dict[int, LoopMemory] = {}
-        self.fault: str | None = None
+        self.news = SaveNews()
+        self.finished_at: int | None = None
 
-    def save(self, step: int, memory: LoopMemory) -> str | None:
-        assert step not in self.memories
+    def votes(self, step: int) -> Sequence[float]:
+        return [float(step), float(self.every_steps is not None and step % self.every_steps == 0)]
+
+    def after_step(self, step: int, sums: Sequence[float], memory: Callable[[], LoopMemory]) -> SaveNews:
+        voted_at, due = sums
+        assert voted_at == step
+        assert self.finished_at is None
+        return self._save(step, memory()) if due else SaveNews()
+
+    def finish(self, step: int, memory: LoopMemory | None) -> SaveNews:
+        assert self.finished_at is None
+        self.finished_at = step
+        return self._save(step, memory) if memory is not None and step not in self.memories else SaveNews()
+
+    def _save(self, step: int, memory: LoopMemory) -> SaveNews:
         self.memories[step] = memory
-        return self.fault
+        return self.news
 
 
 class Figures:
@@ -419,11 +434,31 @@ def test_patience_and_the_best_step_survive_a_checkpoint() -> None:
     assert (result.eval.loss_before, result.eval.loss_after) == (9.0, 4.0)
 
 
-def test_a_checkpoint_that_failed_is_told_and_tried_again_when_the_run_stops() -> None:
+def test_a_checkpoint_that_failed_is_told() -> None:
     saved = Saved(every_steps=2)
-    saved.fault = "no space"
+    saved.news = SaveNews(failure="no space")
     world = stopped_at(World(9, saved=saved), 3)
     world.run()
     assert list(saved.memories) == [2, 3]
     assert [report["message"] for report in world.context.reports if report.get("message")] == ["no space"] * 2
-    assert not any(report.get("checkpoint_step") for report in world.context.reports)
+    assert not any(report.get("checkpoint") for report in world.context.reports)
+    assert world.context.reports[-1]["save_failure"] == "no space"
+
+
+def test_a_checkpoint_that_is_whole_is_in_every_later_report() -> None:
+    saved = Saved(every_steps=2)
+    whole = SavedCheckpoint(uri="file:///c", step=2, saved_at=datetime(2026, 1, 1, tzinfo=UTC), world_size=1, bytes=9)
+    saved.news = SaveNews(whole)
+    world = World(3, saved=saved)
+    world.run()
+    told = [report for report in world.context.reports if report.get("checkpoint")]
+    assert [report["step"] for report in told] == [2, 3, 3, 3]
+    assert {report["checkpoint"].step for report in told} == {2}
+    assert {report["save_failure"] for report in told} == {None}
+
+
+@pytest.mark.parametrize("total_steps", [4, 5])
+def test_the_end_of_training_waits_for_what_is_being_written_and_saves_no_more(total_steps: int) -> None:
+    saved = Saved(every_steps=2)
+    World(total_steps, saved=saved).run()
+    assert (list(saved.memories), saved.finished_at) == ([2, 4], total_steps)

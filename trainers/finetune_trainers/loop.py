@@ -3,7 +3,7 @@
     evaluate
     for each step:
         micro-batches: loss, backward
-        one all-reduce: the loss of the whole global batch, and whether a stop was asked for
+        one all-reduce: the loss of the whole global batch, whether a stop was asked for, what ranks know of checkpoints
         not finite? end here, before the update
         update
         log; evaluate when it is time; stop early when it no longer gets better
@@ -19,16 +19,16 @@ from __future__ import annotations
 import bisect
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
 
 from finetune_api.base import Contract
 from finetune_api.plan import RunPlan
-from finetune_api.progress import EvalSummary, Stage
+from finetune_api.progress import EvalSummary, SavedCheckpoint, Stage
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.engine import Engine
 from finetune_trainers.errors import NonFiniteLossError
@@ -37,7 +37,7 @@ from finetune_trainers.methods import Method
 from finetune_trainers.optim import lr_at
 from finetune_trainers.prepared import PreparedRun
 
-__all__ = ["Evaluator", "KeepsBest", "Loop", "LoopMemory", "LoopResult", "SavesCheckpoints", "epoch_ends"]
+__all__ = ["Evaluator", "KeepsBest", "Loop", "LoopMemory", "LoopResult", "SaveNews", "SavesCheckpoints", "epoch_ends"]
 
 Evaluator = Callable[[int], dict[str, float]]
 """Called with the number of steps done; returns figures, eval_loss among them. Collective."""
@@ -65,13 +65,30 @@ class LoopMemory(Contract):
     """Of fp16; filled in by whoever saves."""
 
 
+class SaveNews(NamedTuple):
+    """What became known of checkpoints, on rank 0."""
+
+    checkpoint: SavedCheckpoint | None = None
+    """The newest whole one, when there is a newer one than was told before."""
+    failure: str | None = None
+    """Why there is none of a step for which one was tried."""
+    skipped: str | None = None
+    """Why none was tried when one was due."""
+
+
 class SavesCheckpoints(Protocol):
-    """Makes checkpoints of the engine and of what the loop remembers."""
+    """Makes checkpoints of the engine and of what the loop remembers, while training goes on."""
 
-    every_steps: int | None
+    def votes(self, step: int) -> Sequence[float]:
+        """What this rank knows when `step` steps are nearly done: always as many numbers, to be summed over ranks."""
+        ...
 
-    def save(self, step: int, memory: LoopMemory) -> str | None:
-        """Why there is no checkpoint; None when there is one. Collective, the same answer on every rank."""
+    def after_step(self, step: int, sums: Sequence[float], memory: Callable[[], LoopMemory]) -> SaveNews:
+        """`step` steps are done, and the ranks' votes add up to `sums`: save now if that is what they say."""
+        ...
+
+    def finish(self, step: int, memory: LoopMemory | None) -> SaveNews:
+        """The training ends: save it, if there is a memory, and wait until all is durable or has failed."""
         ...
 
 
@@ -138,7 +155,7 @@ class Loop:
         self._pace = _Pace()
         self._evaluated_at = self._evaluations(plan) if evaluate is not None else []
         self._checkpoints = checkpoints
-        self._saved_step = 0
+        self._save_sums: Sequence[float] = ()
         self._lasting: dict[str, Any] = {}  # what every report says
         self._evaluated = False
         self._num_trained_tokens = 0
@@ -161,33 +178,35 @@ class Loop:
             self._log(figures)
             if self._stop_requested and result.step < self._total:
                 result.cancelled = True
-                self._save()
                 break
             if self._evaluation_is_due() and self._evaluate():
                 result.stopped_early = result.step < self._total
                 break
-            if self._checkpoints is not None and result.step % (self._checkpoints.every_steps or math.inf) == 0:
-                self._save()
+            if self._checkpoints is not None:
+                self._tell(self._checkpoints.after_step(result.step, self._save_sums, self._memory))
+        if self._checkpoints is not None:
+            self._tell(self._checkpoints.finish(result.step, self._memory() if result.cancelled else None))
         return result
 
-    def resume(self, step: int, memory: LoopMemory) -> None:
-        """Go on after `step` steps of an earlier process. Called before `run`."""
-        self.result.step = self._saved_step = step
+    def resume(self, step: int, memory: LoopMemory, checkpoint: SavedCheckpoint | None = None) -> None:
+        """Go on after `step` steps of an earlier process, from `checkpoint`. Called before `run`."""
+        self.result.step = step
         self.result.best_step, self.result.eval = memory.best_step, memory.eval
         self.result.metrics = dict(memory.metrics)
         self._num_trained_tokens, self._evaluated = memory.num_trained_tokens, memory.evaluated
         if self._early_stop is not None:
             self._early_stop.num_without_improvement = memory.num_without_improvement
             self._early_stop.best_loss = math.inf if memory.best_loss is None else memory.best_loss
-        self._lasting = {"resumed_from_step": step, "checkpoint_step": step}
+        self.always_report(resumed_from_step=step, checkpoint=checkpoint)
 
-    def _save(self) -> None:
-        """A checkpoint of the steps done, unless there is one."""
-        step, stop = self.result.step, self._early_stop
-        if self._checkpoints is None or step == self._saved_step:
-            return
+    def always_report(self, **figures: Any) -> None:
+        """Fields of Progress that every report shall have."""
+        self._lasting |= figures
+
+    def _memory(self) -> LoopMemory:
+        stop = self._early_stop
         best_loss = stop.best_loss if stop is not None else math.inf
-        memory = LoopMemory(
+        return LoopMemory(
             num_trained_tokens=self._num_trained_tokens,
             evaluated=self._evaluated,
             eval=self.result.eval,
@@ -196,10 +215,14 @@ class Loop:
             num_without_improvement=stop.num_without_improvement if stop is not None else 0,
             metrics={name: value for name, value in self.result.metrics.items() if math.isfinite(value)},
         )
-        fault = self._checkpoints.save(step, memory)
-        if fault is None:
-            self._saved_step = self._lasting["checkpoint_step"] = step
-        self._report(Stage.TRAINING, urgent=True, message=fault)
+
+    def _tell(self, news: SaveNews) -> None:
+        if news.checkpoint is not None:
+            self.always_report(checkpoint=news.checkpoint, save_failure=None)
+        if news.failure is not None:
+            self.always_report(save_failure=news.failure)
+        if any(news):
+            self._report(Stage.TRAINING, urgent=True, message=news.failure or news.skipped)
 
     def _stop_was_requested(self) -> bool:
         """The same answer on every rank. Within a step, the loss's all-reduce carries the question."""
@@ -220,7 +243,7 @@ class Loop:
         self._engine.begin_step(rate, step / self._total)
         batches = self._method.step(step)
         device = self._context.device
-        # loss; ranks that saw a stop request; what the method counts
+        # loss; ranks that saw a stop request; what the method counts; what ranks know of checkpoints
         sums = torch.zeros(2 + self._method.num_sums, dtype=torch.float64, device=device)
         for batch in batches.micro_batches:
             found = self._method.loss(self._engine.module, batch.to(device))
@@ -228,7 +251,10 @@ class Loop:
             sums[0] += found.total.detach()
             sums[2:] += found.sums
         sums[1] = float(self._context.should_stop())
-        loss_total, num_stops, *counted = self._context.all_reduce_sum(sums).tolist()
+        if self._checkpoints is not None:
+            sums = torch.cat([sums, sums.new_tensor(self._checkpoints.votes(step + 1))])
+        loss_total, num_stops, *rest = self._context.all_reduce_sum(sums).tolist()
+        counted, self._save_sums = rest[: self._method.num_sums], rest[self._method.num_sums :]
         loss = loss_total / batches.divisor
         self._stop_requested = num_stops > 0
         if not math.isfinite(loss):

@@ -82,8 +82,10 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
     )
     result = Result.FAILED
     try:
-        if checkpoints is not None and (resumed := checkpoints.resume()) is not None:
-            loop.resume(resumed.step, resumed.memory)
+        if checkpoints is not None:
+            if (resumed := checkpoints.resume()) is not None:
+                loop.resume(resumed.step, resumed.memory, resumed.checkpoint)
+            loop.always_report(rejected_checkpoints=checkpoints.rejected[:4])
         training = loop.run()
         calibration = _calibrated(method, engine, evaluator, training)
         engine.close()
@@ -97,6 +99,8 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
     finally:
         if trackers is not None:
             trackers.close(result)
+        if checkpoints is not None:
+            checkpoints.close()
         engine.close()
     seconds = {
         Stage.LOADING_MODEL: loaded_at - started_at,

@@ -1,4 +1,4 @@
-"""When a run saves what it would need to go on, and whether the next attempt does."""
+"""When a run saves what it would need to go on, what of that it keeps, and whether the next attempt goes on from it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,36 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import Contract
+from finetune_api.spec.fields import EverySteps
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "KeepBest"]
+
+
+class KeepBest(Contract):
+    """Keep the checkpoints at which a figure was best."""
+
+    metric: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
+    """Name of a logged figure, such as eval_loss. Its last value before the checkpoint counts."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less of it is better, or more."""
+    count: Annotated[int, Field(ge=1, le=100)] = 1
+    """Checkpoints that are kept for it."""
 
 
 class Checkpoint(Contract):
     """Weights, optimizer state and position in the data, saved so that the next attempt goes on where this one was."""
 
-    every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Optimizer steps between two checkpoints. Left out: one is made only when the run is asked to stop."""
+    every_steps: EverySteps = "auto"
+    """Optimizer steps between two checkpoints, or `auto`: as often as saving takes no more than a hundredth of the
+    time, between one minute and half an hour apart. One is also made when the run is asked to stop."""
+    when_behind: Literal["skip", "wait"] = "skip"
+    """When one is due while two earlier ones are still being written: `skip` leaves it out, `wait` stops training
+    until there is room."""
     keep_last: Annotated[int, Field(ge=1, le=1000)] = 3
     """Checkpoints that are kept; older ones are deleted once a newer one is whole."""
+    keep_every: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Keep also those whose step is a multiple of this."""
+    keep_best: KeepBest | None = None
+    """Keep also those at which a figure was best."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` goes on from the job's newest whole checkpoint; `never` begins at step 0."""

@@ -70,6 +70,15 @@ def _micro_batch_size(value: object) -> int | str:
     raise ValueError("must be a whole number from 1 to 65536, or auto")
 
 
+_EVERY_STEPS = "must be a whole number from 1 to 1000000, or auto"
+
+
+def _every_steps(value: object) -> int | str:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1_000_000):
+        return value
+    raise ValueError(_EVERY_STEPS)
+
+
 def _learning_rate(value: object) -> float | str:
     if value == "auto":
         return "auto"
@@ -84,6 +93,18 @@ MicroBatchSize = Annotated[
     int | Literal["auto"],
     PlainValidator(_micro_batch_size),
     WithJsonSchema({"x-kubernetes-int-or-string": True}),
+]
+EverySteps = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_every_steps),
+    WithJsonSchema(
+        {
+            "x-kubernetes-int-or-string": True,
+            "x-kubernetes-validations": [
+                {"rule": "type(self) == int ? self >= 1 && self <= 1000000 : self == 'auto'", "message": _EVERY_STEPS}
+            ],
+        }
+    ),
 ]
 LearningRate = Annotated[
     float | Literal["auto"],

@@ -147,11 +147,27 @@ class EngineState:
         """The bytes of slices of `tensors`: on a CPU the engine's own memory, which must not change meanwhile."""
 
         def read(piece: Slice) -> memoryview:
-            held = self._held[tensors[piece.tensor].name]
-            part = held.view(self._tensor(held, piece.state), piece.start, piece.end)
-            return _bytes_of(part.cpu())
+            return _bytes_of(self._part(tensors, piece).cpu())
 
         return read
+
+    def fill(self, tensors: Sequence[TensorRecord]) -> Callable[[Slice, memoryview], None]:
+        """Copies slices of `tensors` to memory of the right size, from wherever the engine has them."""
+
+        def copy(piece: Slice, target: memoryview) -> None:
+            torch.frombuffer(target, dtype=torch.float32).copy_(self._part(tensors, piece))
+
+        return copy
+
+    def _part(self, tensors: Sequence[TensorRecord], piece: Slice) -> Tensor:
+        held = self._held[tensors[piece.tensor].name]
+        return held.view(self._tensor(held, piece.state), piece.start, piece.end)
+
+    @property
+    def num_bytes(self) -> int:
+        """What this rank writes once every parameter has its moments."""
+        written = (self._written(held) for held in self._held.values())
+        return sum((end - start) * 4 * (1 + len(_MOMENTS)) for start, end in written)
 
     def _tensor(self, held: _Held, state: str) -> Tensor:
         tensor: Tensor = held.master if state == _PARAM else self._engine.adamw.state[held.master][state]

@@ -1,0 +1,209 @@
+"""Saving while training goes on, by real trainers and writers: what slow storages and sudden deaths do to it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from finetune_api.plan import RunPlan
+from finetune_api.progress import Progress, Result
+from finetune_trainers import launch
+from finetune_trainers.checkpoint.find import find_newest
+from finetune_trainers.checkpoint.listing import listed
+from finetune_trainers.checkpoint.storage.opening import open_storage
+from tests.trainers.conftest import SmallWorld
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
+
+MARK = "FINETUNE_RUN_MARK"
+WRITER = "finetune_trainers.checkpoint.writer"
+SKIPPED = re.compile(r"No checkpoint of step (\d+) was made")
+SOON = 300.0
+"""Seconds that no test waits in full."""
+
+
+def until(holds: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + SOON
+    while not (found := holds()):
+        assert time.monotonic() < deadline, "it did not come to be"
+        time.sleep(0.05)
+    return found
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def writers_of(mark: str) -> list[psutil.Process]:
+    """Those that are at work: nobody's children, and at a low priority."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if WRITER in process.cmdline() and process.environ().get(MARK) == mark and process.nice() >= 15:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@dataclass
+class Trainer:
+    """Runs in one folder, each in a process of its own."""
+
+    world: SmallWorld
+    folder: Path
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def plan(self, changes: dict[str, Any], **checkpoint: Any) -> RunPlan:
+        settings = {"everySteps": 50, "keepLast": 1000, **checkpoint}
+        plan = self.world.plan({"training.microBatchSize": 2, "checkpoint": settings} | changes)
+        assert plan.checkpoint is not None
+        where = {"uri": f"file://{self.folder}/checkpoints"}
+        return plan.model_copy(update={"checkpoint": plan.checkpoint.model_copy(update=where)})
+
+    def start(self, plan: RunPlan, name: str = "run") -> subprocess.Popen[bytes]:
+        workdir = self.folder / name
+        workdir.mkdir()
+        (workdir / "plan.json").write_text(plan.model_dump_json(by_alias=True))
+        arguments = ["--plan", str(workdir / "plan.json"), "--workdir", str(workdir), "--no-ray"]
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "finetune_trainers", "run", *arguments],
+            env=os.environ | {"FINETUNE_CACHE": str(self.world.cache), MARK: self.mark},
+            start_new_session=True,
+        )
+
+    def paused_writer(self) -> psutil.Process:
+        """As a storage that hangs."""
+        [writer] = until(lambda: writers_of(self.mark))
+        writer.suspend()
+        return writer
+
+    def reports(self, name: str = "run") -> list[Progress]:
+        file = self.folder / name / "progress.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [Progress.model_validate_json(line) for line in lines if line.endswith("\n")]
+
+    def said(self, name: str = "run") -> str:
+        return "\n".join(report.message for report in self.reports(name) if report.message)
+
+    def skipped(self) -> int | None:
+        """The first step of which no checkpoint was made, for want of room."""
+        found = SKIPPED.search(self.said())
+        return int(found[1]) if found else None
+
+    def step(self) -> int:
+        return max((report.step for report in self.reports()), default=0)
+
+    def newest(self) -> int:
+        """The step of the newest checkpoint, of which every byte is verified."""
+        found = find_newest(open_storage(f"file://{self.folder}/checkpoints"), deep=True)
+        assert found.rejected == ()
+        return found.manifest.id.step if found.manifest is not None else 0
+
+    def steps(self) -> list[int]:
+        storage = open_storage(f"file://{self.folder}/checkpoints")
+        return sorted(checkpoint.step for checkpoint, listing in listed(storage).items() if listing.is_settled)
+
+
+@pytest.fixture
+def trainer(small_world: SmallWorld, tmp_path: Path) -> Iterator[Trainer]:
+    made = Trainer(small_world, tmp_path)
+    yield made
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == made.mark:
+                process.kill()
+        except psutil.Error:
+            continue
+
+
+ENDLESS = {"training.maxSteps": 100_000}
+
+
+def test_a_trainer_that_is_killed_after_staging_loses_none_of_it(trainer: Trainer) -> None:
+    """Its writer was stuck, with one checkpoint begun and another one waiting; a third was left out."""
+    with trainer.start(trainer.plan(ENDLESS)) as process:
+        writer = trainer.paused_writer()
+        skipped = until(trainer.skipped)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert trainer.newest() < skipped - 50
+    assert is_alive(writer)
+    writer.resume()
+    until(lambda: not is_alive(writer))
+    assert trainer.newest() == skipped - 50
+    plan = trainer.plan({"training.maxSteps": skipped + 1})
+    assert trainer.world.train(plan, trainer.folder / "rest").result is Result.SUCCEEDED
+    assert {report.resumed_from_step for report in trainer.reports("rest")[-3:]} == {skipped - 50}
+
+
+def test_a_training_that_waits_for_its_writer_leaves_nothing_out(trainer: Trainer) -> None:
+    with trainer.start(trainer.plan({"training.maxSteps": 400}, whenBehind="wait")) as process:
+        writer = trainer.paused_writer()
+        before = trainer.newest()
+        until(lambda: trainer.step() >= before + 150)
+        writer.resume()
+        assert process.wait() == 0
+    assert trainer.steps() == list(range(50, 401, 50))
+    assert trainer.skipped() is None
+
+
+def test_a_writer_that_is_killed_is_told_and_the_next_checkpoint_is_written_by_another(trainer: Trainer) -> None:
+    with trainer.start(trainer.plan(ENDLESS)) as process:
+        writer = trainer.paused_writer()
+        skipped = until(trainer.skipped)
+        writer.kill()
+        until(lambda: trainer.newest() > skipped)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    said = trainer.said()
+    assert f"The checkpoint of step {skipped - 100} could not be saved, and training goes on" in said
+    assert "the process that writes checkpoints has died" in said
+    assert trainer.newest() == trainer.step()
+    assert trainer.reports()[-2].save_failure is None
+
+
+def test_a_worker_of_ray_that_is_killed_loses_nothing_either(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray ends what its workers have started; a writer is out of its reach."""
+    monkeypatch.setenv(MARK, trainer.mark)
+    monkeypatch.setenv("SPT_NOENV", "1")
+    workers = {"cluster.workers": {"replicas": 2, "cpus": 1}, "deepspeed.zeroStage": 2}
+    plan, workdir = trainer.plan(ENDLESS | workers, everySteps=20), trainer.folder / "run"
+    seen: dict[str, Any] = {}
+
+    def kill() -> None:
+        both = until(lambda: found if len(found := writers_of(trainer.mark)) == 2 else None)
+        for writer in both:
+            writer.suspend()
+        seen["skipped"] = until(trainer.skipped)
+        seen["writers"] = both
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                process.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    assert launch.run(plan, workdir, trainer.world.cache).result is Result.FAILED
+    killer.join(timeout=10)
+    assert all(is_alive(writer) for writer in seen["writers"])
+    assert trainer.newest() < seen["skipped"] - 20
+    for writer in seen["writers"]:
+        writer.resume()
+    until(lambda: not any(is_alive(writer) for writer in seen["writers"]))
+    assert trainer.newest() == seen["skipped"] - 20
