@@ -199,8 +199,13 @@ def _states(intent: Intent) -> list[StateSummary]:
             num_elements=elements,
             bytes=elements * ITEM_BYTES.get(dtype, 0),
         )
-        for (role, state, dtype), (tensors, elements) in counts.items()
+        for (role, state, dtype), (tensors, elements) in sorted(counts.items(), key=lambda item: _order(*item[0]))
     ]
+
+
+def _order(role: str, state: str, dtype: str) -> tuple[str, bool, str, str]:
+    """Parameters before what belongs to them."""
+    return role, state != "param", state, dtype
 
 
 def _files(manifest: Manifest, listing: Listing) -> list[StoredFile]:

@@ -1,0 +1,103 @@
+"""Verification by hand names every damage it can: the file, and the elements of the tensor."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_api.checkpoints import Damages, Flow
+from finetune_trainers.checkpoint import layout
+from finetune_trainers.checkpoint.admin.verifying import verification
+from finetune_trainers.checkpoint.commit import abandon
+from finetune_trainers.checkpoint.layout import CheckpointId
+from finetune_trainers.checkpoint.storage.posix import PosixStorage
+from finetune_trainers.checkpoint.storage.protocol import Storage
+from tests.trainers.checkpoint.faulting import FaultingStorage, Schedule, SimulatedDisk
+from tests.trainers.checkpoint.saving import intent_of, save, start, write_all
+from tests.trainers.checkpoint.test_crashes import blob, put
+
+FIRST, SECOND = CheckpointId(1, 10), CheckpointId(1, 20)
+
+
+@pytest.fixture
+def run() -> Storage:
+    storage = PosixStorage("/run", SimulatedDisk())
+    fence = start(storage)
+    put(storage, b"tokenizer" * 50)
+    save(storage, fence, 10, blobs=(blob(b"tokenizer" * 50),))
+    save(storage, fence, 20)
+    return storage
+
+
+def flip(storage: Storage, name: str, at: int) -> None:
+    data = bytearray(storage.read(name))
+    data[at] ^= 1
+    storage.replace(name, bytes(data))
+
+
+def looked_at(storage: Storage, *asked: CheckpointId, deep: bool) -> list[Damages]:
+    return verification(storage, asked, deep, lambda flow: None).checkpoints
+
+
+def test_a_quick_look_reads_no_weights(run: Storage) -> None:
+    flip(run, layout.shard(FIRST, 0), 5000)
+    schedule = Schedule()
+    found = verification(FaultingStorage(run, schedule), [FIRST, SECOND], False, lambda flow: None)
+    assert found.whole
+    assert [name for name in schedule.names if "safetensors" in name] == []
+
+
+def test_a_deep_look_names_file_and_elements(run: Storage) -> None:
+    """The data of a shard begins at byte 4096, elements of 4 bytes in chunks of 4096."""
+    flip(run, layout.shard(FIRST, 0), 4096 + 4096 + 7)
+    (first,) = looked_at(run, FIRST, deep=True)
+    (damage,) = first.damages
+    assert damage.file == layout.shard(FIRST, 0)
+    assert (damage.role, damage.tensor, damage.state) == ("model", "weight", "param")
+    assert damage.start == 1024
+    assert damage.end is not None
+    assert 1024 < damage.end <= 2048
+
+
+def test_all_damages_are_named_at_once(run: Storage) -> None:
+    run.delete([layout.shard(FIRST, 1)])
+    flip(run, layout.shard(FIRST, 0), 4200)
+    flip(run, layout.receipt(FIRST, 1), 30)
+    flip(run, layout.blob(blob(b"tokenizer" * 50).digest), 3)
+    (first,) = looked_at(run, FIRST, deep=True)
+    assert not first.whole
+    assert {damage.file for damage in first.damages} == {
+        layout.shard(FIRST, 0),
+        layout.shard(FIRST, 1),
+        layout.receipt(FIRST, 1),
+        layout.blob(blob(b"tokenizer" * 50).digest),
+    }
+    assert len(first.damages) == 4, "nothing is told twice"
+
+
+def test_a_manifest_that_cannot_be_read_is_the_damage(run: Storage) -> None:
+    flip(run, layout.manifest(FIRST), 100)
+    (first,) = looked_at(run, FIRST, deep=True)
+    assert [damage.file for damage in first.damages] == [layout.manifest(FIRST)]
+
+
+def test_one_damaged_among_whole_ones_makes_the_verdict(run: Storage) -> None:
+    run.delete([layout.shard(FIRST, 0)])
+    found = verification(run, [SECOND, FIRST], False, lambda flow: None)
+    assert not found.whole
+    assert [(one.id, one.whole) for one in found.checkpoints] == [(str(SECOND), True), (str(FIRST), False)]
+
+
+def test_what_was_given_up_is_left_out(run: Storage) -> None:
+    fence = start(run)
+    write_all(run, intent_of(fence, 30), ranks=[0])
+    abandon(run, fence, CheckpointId(2, 30), "no space")
+    assert looked_at(run, CheckpointId(2, 30), deep=True) == []
+
+
+def test_the_progress_ends_at_the_total_which_is_every_byte(run: Storage) -> None:
+    flows: list[Flow] = []
+    found = verification(run, [SECOND, FIRST], True, flows.append)
+    done = [flow.done for flow in flows]
+    assert done == sorted(done)
+    assert done[-1] == flows[-1].total == found.bytes_read
+    assert flows[-1].total > 70_000
