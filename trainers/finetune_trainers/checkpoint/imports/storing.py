@@ -2,7 +2,8 @@
 
 Its names must be those that the model's parameters have in training. What wraps them there (`model.`, `module.`) is
 found out from the optimizer's names or from the base model, or said by the user. A training resumes from the import
-when job, base, adapter, parameters and global batch are its own; the order of its data is then the job's. Called by the readers of this package.
+when job, base, adapter, parameters and global batch are its own; the order of its data is then the job's. Called by
+the readers of this package.
 """
 
 from __future__ import annotations
