@@ -10,7 +10,7 @@ import pytest
 from finetune_api.manifests import load_manifests, read_documents
 from finetune_api.plan import RunPlan
 from finetune_api.schema import custom_resource_definitions
-from finetune_api.spec import Tuning
+from finetune_api.spec import Method, Tuning
 from finetune_api.uris import Scheme, parse_uri
 from finetune_operator.planning import plan_run
 
@@ -79,9 +79,10 @@ def test_the_minimal_sample_has_ten_lines() -> None:
     assert len((SAMPLES / "minimal.yaml").read_text(encoding="utf-8").splitlines()) == 10
 
 
-def test_every_way_of_tuning_and_every_tracker_has_a_sample() -> None:
+def test_every_method_every_way_of_tuning_and_every_tracker_has_a_sample() -> None:
     used: set[str] = set()
     for file in FILES:
         for loaded in load_manifests(file).jobs:
-            used |= loaded.job.spec.tuning.model_fields_set | loaded.job.spec.tracking.model_fields_set
-    assert used >= {*Tuning.model_fields, "tensorboard", "wandb", "mlflow"}
+            spec = loaded.job.spec
+            used |= spec.method.model_fields_set | spec.tuning.model_fields_set | spec.tracking.model_fields_set
+    assert used >= {*Method.model_fields, *Tuning.model_fields, "tensorboard", "wandb", "mlflow"}

@@ -238,7 +238,7 @@ class _Planner:
         self._decide(
             "training.microBatchSize",
             micro,
-            f"{'sequences' if method.sft else 'pairs'} of {length} tokens, about {budget} tokens a pass on {device}",
+            f"{method.counted} of {length} tokens, about {budget} tokens a pass on {device}",
         )
         return micro
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.learning_rate import auto_learning_rate, parameters_in_name, parse_parameters
-from finetune_api.spec import Tuning
+from finetune_api.spec import Method, Tuning
 
 FULL = Tuning.model_validate({"full": {}})
 LORA = Tuning.model_validate({"lora": {}})
@@ -98,3 +98,13 @@ def test_a_size_is_read_with_its_unit(text: str, number: int | None) -> None:
 )
 def test_a_size_is_read_from_a_name_only_when_it_is_plain(source: str, number: int | None) -> None:
     assert parameters_in_name(source) == number
+
+
+@pytest.mark.parametrize("tuning", [FULL, LORA])
+@pytest.mark.parametrize(("chosen", "part"), [("sft", 1), ("reward", 1), ("dpo", 10), ("kto", 10), ("orpo", 10)])
+def test_methods_that_move_a_trained_model_take_a_tenth(chosen: str, part: int, tuning: Tuning) -> None:
+    method = Method.model_validate({chosen: {}})
+    plain, _ = auto_learning_rate(8_000_000_000, tuning)
+    rate, reason = auto_learning_rate(8_000_000_000, tuning, method)
+    assert rate == pytest.approx(plain / part, rel=0.05)
+    assert (f"{chosen} takes a tenth" in reason) == (part == 10)

@@ -134,7 +134,61 @@ TABLE = [
     bad("no rows", "spec.data.train[0].maxRows", 0, "must be at least 1"),
     bad("a column without a name", "spec.data.train[0].columns.prompt", "", "must not be empty"),
     # Method and tuning.
-    bad("no method", "spec.method", {}, "set exactly one of: sft"),
+    bad("no method", "spec.method", {}, "set exactly one of: sft, reward, dpo, kto, orpo"),
+    bad("two methods", "spec.method", {"sft": {}, "dpo": {}}, "set exactly one of: sft, reward, dpo, kto, orpo"),
+    *(
+        at(
+            what,
+            f"spec.method.{path}",
+            {"spec.method": {path.partition(".")[0]: {path.partition(".")[2]: value}}},
+            value,
+            says,
+        )
+        for what, path, value, says in (
+            ("a pull of nothing", "dpo.beta", 0, "must be above 0"),
+            ("a pull that is too strong", "orpo.beta", 101, "must be at most 100"),
+            ("a loss that DPO does not have", "dpo.lossType", "robust", "must be sigmoid, ipo or hinge"),
+            ("half of the pairs are wrong", "dpo.labelSmoothing", 0.5, "must be below 0.5"),
+            ("a weight of nothing for bad answers", "kto.undesirableWeight", 0, "must be above 0"),
+            ("scores are centred backwards", "reward.centerCoefficient", -0.1, "must be at least 0"),
+            ("packing of pairs", "dpo.packing", True, "known here: maxSeqLength"),
+        )
+    ),
+    at(
+        "noise in pairs for a loss without it",
+        "spec.method.dpo.labelSmoothing",
+        {"spec.method": {"dpo": {"lossType": "hinge", "labelSmoothing": 0.1}}},
+        0.1,
+        "only for lossType sigmoid",
+    ),
+    at(
+        "conversations for a method that compares",
+        "spec.data.train",
+        {"spec.method": {"dpo": {}}, "spec.data.train.0.format": "messages"},
+        [{"source": "hf://org/rows", "format": "messages", "weight": 1.0}],
+        "learn from format preference",
+    ),
+    at(
+        "pairs for supervised fine-tuning",
+        "spec.data.train",
+        {"spec.data.train.0.format": "preference"},
+        [{"source": "hf://org/rows", "format": "preference", "weight": 1.0}],
+        "set format to auto or to one that the method learns from",
+    ),
+    at(
+        "answers of a reward model",
+        "spec.training.generation",
+        {"spec.method": {"reward": {}}, "spec.training.generation": {}, "spec.data.eval": [{"source": "hf://a/b"}]},
+        {"maxRows": 32, "maxNewTokens": 128},
+        "writes no answers",
+    ),
+    at(
+        "a reward model that is merged",
+        "spec.outputs",
+        {"spec.method": {"reward": {}}, "spec.outputs": [{"to": "file:///o", "merge": True}]},
+        [{"to": "file:///o", "merge": True}],
+        "remove merge",
+    ),
     bad("a sequence that is too short", "spec.method.sft.maxSeqLength", 8, "must be at least 16"),
     bad("a part of a token", "spec.method.sft.maxSeqLength", 128.5, "must be a whole number"),
     bad("a length in words", "spec.method.sft.maxSeqLength", "2k", "must be a whole number"),

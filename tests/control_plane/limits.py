@@ -35,6 +35,10 @@ _SOURCE = {
             "output",
             "system",
             "text",
+            "chosen",
+            "rejected",
+            "margin",
+            "label",
         )
     },
 }
@@ -166,6 +170,15 @@ EXAMPLES = {
             "cluster.pods": _pods("secret"),
         }
     ),
+    **{
+        f"job with {method}": job_document({"method": {method: {"maxSeqLength": 512, "longRows": "drop"} | settings}})
+        for method, settings in {
+            "reward": {"centerCoefficient": 0.01, "squash": True},
+            "dpo": {"beta": 0.1, "lossType": "sigmoid", "labelSmoothing": 0.1},
+            "kto": {"beta": 0.1, "desirableWeight": 1.0, "undesirableWeight": 1.33},
+            "orpo": {"beta": 0.1},
+        }.items()
+    },
     "job with full": job_document({"tuning": {"full": {}}, "cluster.pods": _pods("config map")}),
     "runtime": runtime_document(
         {

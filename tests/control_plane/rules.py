@@ -70,6 +70,7 @@ def _models_in(annotation: Any) -> Iterator[type[Contract]]:
 
 
 _EXACTLY_ONE_TUNING = "set exactly one of: full, lora, freeze"
+_EXACTLY_ONE_METHOD = "set exactly one of: sft, reward, dpo, kto, orpo"
 _EPOCHS_OR_STEPS = "set exactly one of: epochs, maxSteps"
 _MICRO_BATCH = "globalBatchSize must be a multiple of microBatchSize, which is a whole number from 1 to 65536, or auto"
 _BATCH = "training.globalBatchSize must be a multiple of microBatchSize × workers.replicas × workers.gpus"
@@ -95,7 +96,42 @@ RULE_ROWS = [
         "spec.data.eval[1].revision",
         {"data.eval": [{"source": _FILE}, {"source": _FILE, "revision": "main"}]},
     ),
-    RuleRow("Method", "set exactly one of: sft", "spec.method", {"method": {}}),
+    RuleRow("Method", _EXACTLY_ONE_METHOD, "spec.method", {"method": {}}),
+    RuleRow("Method", _EXACTLY_ONE_METHOD, "spec.method", {"method": {"sft": {}, "dpo": {}}}),
+    RuleRow(
+        "Dpo",
+        "labelSmoothing is only for lossType sigmoid; set it to 0",
+        "spec.method.dpo.labelSmoothing",
+        {"method": {"dpo": {"lossType": "ipo", "labelSmoothing": 0.1}}},
+    ),
+    *(
+        RuleRow(
+            "FineTuneJobSpec",
+            "reward, dpo and orpo learn from format preference, kto from unpaired-preference, and sft from the other"
+            " formats; set format to auto or to one that the method learns from",
+            f"spec.data.{part}",
+            {"method": {method: {}}, f"data.{part}": [{"source": _FILE}, {"source": _FILE, "format": form}]},
+        )
+        for part, method, form in (
+            ("train", "dpo", "messages"),
+            ("train", "sft", "preference"),
+            ("eval", "sft", "unpaired-preference"),
+            ("eval", "kto", "preference"),
+            ("train", "reward", "unpaired-preference"),
+        )
+    ),
+    RuleRow(
+        "FineTuneJobSpec",
+        "a reward model writes no answers; remove generation",
+        "spec.training.generation",
+        {"method": {"reward": {}}, "training.generation": {}},
+    ),
+    RuleRow(
+        "FineTuneJobSpec",
+        "the adapter of a reward model is not merged, its head is beside it; remove merge from outputs",
+        "spec.outputs",
+        {"method": {"reward": {}}, "outputs": [{"to": "file:///out", "merge": True}]},
+    ),
     RuleRow("Tuning", _EXACTLY_ONE_TUNING, "spec.tuning", {"tuning": {}}),
     RuleRow("Tuning", _EXACTLY_ONE_TUNING, "spec.tuning", {"tuning": {"full": {}, "lora": {}}}),
     RuleRow(

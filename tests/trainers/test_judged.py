@@ -7,20 +7,31 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from peft import AutoPeftModelForSequenceClassification
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from finetune_api.progress import Progress
+from finetune_api.progress import Artifact
 from finetune_trainers.context import SingleProcessContext
 from finetune_trainers.evaluation import evaluating
-from finetune_trainers.methods.building import build_method
+from finetune_trainers.methods.building import build_method, train_batches
+from finetune_trainers.methods.log_probs import answers
+from finetune_trainers.methods.pairs import Dpo
+from finetune_trainers.methods.references import References
 from finetune_trainers.worker import load
 from tests.trainers.judged_world import LORA, METHODS, JudgedWorld, zero
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 
 STEPS = {"training.maxSteps": 8, "training.learningRate": 0.003}
+
+
+ONE_BY_ONE = {"training.microBatchSize": 1}
+ALL_AT_ONCE = {"training.microBatchSize": 8}
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +65,248 @@ def test_a_policy_that_is_its_reference_yet_is_as_likely_to_be_right_as_wrong(
         assert outcome.eval.loss_before == pytest.approx(math.log(2), abs=1e-5)
     [before, _] = judged.curve(tmp_path / "run", "eval_rewards/margins")
     assert before == pytest.approx(0, abs=1e-5)
+
+
+def log_prob(model: Any, ids: list[int], start: int) -> Tensor:
+    """Sum over the tokens from `start`, one document in one plain forward pass."""
+    logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return logits.gather(1, torch.tensor(ids[1:])[:, None])[start - 1 :, 0].sum()  # type: ignore[no-any-return]
+
+
+def test_the_first_dpo_step_is_that_of_plain_transformers(judged: JudgedWorld, tmp_path: Path) -> None:
+    """Prompt, answer and end of turn go through the chat template; one document at a time, no packing."""
+    plan = judged.plan("dpo", {"training.maxSteps": 2, "training.maxGradNorm": 0}, evaluated=False)
+    prepared = judged.world.prepare(plan, tmp_path / "run")
+    judged.train(plan, tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(judged.world.model)
+    model = AutoModelForCausalLM.from_pretrained(judged.world.model, dtype=torch.float32).eval()
+    rows = [json.loads(line) for line in (judged.world.folder / "pairs.jsonl").read_text().splitlines()]
+    found = train_batches(plan, prepared, SingleProcessContext(plan, tmp_path / "run"))
+    [wanted] = [batch.slots for batch in found.step(0).micro_batches]
+    losses = []
+    for _, number in wanted:
+        row = rows[number]
+        asked = [{"role": "user", "content": row["prompt"]}]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        start = len(tokenizer(prompt).input_ids)
+        said = [log_prob(model, tokenizer(prompt + row[way] + "<|im_end|>").input_ids, start) for way in WAYS]
+        reference = [value.detach() for value in said]
+        losses.append(-F.logsigmoid(0.1 * ((said[0] - reference[0]) - (said[1] - reference[1]))))
+    torch.stack(losses).mean().backward()  # type: ignore[no-untyped-call]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert judged.curve(tmp_path / "run", "grad_norm")[0] == pytest.approx(norm.item(), rel=1e-4)
+    assert judged.curve(tmp_path / "run", "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+WAYS = ("chosen", "rejected")
+FIGURES = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_pairs_in_any_micro_batches_make_the_same_steps(
+    method: str, judged: JudgedWorld, tmp_path: Path
+) -> None:
+    for name, size in {"one": ONE_BY_ONE, "all": ALL_AT_ONCE}.items():
+        judged.train(judged.plan(method, STEPS | size), tmp_path / name)
+    for figure in (*FIGURES, "eval_loss"):
+        one, other = judged.curve(tmp_path / "one", figure), judged.curve(tmp_path / "all", figure)
+        assert one == pytest.approx(other, abs=2e-4), figure
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("method", ["reward", "dpo", "kto"])
+def test_every_zero_stage_makes_the_steps_of_the_torch_engine(
+    method: str, stage: int, judged: JudgedWorld, tmp_path: Path
+) -> None:
+    judged.train(judged.plan(method, STEPS), tmp_path / "torch")
+    judged.train(judged.plan(method, STEPS | zero(stage)), tmp_path / "zero")
+    for figure in FIGURES:
+        one, other = judged.curve(tmp_path / "zero", figure), judged.curve(tmp_path / "torch", figure)
+        assert one == pytest.approx(other, abs=5e-4), figure
+
+
+@pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_in_bf16_pairs_are_learned_too(
+    stage: int | None, tuning: dict[str, Any], judged: JudgedWorld, tmp_path: Path
+) -> None:
+    """Reward models: their head is the one new part."""
+    changes = STEPS | tuning | {"training.precision": "bf16"} | (zero(stage) if stage is not None else {})
+    outcome = judged.train(judged.plan("reward", changes), tmp_path / "run")
+    assert outcome.eval is not None
+    assert outcome.eval.loss_before is not None
+    assert outcome.eval.loss_after is not None
+    assert outcome.eval.loss_after < outcome.eval.loss_before
+
+
+RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpo, lora with dropout": ("dpo", LORA),
+    "dpo, all parameters": ("dpo", {}),
+    "dpo, zero 2, lora with dropout": ("dpo", LORA | zero(2)),
+    "reward, lora with dropout": ("reward", LORA),
+    "reward, all parameters": ("reward", {}),
+    "reward, zero 3": ("reward", zero(3)),
+    "kto, lora with dropout": ("kto", LORA),
+    "orpo, lora with dropout": ("orpo", LORA),
+}
+
+
+@pytest.mark.parametrize("way", RESUMED)
+def test_ten_and_ten_steps_are_twenty_to_the_bit(way: str, judged: JudgedWorld, tmp_path: Path) -> None:
+    from finetune_trainers.checkpoint.listing import listed
+    from finetune_trainers.checkpoint.storage.opening import open_storage
+
+    method, changes = RESUMED[way]
+    steps = {"training.maxSteps": 20, "training.microBatchSize": 2, "checkpoint": {"everySteps": 10}}
+    plan = judged.plan(method, steps | changes)
+    assert plan.checkpoint is not None
+    uri = f"file://{tmp_path}/checkpoints"
+    plan = plan.model_copy(update={"checkpoint": plan.checkpoint.model_copy(update={"uri": uri})})
+    judged.train(plan, tmp_path / "whole")
+    storage = open_storage(uri)
+    for checkpoint, listing in listed(storage).items():
+        if checkpoint.step == 20:
+            storage.delete(list(listing.sizes))
+    judged.train(plan, tmp_path / "rest")
+    losses = judged.curve(tmp_path / "rest", "loss")
+    assert losses == judged.curve(tmp_path / "whole", "loss")[10:]
+    one, other = judged.artifact(tmp_path / "rest"), judged.artifact(tmp_path / "whole")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_reference_is_the_model_without_its_adapters(judged: JudgedWorld, tmp_path: Path) -> None:
+    plan = judged.plan("dpo", STEPS | LORA)
+    prepared = judged.world.prepare(plan, tmp_path)
+    context = SingleProcessContext(plan, tmp_path)
+    tuned, engine = load(plan, prepared, context)
+    method = build_method(plan, prepared, engine.module, context)
+    assert isinstance(method, Dpo)
+    for name, parameter in tuned.model.named_parameters():
+        if name in tuned.trainable:
+            parameter.data.add_(0.1)
+    [batch] = method.step(0).micro_batches
+    assert batch.references is not None
+    peft_model: Any = tuned.model
+    with evaluating(engine.module), torch.no_grad():
+        moved = answers(engine.module, batch).log_probs
+        with peft_model.disable_adapter():
+            base = answers(engine.module, batch).log_probs
+    engine.close()
+    assert torch.allclose(base, batch.references.flatten(), atol=1e-4)
+    assert not torch.allclose(moved, base, atol=1e-2)
+
+
+def test_a_later_attempt_finds_the_references_and_a_damaged_file_is_made_again(
+    judged: JudgedWorld, tmp_path: Path
+) -> None:
+    plan = judged.plan("dpo", {"training.seed": 99})
+    prepared = judged.world.prepare(plan, tmp_path)
+    context = SingleProcessContext(plan, tmp_path)
+    _, engine = load(plan, prepared, context)
+    sources = prepared.data.train
+
+    def table(module: Any) -> Tensor:
+        [found] = References.of(sources, module, prepared.model, plan, context)._tables
+        return found
+
+    first = table(engine.module)
+    for parameter in engine.module.parameters():
+        parameter.data.mul_(2)
+    assert torch.equal(table(engine.module), first)
+    [file] = Path(sources[0].folder).glob("reference-*.npy")
+    np.save(file, np.zeros_like(first.numpy()))
+    again = table(engine.module)
+    engine.close()
+    assert not torch.equal(again, first)
+    assert again.abs().sum() > 0
+
+
+def stored_scores(model: Any, folder: Path, texts: list[str]) -> Tensor:
+    """As a user would ask: plain transformers, padded, in one batch."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        return model.eval()(**inputs).logits[:, 0].float()  # type: ignore[no-any-return]
+
+
+def texts_of(judged: JudgedWorld, way: str) -> list[str]:
+    rows = [json.loads(line) for line in (judged.world.folder / "eval-pairs.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(judged.world.model)
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False
+        )
+        + f"{row[way]}<|im_end|>"
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])
+def test_a_reward_model_reloads_in_plain_transformers_with_the_same_scores(
+    tuning: dict[str, Any], tied: bool, tmp_path: Path
+) -> None:
+    judged = JudgedWorld.at(tmp_path / "world", tied)
+    judged.train(judged.plan("reward", STEPS | tuning), tmp_path / "run")
+    folder = tmp_path / "run" / "artifact"
+    if tuning:
+        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    else:
+        model, told = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+        assert not told["missing_keys"]
+        assert not told["unexpected_keys"]
+    chosen, rejected = (stored_scores(model, folder, texts_of(judged, way)) for way in WAYS)
+    figures = {
+        name: judged.curve(tmp_path / "run", f"eval_rewards/{name}")[-1] for name in ("chosen", "rejected", "std")
+    }
+    assert chosen.mean().item() == pytest.approx(figures["chosen"], abs=1e-4)
+    assert rejected.mean().item() == pytest.approx(figures["rejected"], abs=1e-4)
+    calibration = json.loads((folder / "calibration.json").read_text())
+    everything = torch.cat([chosen, rejected])
+    assert calibration["mean"] == pytest.approx(everything.mean().item(), abs=1e-4)
+    assert calibration["scale"] == pytest.approx(everything.std(correction=0).item(), abs=1e-4)
+    assert (calibration["measuredOn"], calibration["squash"]) == ("eval", False)
+
+
+def test_without_evaluation_data_scores_are_calibrated_on_what_was_trained_on(
+    judged: JudgedWorld, tmp_path: Path
+) -> None:
+    squashed = {"method.reward.squash": True}
+    judged.train(judged.plan("reward", {"training.maxSteps": 2} | squashed, evaluated=False), tmp_path / "run")
+    calibration = json.loads((tmp_path / "run" / "artifact" / "calibration.json").read_text())
+    assert (calibration["measuredOn"], calibration["squash"]) == ("train", True)
+    assert calibration["scale"] > 0
+
+
+def test_a_margin_asks_for_more_distance(judged: JudgedWorld, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (judged.world.folder / "pairs.jsonl").read_text().splitlines()]
+    file = tmp_path / "margins.jsonl"
+    file.write_text("".join(json.dumps(row | {"margin": 2.0}) + "\n" for row in rows))
+    there = {"data.train": [{"source": f"file://{file}"}]}
+    losses = []
+    for name, changes in {"plain": {}, "margins": there}.items():
+        judged.train(judged.plan("reward", {"training.maxSteps": 1} | changes, evaluated=False), tmp_path / name)
+        losses += judged.curve(tmp_path / name, "loss")
+    assert losses[1] > losses[0] + 1
+
+
+def test_centring_pulls_scores_to_zero(judged: JudgedWorld, tmp_path: Path) -> None:
+    spread = []
+    for name, weight in {"plain": 0.0, "centred": 1.0}.items():
+        changes = {"training.maxSteps": 20, "training.learningRate": 0.003, "method.reward.centerCoefficient": weight}
+        judged.train(judged.plan("reward", changes), tmp_path / name)
+        chosen, rejected = (judged.curve(tmp_path / name, f"eval_rewards/{way}")[-1] for way in WAYS)
+        spread.append(abs(chosen + rejected))
+    assert spread[1] < spread[0]
+
+
+def test_a_card_of_a_reward_model_shows_how_to_ask_it(judged: JudgedWorld, tmp_path: Path) -> None:
+    outcome = judged.train(judged.plan("reward", {"training.maxSteps": 1}), tmp_path / "run")
+    [artifact] = outcome.artifacts
+    assert isinstance(artifact, Artifact)
+    card = (tmp_path / "run" / "artifact" / "README.md").read_text()
+    assert "AutoModelForSequenceClassification" in card
+    assert "text-classification" in card
+    assert "AutoModelForCausalLM" not in card

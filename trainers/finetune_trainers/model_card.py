@@ -44,7 +44,8 @@ def model_card(plan: RunPlan, prepared: PreparedModel, facts: CardFacts) -> str:
 
 def _front_matter(plan: RunPlan) -> str:
     source = plan.model.source
-    lines = ["pipeline_tag: text-generation", "tags: [finetune-operator, sft]"]
+    task = "text-classification" if plan.method.reward is not None else "text-generation"
+    lines = [f"pipeline_tag: {task}", f"tags: [finetune-operator, {plan.method.chosen}]"]
     lines.insert(0, "library_name: " + ("peft" if plan.tuning.lora is not None else "transformers"))
     if source.startswith("hf://"):
         lines.append(f"base_model: {source.removeprefix('hf://')}")
@@ -70,6 +71,8 @@ def _tuning(tuning: Tuning) -> str:
 
 def _usage(plan: RunPlan) -> str:
     """Right for an adapter's folder and, for a merged copy of it, for the whole model."""
+    if plan.method.reward is not None:
+        return _usage_of_score(plan)
     whole = 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")'
     if plan.tuning.lora is None:
         return f"```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = {whole}\n```\n"
@@ -80,6 +83,27 @@ def _usage(plan: RunPlan) -> str:
         "Without it they are merged into the base, and plain transformers loads the model:\n\n"
         f"```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = {whole}\n```\n"
     )
+
+
+def _usage_of_score(plan: RunPlan) -> str:
+    kind, package = "AutoModelForSequenceClassification", "transformers"
+    if plan.tuning.lora is not None:
+        kind, package = "AutoPeftModelForSequenceClassification", "peft"
+    squash = " and put through the logistic function, which makes it 0 to 1" if _squashes(plan) else ""
+    return (
+        "A reward model: one number for a conversation that ends with an answer, higher for the better answer.\n\n"
+        f"```python\nfrom {package} import {kind}\nfrom transformers import AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n'
+        f'model = {kind}.from_pretrained("THIS_FOLDER", num_labels=1, dtype="auto")\n'
+        "model.config.pad_token_id = tokenizer.pad_token_id\n"
+        "score = model(**inputs).logits[:, 0]\n```\n\n"
+        "Only differences of scores were learned. `calibration.json` says where they lie: use (score - mean) / scale"
+        f"{squash}.\n"
+    )
+
+
+def _squashes(plan: RunPlan) -> bool:
+    return plan.method.reward is not None and plan.method.reward.squash
 
 
 def _data(data: PreparedData) -> str:
@@ -103,8 +127,11 @@ def _settings(plan: RunPlan, prepared: PreparedModel, facts: CardFacts) -> Itera
         sft = plan.method.sft
         yield "sequence length", f"{sft.max_seq_length}, {'packed' if sft.packing else 'one row each'}"
         yield "loss on", sft.loss_on
+    else:
+        for name, value in plan.method.settings.to_document().items():
+            yield f"{plan.method.chosen}.{name}", str(value)
     yield "optimizer steps", f"{facts.steps} ({facts.epochs:.2f} epochs)"
-    yield "sequences per step", str(batch.global_batch_size)
+    yield f"{plan.method.counted} per step", str(batch.global_batch_size)
     yield "peak learning rate", f"{facts.learning_rate:g}, {rate.schedule}, warm-up {rate.warmup_fraction:.0%}"
     yield "AdamW", f"betas {adamw.beta1:g} and {adamw.beta2:g}, weight decay {adamw.weight_decay:g}"
     yield "largest gradient norm", f"{optimization.max_grad_norm:g}"

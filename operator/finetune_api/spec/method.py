@@ -139,3 +139,10 @@ class Method(Choice):
     def rows_per_sequence(self) -> int:
         """Texts that one sequence of the data consists of, where packing does not decide it: a pair has two."""
         return 1 if self.sft is not None else 2
+
+    @property
+    def counted(self) -> str:
+        """What a step has globalBatchSize of."""
+        if self.sft is not None:
+            return "sequences"
+        return "answers" if self.kto is not None else "pairs"

@@ -63,7 +63,7 @@ def _lines(plan: RunPlan) -> list[tuple[str, str]]:
         ("method", f"{_chosen(plan.method.to_document())}, tuning {_chosen(plan.tuning.to_document())}"),
         ("length", _length(plan)),
         ("workers", _workers(plan)),
-        ("batch", _batch(batch)),
+        ("batch", _batch(batch, plan.method.counted)),
         ("engine", f"{plan.deepspeed.engine}, ZeRO stage {plan.deepspeed.zero_stage}"),
         ("precision", plan.precision),
         ("learning rate", f"{peak}, {rate.schedule}: {rate.reason}"),
@@ -82,10 +82,10 @@ def _chosen(alternatives: dict[str, object]) -> str:
     return next(iter(alternatives))
 
 
-def _batch(batch: BatchPlan) -> str:
+def _batch(batch: BatchPlan, counted: str) -> str:
     micro, accumulation = batch.micro_batch_size, batch.gradient_accumulation_steps
     product = f"{micro} micro x {accumulation} accumulation x {batch.world_size} processes"
-    return f"{product} = {batch.global_batch_size} sequences per step"
+    return f"{product} = {batch.global_batch_size} {counted} per step"
 
 
 def _length(plan: RunPlan) -> str:

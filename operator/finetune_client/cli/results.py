@@ -6,6 +6,7 @@ Called by `finetune run`.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def _succeeded(ending: Ending) -> list[str]:
     outcome = ending.outcome
     early = " (stopped early: the evaluation loss no longer fell)" if outcome.stopped_early else ""
     lines = [f"Done {_after(ending)}{early}."]
-    lines += _evaluation(outcome.eval)
+    lines += [*_evaluation(outcome.eval), *_preference(outcome.metrics)]
     lines += [
         f"  {'artifact':<10} {artifact.uri} ({artifact.kind}, {size(artifact.bytes)})" for artifact in outcome.artifacts
     ]
@@ -146,6 +147,9 @@ def _succeeded(ending: Ending) -> list[str]:
         folder = shlex.quote(str(ending.workdir))
         is_adapter = ending.plan is not None and ending.plan.tuning.lora is not None
         lines += ["", "Next:"]
+        if ending.plan is not None and ending.plan.method.reward is not None:
+            lines.append(f"  finetune export {folder} --to ./reward-model")  # it scores answers and writes none
+            return lines
         lines.append(f'  finetune chat {folder} "A question"' + (" --compare-base" if is_adapter else ""))
         lines.append(f"  finetune export {folder} --to ./model" + (" --merge" if is_adapter else ""))
     return lines
@@ -158,6 +162,15 @@ def _evaluation(summary: EvalSummary | None) -> list[str]:
         return [f"  {'eval loss':<10} {summary.loss_after:.4f}"]
     change = 100 * (summary.loss_after - summary.loss_before) / summary.loss_before if summary.loss_before else 0.0
     return [f"  {'eval loss':<10} {summary.loss_before:.4f} -> {summary.loss_after:.4f} ({change:+.1f} %)"]
+
+
+def _preference(metrics: Mapping[str, float]) -> list[str]:
+    """How often the evaluation's better answer is the better one for the model, where answers were judged."""
+    accuracy, margin = metrics.get("eval_rewards/accuracies"), metrics.get("eval_rewards/margins")
+    if margin is None:
+        return []
+    right = "" if accuracy is None else f"{accuracy:.0%} of the evaluation pairs right, "
+    return [f"  {'judgement':<10} {right}reward margin {margin:+.4f}"]
 
 
 def _failed(ending: Ending) -> list[str]:
