@@ -89,7 +89,9 @@ class Workshop:
 
     def plan(self, changes: Mapping[str, Any] | None = None) -> RunPlan:
         """A plan without evaluation data and with 64 tokens a sequence, unless `changes` say otherwise."""
-        defaults = {"data.eval": [], "method.sft.maxSeqLength": 64, "data.train.0.source": "file://./train.jsonl"}
+        defaults: dict[str, Any] = {"data.eval": [], "data.train.0.source": "file://./train.jsonl"}
+        if "method" not in (changes or {}):
+            defaults["method.sft.maxSeqLength"] = 64
         return plan_run(job({**defaults, **(changes or {})}))
 
     def prepare(self, changes: Mapping[str, Any] | None = None) -> PreparedData:

@@ -28,6 +28,18 @@ GOOD = {"messages": [USER, ASSISTANT]}
 LONG = {"messages": [{"role": "user", "content": "one two three " * 60}, ASSISTANT]}
 
 
+PAIR = {"prompt": "one two", "chosen": "better", "rejected": "worse"}
+WORSE = {"role": "assistant", "content": "five six"}
+PAIRS = {"chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]}
+RATED = {"prompt": "one two", "completion": "three", "label": True}
+DPO: dict[str, Any] = {"method": {"dpo": {"maxSeqLength": 64}}}
+KTO: dict[str, Any] = {"method": {"kto": {"maxSeqLength": 64}}}
+
+
+def without(column: str) -> dict[str, Any]:
+    return {name: value for name, value in PAIR.items() if name != column}
+
+
 @dataclass(frozen=True)
 class Bad:
     """One bad data set."""
@@ -402,6 +414,162 @@ CASES = [
         "calls a tool",
         ROW_2,
         path="messages[1].tool_calls",
+    ),
+    # Judged answers
+    Bad(
+        "pairs for supervised fine-tuning",
+        [PAIR],
+        "which is preference, and the job's method does not learn from that. Known are messages",
+        "train.jsonl:1",
+        path="spec.data.train[0].format",
+        value="auto",
+    ),
+    Bad(
+        "conversations for DPO",
+        [GOOD],
+        "the columns are messages, which is messages, and the job's method does not learn from that."
+        " Known are preference: chosen and rejected",
+        "train.jsonl:1",
+        path="spec.data.train[0].format",
+        changes=DPO,
+    ),
+    Bad("a pair with one answer", [PAIR, without("rejected")], "has no column 'rejected'", ROW_2, changes=DPO),
+    Bad(
+        "a pair of the same answers",
+        [PAIR, PAIR | {"rejected": "better"}],
+        "is the same as chosen, so there is nothing to prefer; remove the row",
+        ROW_2,
+        path="rejected",
+        value="better",
+        changes=DPO,
+    ),
+    Bad("an empty answer of a pair", [PAIR, PAIR | {"chosen": " "}], "is empty", ROW_2, path="chosen", changes=DPO),
+    Bad(
+        "an answer of a pair that is a number",
+        [PAIR, PAIR | {"rejected": 7}],
+        "must be text, not a number",
+        ROW_2,
+        path="rejected",
+        value="7",
+        changes=DPO,
+    ),
+    Bad(
+        "a pair of a text and messages",
+        [PAIR, PAIR | {"chosen": [ASSISTANT]}],
+        "must be of the same kind as chosen: text or messages, and it is text",
+        ROW_2,
+        path="rejected",
+        changes=DPO,
+    ),
+    Bad(
+        "a pair whose conversations part early",
+        [PAIRS, {"chosen": [USER, ASSISTANT], "rejected": [USER | {"content": "x"}, WORSE]}],
+        "and chosen must be the same conversation up to the last message",
+        ROW_2,
+        path="rejected",
+        changes=DPO,
+    ),
+    Bad(
+        "answers without a prompt",
+        [PAIR, without("prompt")],
+        "begins with the assistant's message, and there is no prompt before it; add a column 'prompt'",
+        ROW_2,
+        path="chosen",
+        changes=DPO,
+    ),
+    Bad(
+        "a prompt that ends with an answer",
+        [PAIR, PAIR | {"prompt": [USER, ASSISTANT]}],
+        "must end with the user's message, which is answered",
+        ROW_2,
+        path="prompt",
+        value="assistant",
+        changes=DPO,
+    ),
+    Bad(
+        "an answer of two messages",
+        [PAIR, {"prompt": "x", "chosen": [ASSISTANT, USER, ASSISTANT], "rejected": [WORSE]}],
+        "must hold the answer alone",
+        ROW_2,
+        path="chosen",
+        value="3 messages",
+        changes=DPO,
+    ),
+    Bad(
+        "a prompt that is not the conversation's",
+        [PAIRS, PAIRS | {"prompt": "something else"}],
+        "does not begin with prompt; remove one of them",
+        ROW_2,
+        path="chosen",
+        changes=DPO,
+    ),
+    Bad(
+        "a role that is unknown in an answer",
+        [PAIR, PAIR | {"chosen": [{"role": "bot", "content": "x"}], "rejected": [WORSE]}],
+        "does not begin with prompt",
+        ROW_2,
+        path="chosen",
+        changes=DPO,
+    ),
+    *(
+        Bad(
+            f"a margin that is {what}",
+            [PAIR, PAIR | {"margin": value}],
+            "must be a number of at least 0",
+            ROW_2,
+            path="margin",
+            changes={"method": {"reward": {"maxSeqLength": 64}}},
+        )
+        for what, value in (("text", "much"), ("negative", -1), ("a truth value", True))
+    ),
+    Bad(
+        "a pair with one answer that is too long",
+        [PAIR, PAIR | {"rejected": "one two three " * 60}],
+        "is longer than maxSeqLength 64; raise it, or set longRows to truncate or drop",
+        ROW_2,
+        path="rejected",
+        value=" tokens",
+        changes=DPO,
+    ),
+    Bad(
+        "pairs that are all dropped as too long",
+        [PAIR | {"rejected": "one two three " * 60}],
+        "has no row that fits into maxSeqLength 64",
+        path=SOURCE,
+        changes={"method": {"dpo": {"maxSeqLength": 64, "longRows": "drop"}}},
+    ),
+    Bad(
+        "preferences for a tokenizer without template",
+        [PAIR],
+        "brings no chat template, which data of format preference needs; set it to chatml",
+        path="spec.model.chatTemplate",
+        value="tokenizer",
+        template=None,
+        error=UserError,
+        changes=DPO,
+    ),
+    Bad(
+        "pairs for KTO",
+        [PAIR],
+        "which is preference, and the job's method does not learn from that. Known are unpaired-preference",
+        "train.jsonl:1",
+        path="spec.data.train[0].format",
+        changes=KTO,
+    ),
+    *(
+        Bad(
+            f"a label that is {what}",
+            [RATED, RATED | {"label": value}],
+            f"{says} must be true for a good answer or false for a bad one",
+            ROW_2,
+            path="label",
+            changes=KTO,
+        )
+        for what, value, says in (
+            ("missing", None, "is missing; it"),
+            ("a word", "good", "is not a judgement; it"),
+            ("a mark out of five", 4, "is not a judgement; it"),
+        )
     ),
     # Tokens and templates
     Bad(
