@@ -1,9 +1,9 @@
 """What the trainers' reports say of checkpoints, written into the status: the newest one, and where an attempt began.
 
 `decide` calls it for the newest attempt. The newest checkpoint stays from attempt to attempt and only becomes newer,
-with one exception: an attempt that begins to train before it, because it rejected it, or was told to begin anew, or
-is another training by now, takes the status back to what that attempt itself knows of. Nobody will go on from the
-newer one any more.
+with one exception: trainers that begin before it, because they rejected it, or were told to begin anew, or because this
+is another training by now, take the status back to what they themselves know of. Nobody will go on from the newer one
+any more. An old report takes nothing back.
 """
 
 from __future__ import annotations
@@ -34,23 +34,28 @@ def keep_newest(draft: Draft, report: Report) -> None:
 def begin(draft: Draft, progress: Progress) -> list[Event]:
     """Notes where the attempt that goes on began to train, and what it has saved -> what people should hear of that.
 
-    `progress` was reported since the attempt was admitted.
+    `progress` was reported since the attempt was admitted. Workers may be started again within an attempt: it began
+    where they did first.
     """
-    begun_at, attempt, saved = _begun_at(progress), draft.attempts[-1], progress.checkpoint
+    begun_at, attempt, saved, standing = _begun_at(progress), draft.attempts[-1], progress.checkpoint, draft.checkpoint
     if begun_at is None:
         return []
-    told: list[Event] = []
-    if attempt.resumed_from_step is None or (
-        # A queue took the attempt back and let it start again. An older report than the last is no news.
-        attempt.resumed_from_step != begun_at and progress.updated_at > _last_report(draft, progress.updated_at)
-    ):
-        told = _told(attempt.number, begun_at, progress)
+    is_first = attempt.resumed_from_step is None
+    if is_first:
         draft.change_last(resumed_from_step=begun_at)
-        if draft.checkpoint is not None and draft.checkpoint.step > max(begun_at, saved.step if saved else 0):
-            draft.checkpoint = saved
+    goes_back = (is_first or _is_news(draft, progress)) and (
+        standing is not None and standing.step > max(begun_at, saved.step if saved is not None else 0)
+    )
+    if goes_back:
+        draft.checkpoint = saved
     if saved is not None and saved.step > (attempt.checkpoint_step or 0):
         draft.change_last(checkpoint_step=saved.step)
-    return told
+    return _told(attempt.number, begun_at, progress) if is_first or goes_back else []
+
+
+def _is_news(draft: Draft, progress: Progress) -> bool:
+    shown = draft.standing.progress
+    return shown is None or shown.updated_at is None or progress.updated_at > shown.updated_at
 
 
 def _begun_at(progress: Progress) -> int | None:
@@ -60,13 +65,8 @@ def _begun_at(progress: Progress) -> int | None:
     return 0 if progress.stage in _STEPS else None
 
 
-def _last_report(draft: Draft, otherwise: datetime) -> datetime:
-    shown = draft.standing.progress
-    return shown.updated_at if shown is not None and shown.updated_at is not None else otherwise
-
-
 def _told(attempt: int, begun_at: int, progress: Progress) -> list[Event]:
-    """Events at the beginning: once for each start of an attempt, however long it goes on."""
+    """Events of a beginning."""
     told = [
         Event("Warning", "CheckpointRejected", clip(f"Attempt {attempt} does not go on from {one}", _EVENT_LENGTH))
         for one in progress.rejected_checkpoints

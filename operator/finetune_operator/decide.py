@@ -191,8 +191,10 @@ class _Pass:
         self._show_progress()
         if ray_job is not None:
             self._admit(ray_job)
-        if self._heartbeat() is not None and self.report.progress is not None:
-            self.events += checkpoints.begin(self.draft, self.report.progress)
+        admitted, progress = self.draft.attempts[-1].admitted_at, self.report.progress
+        if admitted is not None and progress is not None and progress.updated_at >= admitted:
+            # One from before would tell of another start, where a queue took the attempt back and let it go again.
+            self.events += checkpoints.begin(self.draft, progress)
         known = self.draft.post_mortem
         ending = classify(ray_job, self.pods, self.report, attempt=attempt.number, seen=known)
         if ray_job is None and attempt.uid is not None and (ending is None or ending.outcome == CANCELLED):

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from finetune_client.cli.exits import SUSPENDED
 from finetune_client.processes import RUN_MARK
 from tests.client.conftest import Finished, is_alive, wait_until
 from tests.factories import job_document
@@ -196,27 +197,59 @@ def test_a_trainer_that_is_killed_in_mid_run_is_followed_by_an_attempt_that_comp
     assert [child for child in children if is_alive(child.pid)] == []
 
 
+def reports_in(folder: Path) -> list[dict[str, Any]]:
+    """What the trainers of the folder's last attempt have reported so far, in whole lines."""
+    file = folder / "progress.jsonl"
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+
+def saved_in(folder: Path) -> int:
+    """Steps in the newest checkpoint that was reported; 0 without one."""
+    return max((report.get("checkpoint", {}).get("step", 0) for report in reports_in(folder)), default=0)
+
+
+def steps_made_in(folder: Path) -> list[int]:
+    """The numbers of the steps that the folder's last attempt made."""
+    figures = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [one["step"] for one in figures if "loss" in one["metrics"]]
+
+
+LONG = {"maxSteps": 300, "globalBatchSize": 8}
+
+
 def test_after_a_kill_the_next_attempt_goes_on_from_the_last_checkpoint(world: World) -> None:
-    folder, reports = world.folder / "resumed", world.folder / "resumed" / "progress.jsonl"
-    training = {"training": {"maxSteps": 60, "globalBatchSize": 8}, "checkpoint": {"everySteps": 2}}
-    job = world.write_job("resumed", training)
+    folder = world.folder / "resumed"
+    job = world.write_job("resumed", {"training": LONG, "checkpoint": {"everySteps": 5}})
     process = world.start(
         *("run", job, "--workdir", folder, "-o", "json", "--set", "failurePolicy.backoff.initialSeconds=1")
     )
-    wait_until(
-        lambda: process.poll() is not None or (reports.exists() and '"checkpointStep":4' in reports.read_text()),
-        seconds=300,
-    )
+    wait_until(lambda: process.poll() is not None or saved_in(folder) >= 10, seconds=300)
     assert process.poll() is None, process.communicate()
     trainer_among(psutil.Process(process.pid).children(recursive=True)).kill()
     done = finish(process)
     assert done.code == 0, done.stderr
     assert [one["outcome"] for one in done.document["attempts"]] == ["Unknown", "Succeeded"]
-    [resumed] = {json.loads(line).get("resumedFromStep") for line in reports.read_text().splitlines()} - {None}
-    figures = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert resumed >= 4
-    assert min(one["step"] for one in figures if "loss" in one["metrics"]) == resumed + 1
-    assert "it goes on from the newest checkpoint" in done.stderr
+    resumed = done.document["attempts"][1]["resumedFromStep"]
+    assert resumed >= 10
+    assert steps_made_in(folder)[0] == resumed + 1
+    assert done.document["checkpoint"]["step"] == saved_in(folder) > resumed
+    assert f"Attempt 2 goes on after step {resumed}" in done.stderr
+
+
+def test_a_suspended_run_saves_and_goes_on_after_the_step_that_it_had_come_to(world: World) -> None:
+    folder = world.folder / "suspended"
+    job = world.write_job("suspended", {"training": LONG, "checkpoint": {"everySteps": 100_000}})
+    done = world.finetune("run", job, "--workdir", folder, "-o", "json", "--suspend-after", "5")
+    assert done.code == SUSPENDED, done.stderr
+    checkpoint = done.document["checkpoint"]
+    assert checkpoint["step"] == steps_made_in(folder)[-1] >= 5
+    assert f"The next attempt goes on after step {checkpoint['step']}." in done.stderr
+    done = world.finetune("run", "--resume", folder, "-o", "json")
+    assert done.code == 0, done.stderr
+    attempts = [(one["outcome"], one["resumedFromStep"]) for one in done.document["attempts"]]
+    assert attempts == [("Suspended", 0), ("Succeeded", checkpoint["step"])]
+    assert steps_made_in(folder)[0] == checkpoint["step"] + 1
+    assert done.document["progress"]["step"] == LONG["maxSteps"]
 
 
 def test_a_killed_trainer_is_a_failure_and_leaves_nothing(world: World) -> None:

@@ -46,10 +46,17 @@ def test_explain_gives_the_docstrings_of_the_models(kubectl: Tool) -> None:
 def test_get_shows_the_columns(kubectl: Tool, stored_job: Store, api: Client) -> None:
     stored = stored_job(job_document(name="shown"))
     status = {"method": "sft", "tuning": "lora", "phase": "Running", "progress": {"step": 3, "totalSteps": 9}}
+    status["checkpoint"] = {
+        "uri": "file:///c",
+        "step": 2,
+        "savedAt": "2026-01-01T12:00:00Z",
+        "worldSize": 1,
+        "bytes": 1,
+    }
     api.replace(f"{JOBS}/shown/status", stored | {"status": status})
     head, row = kubectl("get", "ftj", "shown").splitlines()
-    assert head.split() == ["NAME", "METHOD", "TUNING", "GPUS", "PHASE", "STEP", "STEPS", "RESTARTS", "AGE"]
-    assert row.split()[:-1] == ["shown", "sft", "lora", "Running", "3", "9", "0"]  # what is unknown stays empty
+    assert head.split() == ["NAME", "METHOD", "TUNING", "GPUS", "PHASE", "STEP", "STEPS", "CKPT", "RESTARTS", "AGE"]
+    assert row.split()[:-1] == ["shown", "sft", "lora", "Running", "3", "9", "2", "0"]  # what is unknown stays empty
     wide = kubectl("get", "ftj", "shown", "-o", "wide").splitlines()[0]
     assert wide.split() == [*head.split(), "QUEUE", "LOSS", "ETA", "RAYJOB"]
 

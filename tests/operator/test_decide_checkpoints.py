@@ -176,16 +176,31 @@ def test_an_attempt_that_a_queue_took_back_tells_anew_where_it_goes_on() -> None
     assert (cluster.attempt["number"], cluster.attempt["resumedFromStep"], kept(cluster)) == (1, 10, 10)
 
 
-def test_what_the_old_report_said_of_the_beginning_yields_to_the_new_one() -> None:
-    """Evicted and admitted again so soon that the report from before could be one from after."""
+def test_a_report_from_before_a_queue_took_the_attempt_back_tells_nothing_of_its_new_start() -> None:
     cluster = Cluster(SAVES | {"scheduling": {"queue": "team"}})
     cluster.settle()
     cluster.kuberay(suspend=False).running().wait(60).report(step=12, checkpoint=saved(10)).settle()
-    cluster.kuberay(suspend=True).settle()
+    cluster.wait(1).kuberay(suspend=True).settle()
     cluster.kuberay(suspend=False).running().settle()
-    assert cluster.attempt["resumedFromStep"] == 0
+    assert "resumedFromStep" not in cluster.attempt
     cluster.wait(60).report(step=11, resumed_from_step=10, checkpoint=saved(10)).settle()
     assert cluster.attempt["resumedFromStep"] == 10
+
+
+def test_workers_that_are_started_again_go_on_later_and_the_attempt_began_where_it_began() -> None:
+    cluster = training(step=12, checkpoint=saved(10))
+    cluster.wait(60).report(step=11, resumed_from_step=10, checkpoint=saved(10)).settle()
+    assert (cluster.attempt["resumedFromStep"], kept(cluster)) == (0, 10)
+    assert cluster.events.count("ResumedFromCheckpoint") == 0
+
+
+def test_workers_that_are_started_again_and_reject_the_newest_take_the_status_back() -> None:
+    cluster = training(step=22, checkpoint=saved(20))
+    rejected = {"rejected_checkpoints": ["step-20: shard 1 is damaged"], "resumed_from_step": 10}
+    for step in (11, 12):
+        cluster.wait(60).report(step=step, checkpoint=saved(10), **rejected).settle()
+    assert (kept(cluster), cluster.attempt["resumedFromStep"]) == (10, 0)
+    assert cluster.events.count("CheckpointRejected") == 1
 
 
 @pytest.mark.parametrize("number", [-1, 1 << 60])
