@@ -123,9 +123,9 @@ def _of_ranks(folder: Path) -> Foreign:
     models = sorted(folder.glob("*model_states.pt"))
     if others:
         raise UserError(f"--from: {others[0]} is of tensor, pipeline or expert parallelism, which is not read here")
-    if not files or sorted(files) != list(range(len(files))) or not models:
-        raise UserError(f"--from: {folder} does not have the files of all ranks of a DeepSpeed checkpoint")
     ranks = [_load(files[rank])["optimizer_state_dict"] for rank in sorted(files)]
+    if not models or sorted(files) != list(range(max(map(_world, ranks), default=1))):
+        raise UserError(f"--from: {folder} does not have the files of all ranks of a DeepSpeed checkpoint")
     model = _load(models[0])
     shapes = {name: tuple(shape) for group in model["param_shapes"] for name, shape in group.items()}
     stage = int(ranks[0]["zero_stage"])
@@ -135,6 +135,12 @@ def _of_ranks(folder: Path) -> Foreign:
             raise UserError(f"--from: the ranks' files do not hold all elements of {name}")
     flat = _flat_of_3 if stage == 3 else _flat_of_2
     return Foreign(int(model["global_steps"]), shapes, _steps(ranks, parts, flat), _whole(ranks, parts, flat))
+
+
+def _world(rank: dict[str, Any]) -> int:
+    """Of how many ranks its files tell; ZeRO 1 and 2 say it for each group."""
+    count = rank["partition_count"]
+    return max(count) if isinstance(count, list) else int(count)
 
 
 def _parts_of_groups(ranks: list[dict[str, Any]]) -> dict[str, list[_Part]]:
