@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from finetune_api.progress import Artifact
+from finetune_trainers.chat import answer
 from finetune_trainers.context import SingleProcessContext
+from finetune_trainers.errors import UserError
 from finetune_trainers.evaluation import evaluating
 from finetune_trainers.methods.building import build_method, train_batches
 from finetune_trainers.methods.log_probs import answers
 from finetune_trainers.methods.pairs import Dpo
 from finetune_trainers.methods.references import References
+from finetune_trainers.ray_workers import RayWorkers
 from finetune_trainers.worker import load
 from tests.trainers.judged_world import LORA, METHODS, JudgedWorld, zero
+from tests.trainers.parity_group import train_all
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 
+ROOT = Path(__file__).parents[2]
 STEPS = {"training.maxSteps": 8, "training.learningRate": 0.003}
 
 
@@ -137,6 +143,50 @@ def test_in_bf16_pairs_are_learned_too(
     assert outcome.eval.loss_before is not None
     assert outcome.eval.loss_after is not None
     assert outcome.eval.loss_after < outcome.eval.loss_before
+
+
+OF_TWO: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpo-zero0": ("dpo", zero(0)),
+    "dpo-lora-zero2": ("dpo", {"tuning": {"lora": {"rank": 4, "targetModules": ["all-linear"]}}} | zero(2)),
+    "dpo-zero3": ("dpo", zero(3)),
+    "reward-zero2": ("reward", zero(2)),
+    "reward-zero3": ("reward", zero(3)),
+    "kto-zero3": ("kto", zero(3) | {"training.microBatchSize": 1}),
+    "orpo-zero1": ("orpo", zero(1)),
+}
+
+
+@pytest.fixture(scope="module")
+def two_workers(judged: JudgedWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with all runs of two workers, each in a folder of its name; they share one Ray Train group."""
+    workdir = tmp_path_factory.mktemp("two-workers")
+    workers = {"cluster": {"workers": {"replicas": 2, "cpus": 1}}}
+    plans = {name: judged.plan(method, STEPS | changes | workers) for name, (method, changes) in OF_TWO.items()}
+    prepared = None
+    for name, plan in plans.items():
+        (workdir / name).mkdir()
+        prepared = judged.world.prepare(plan, workdir / name)
+    assert prepared is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
+        with RayWorkers(plans["dpo-zero3"], train_all) as ray:
+            ray.run(prepared, workdir, lambda future: future.result())
+    return workdir
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_two_workers_make_the_steps_of_one(name: str, two_workers: Path, judged: JudgedWorld, tmp_path: Path) -> None:
+    ended = [json.loads(path.read_text()) for path in (two_workers / name).glob("ended-*.json")]
+    assert [one["failure"] for one in ended] == [None, None]
+    method, changes = OF_TWO[name]
+    alone = {key: value for key, value in changes.items() if key == "tuning"}
+    judged.train(judged.plan(method, STEPS | alone), tmp_path / "run")
+    for figure in (*FIGURES, "eval_loss", "eval_rewards/margins"):
+        two, one = judged.curve(two_workers / name, figure), judged.curve(tmp_path / "run", figure)
+        assert two == pytest.approx(one, abs=5e-4), figure
+    two, one = judged.artifact(two_workers / name), judged.artifact(tmp_path / "run")
+    assert two.keys() == one.keys()
+    assert all(torch.allclose(two[tensor], one[tensor], atol=2e-3) for tensor in one)
 
 
 RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -310,3 +360,5 @@ def test_a_card_of_a_reward_model_shows_how_to_ask_it(judged: JudgedWorld, tmp_p
     assert "AutoModelForSequenceClassification" in card
     assert "text-classification" in card
     assert "AutoModelForCausalLM" not in card
+    with pytest.raises(UserError, match="is a reward model: it scores answers and writes none"):
+        answer(tmp_path / "run" / "artifact", None, ["Hello"])

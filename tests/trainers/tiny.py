@@ -83,7 +83,7 @@ def plan_for(folder: Path, changes: dict[str, Any] | None = None) -> RunPlan:
     """The plan of a job on the model in `folder`; `changes` by dotted path below spec."""
     defaults = {
         "model": {"source": f"file://{folder}"},
-        "method.sft.maxSeqLength": 64,
+        **({} if "method" in (changes or {}) else {"method.sft.maxSeqLength": 64}),
         "training.learningRate": 0.001,
         "training.precision": "fp32",
     }

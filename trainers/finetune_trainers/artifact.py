@@ -27,7 +27,7 @@ from torch import Tensor
 from finetune_api.plan import RunPlan
 from finetune_api.progress import Artifact
 from finetune_api.spec import Lora
-from finetune_trainers.artifact_folder import ADAPTER_WEIGHTS, PEFT_PREFIX, new_folder, seal, write_config
+from finetune_trainers.artifact_folder import ADAPTER_WEIGHTS, CALIBRATION, PEFT_PREFIX, new_folder, seal, write_config
 from finetune_trainers.methods.reward import Calibration
 from finetune_trainers.model_card import CardFacts, model_card
 from finetune_trainers.models import DTYPES, meta_model, stored_tokenizer
@@ -36,9 +36,7 @@ from finetune_trainers.score_head import padding_token, score_settings
 from finetune_trainers.tuning import ALL_LINEAR, SCORE_HEAD, transposed
 from finetune_trainers.weights import WeightFiles, read_tensors, write_tensors
 
-__all__ = ["CALIBRATION", "adapter_config", "second_names", "write_artifact"]
-
-CALIBRATION = "calibration.json"
+__all__ = ["adapter_config", "adapter_tensor_name", "second_names", "write_artifact"]
 
 
 def write_artifact(
@@ -77,7 +75,7 @@ def _write_adapter(
     plan: RunPlan,
     lora: Lora,
 ) -> None:
-    stored = {_stored_name(name): tensor for name, tensor in tensors}
+    stored = {adapter_tensor_name(name): tensor for name, tensor in tensors}
     write_tensors(folder, stored.items(), single=ADAPTER_WEIGHTS, shard_bytes=1 << 62)
     source = plan.model
     config = adapter_config(
@@ -86,7 +84,7 @@ def _write_adapter(
     config.save_pretrained(str(folder))
 
 
-def _stored_name(name: str) -> str:
+def adapter_tensor_name(name: str) -> str:
     """PEFT's name in files: without the adapter's own name, and without the wrapper of a module that learns whole."""
     return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 

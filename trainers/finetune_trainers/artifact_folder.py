@@ -24,6 +24,7 @@ from finetune_trainers.weights import file_digest
 
 __all__ = [
     "ADAPTER_WEIGHTS",
+    "CALIBRATION",
     "DIGESTS",
     "PEFT_PREFIX",
     "TOKENIZER_FILES",
@@ -36,6 +37,8 @@ __all__ = [
 
 DIGESTS = "digests.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+CALIBRATION = "calibration.json"
+"""Of a reward model: where its scores lie."""
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the names of the model that it wraps."""
 TOKENIZER_FILES = ("chat_template.jinja", "token*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_api.failures import Problem
-from finetune_trainers.artifact_folder import ADAPTER_WEIGHTS
+from finetune_trainers.artifact_folder import ADAPTER_WEIGHTS, CALIBRATION
 from finetune_trainers.cpu_bf16 import bf16_is_emulated, use_float32_products
 from finetune_trainers.errors import UserError
 from finetune_trainers.tuning import peft_warnings_off
@@ -46,6 +46,9 @@ def answer(
     _check_folder(model_folder, "config.json", "a model")
     if adapter_folder is not None:
         _check_folder(adapter_folder, ADAPTER_WEIGHTS, "an adapter")
+    for folder in (model_folder, adapter_folder):
+        if folder is not None and (folder / CALIBRATION).is_file():
+            raise _refused(folder, "is a reward model: it scores answers and writes none; name a model that answers")
     tokenizer = AutoTokenizer.from_pretrained(_with_tokenizer(model_folder, adapter_folder), local_files_only=True)
     model = _load(model_folder, adapter_folder)
     inputs = [_encode(tokenizer, prompt, model.device) for prompt in prompts]

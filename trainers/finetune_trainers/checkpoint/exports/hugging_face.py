@@ -40,6 +40,9 @@ from finetune_trainers.weights import WeightFiles
 
 __all__ = ["write"]
 
+_SCORE = "score.weight"
+"""The head of a reward model."""
+
 
 def write(storage: Storage, manifest: Manifest, to: str, options: ExportOptions) -> Artifact:
     """Raises UserError, DamagedError."""
@@ -102,6 +105,11 @@ def _write_model(
 def _whole_model(storage: Storage, manifest: Manifest, base: WeightFiles, role: str, dtype: str) -> list[Weight]:
     """What was trained under the names that the base's files use, then the base's others."""
     tensors = [tensor for tensor in manifest.intent.tensors if tensor.role == role]
+    if any(tensor.name == _SCORE for tensor in tensors):
+        raise UserError(
+            "the checkpoint is of a reward model, whose head only training writes as transformers reads it; let"
+            " training end, or export with --format dcp or deepspeed"
+        )
     names = {tensor.name: base.stored_name(tensor.name) or tensor.name for tensor in tensors}
     for tensor in tensors:
         shape = base.shapes.get(names[tensor.name], tensor.shape)
@@ -136,11 +144,11 @@ def _second_names(folder: Path) -> set[str]:
 def _write_adapter(
     out: Destination, storage: Storage, manifest: Manifest, base: Path, lora: Lora, options: ExportOptions
 ) -> Artifact:
-    from finetune_trainers.artifact import adapter_config
+    from finetune_trainers.artifact import adapter_config, adapter_tensor_name
 
     dtype = SAFETENSORS_TYPES[options.dtype or Precision.FP32]
     tensors = [tensor.name for tensor in manifest.intent.tensors if tensor.role == options.role]
-    names = {name: name.replace(".default.", ".") for name in tensors}
+    names = {name: adapter_tensor_name(name) for name in tensors}
     weights = of_checkpoint(storage, manifest, names, options.role, dtype)
     written = write_weights(out.sink, weights, ADAPTER_WEIGHTS.removesuffix(".safetensors"), max_shard_bytes=1 << 62)
     out.record(written)
