@@ -241,9 +241,9 @@ def test_steps_that_the_next_attempt_does_again_are_no_progress() -> None:
 
 def test_a_job_whose_attempts_begin_at_the_beginning_counts_steps() -> None:
     never = {"everySteps": 10, "resume": "never"}
-    cluster = training({"failurePolicy": {"maxRestarts": 100}, "checkpoint": never}, step=12, checkpoint=saved(10))
-    for step in (13, 14, 15):
-        next_attempt(cluster, step, checkpoint=saved(10))
+    cluster = training({"failurePolicy": {"maxRestarts": 100}, "checkpoint": never}, step=2)
+    for step in (3, 4, 5):
+        next_attempt(cluster, step)
     cluster.outcome(failed(FailureClass.NODE_LOST)).ended().settle()
     assert cluster.holds("Failed") is None
 

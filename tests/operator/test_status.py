@@ -186,6 +186,7 @@ def test_what_is_no_status_is_none(document: Any) -> None:
         ),
         pytest.param({"phase": "Dancing"}, id="a phase that there is not"),
         pytest.param({"finishedAt": "yesterday"}, id="a time that is none"),
+        pytest.param({"checkpoint": {"step": 5}}, id="half a checkpoint"),
         pytest.param({"failure": "Boredom", "postMortem": {"attempt": 1}}, id="a failure that there is not"),
     ],
 )
@@ -208,13 +209,16 @@ def test_an_attempt_that_cannot_be_read_leaves_the_others() -> None:
     "time", ["2026-01-01T12:00:00", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00", "2026-01-01T12:00:00Z"]
 )
 def test_every_time_can_be_compared_with_now(time: str) -> None:
-    attempt = standing()["attempts"][0] | {"createdAt": time, "endedAt": time}
+    attempt = standing()["attempts"][0] | {"createdAt": time, "endedAt": time, "stopAskedAt": time}
+    saved = {"uri": "file:///c", "step": 1, "savedAt": time, "worldSize": 1, "bytes": 1}
     condition = {"type": "Valid", "status": "True", "reason": "R", "lastTransitionTime": time}
     changes = {"attempts": [attempt], "conditions": [condition], "finishedAt": time, "progress": {"updatedAt": time}}
-    status = read_status(standing(**changes))
+    status = read_status(standing(**changes, checkpoint=saved))
     assert status is not None
     assert status.progress is not None
+    assert status.checkpoint is not None
     moments = [status.finished_at, status.progress.updated_at, status.attempts[0].ended_at]
+    moments += [status.checkpoint.saved_at, status.attempts[0].stop_asked_at]
     moments += [status.attempts[0].created_at, status.conditions[0].last_transition_time]
     for moment in moments:
         assert moment is not None
