@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
+from threading import local
 
 from blake3 import blake3
 
@@ -37,6 +38,7 @@ BLOCK_BYTES = 8 << 20
 _BLOCKS_AHEAD = 4
 _THREADS = 3
 _DISK = OsDisk()
+_kept = local()
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,21 @@ def _of_tensor(reader: SliceReader, tensor: TensorRecord, name: str, dtype: str)
     exported = _exported_type(stored, dtype)
 
     def read(start: int, end: int) -> memoryview:
-        data = memoryview(bytearray((end - start) * ITEM_BYTES[stored]))
+        size = (end - start) * ITEM_BYTES[stored]
+        data = memoryview(bytearray(size)) if stored == exported else _scratch(size)
         reader.read({Wanted(key, start, end): data})
         return _as_type(name, data, stored, exported)
 
     entry = Entry(name, exported, tensor.shape, tensor.numel * ITEM_BYTES[exported])
     return Weight(entry, tensor.numel, BLOCK_BYTES // ITEM_BYTES[stored], read)
+
+
+def _scratch(size: int) -> memoryview:
+    """This thread's memory for what is converted at once: new memory would cost as much as reading into it."""
+    if len(getattr(_kept, "data", b"")) < size:
+        _kept.data = memoryview(bytearray(size))
+    kept: memoryview = _kept.data
+    return kept[:size]
 
 
 def of_files(files: WeightFiles, dtype: str, names: Iterable[str] | None = None) -> list[Weight]:
