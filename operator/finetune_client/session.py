@@ -174,6 +174,7 @@ class Session:
             dependencies={
                 name: self._cluster.peek(FINETUNE_JOB, Key(key.namespace, name)) for name in dependency_names(job)
             },
+            one_machine=True,
         )
 
     def _is_settled(self, key: Key) -> bool:

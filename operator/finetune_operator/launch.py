@@ -47,6 +47,7 @@ from finetune_operator.resources.metadata import Owner
 from finetune_operator.resources.network import network_policy
 from finetune_operator.resources.rayjob import build_rayjob
 from finetune_operator.resources.rbac import role, role_binding, service_account
+from finetune_operator.resources.storage import check_shared_files
 from finetune_operator.settings import Settings
 from finetune_operator.starts import sealed
 
@@ -130,6 +131,8 @@ def prepare(
             artifacts=dependencies.artifacts,
             micro_batch_size=launch.micro_batch_size,
         )
+        if not seen.one_machine:
+            check_shared_files(plan)
     except InvalidManifest as refused:
         return Blocked(Finding("Valid", "False", "PlanRefused", str(refused)))
     return _objects(job, plan, runtime, seen, launch, settings)

@@ -45,6 +45,8 @@ class World:
     """Pods with the job's label, whole or projected."""
     dependencies: Mapping[str, Document | None] = field(default_factory=dict)
     """FineTuneJobs that the job's URIs name, by name; None where there is none."""
+    one_machine: bool = False
+    """All that the job starts runs on one machine and sees the same files; pods do not."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Observed:
     watched: frozenset[Kind] = frozenset()
     """Kinds of which an object that is not in `own` does not exist."""
     dependencies: Mapping[str, Document | None] = field(default_factory=dict)
+    one_machine: bool = False
 
 
 def observe(world: World) -> Observed:
@@ -124,6 +127,7 @@ def observe(world: World) -> Observed:
         foreign=frozenset(foreign),
         watched=frozenset(world.children),
         dependencies=world.dependencies,
+        one_machine=world.one_machine,
     )
 
 

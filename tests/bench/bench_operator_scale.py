@@ -40,11 +40,15 @@ def report(step: int) -> dict[str, Any]:
     return {"data": {"attempt": "1", "progress.json": progress.model_dump_json(by_alias=True)}}
 
 
-async def make_running(server: Server, names: list[str]) -> None:
-    """Jobs, then what KubeRay and the trainers would write once they run. The operator must be there."""
+async def make_running(server: Server, names: list[str], num_before: int = 0) -> None:
+    """Jobs, then what KubeRay and the trainers would write once they run. The operator must be there.
+
+    `num_before` jobs run already.
+    """
     async with api_of(server) as api:
         await api.each("POST", [(JOBS, job_document(name=name)) for name in names], _AT_ONCE)
-        await _number_is(api, RAY_JOBS, len(names))
+        await _number_is(api, RAY_JOBS, num_before + len(names))
+        await _number_is(api, CONFIG_MAPS, 2 * (num_before + len(names)))  # progress and plan, which pods wait for
         running = {"status": {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}}
         await api.each("PATCH", [(f"{RAY_JOBS}/{n}-1/status", running) for n in names], _AT_ONCE, merge=True)
         await api.each("PATCH", [(f"{CONFIG_MAPS}/{n}-progress", report(1)) for n in names], _AT_ONCE, merge=True)
@@ -156,7 +160,7 @@ def main() -> int:
         for jobs in sorted(options.jobs):
             with run_operator(server, "filling", "--no-leader-election") as operator:
                 new = [f"job-{number}" for number in range(len(names), jobs)]
-                asyncio.run(make_running(server, new))
+                asyncio.run(make_running(server, new, len(names)))
                 names += new
                 settled(operator, len(new))
             results[f"{jobs} jobs"] = restarted(server, jobs, options.seconds)

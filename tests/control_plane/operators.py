@@ -24,6 +24,7 @@ from tests.factories import job_document, runtime_document
 
 __all__ = ["Jobs", "Operator", "operator"]
 
+_RUNTIMES = "/apis/finetune-operator.io/v1alpha1/finetuneruntimes"
 _PORT = re.compile(r"serves metrics and health on port (\d+)")
 
 
@@ -104,7 +105,14 @@ class Jobs:
         self.api.create(f"{self._jobs}?fieldValidation=Strict", job_document(changes, name))
 
     def submit_runtime(self, name: str, changes: dict[str, Any] | None = None) -> None:
-        self.api.create("/apis/finetune-operator.io/v1alpha1/finetuneruntimes", runtime_document(changes, name))
+        self.api.create(_RUNTIMES, runtime_document(changes, name))
+
+    def with_storage(self) -> dict[str, Any]:
+        """Makes a runtime whose storage all pods can mount; the changes to a job that name it."""
+        name = f"{self.namespace}-shared"
+        if self.api.find(f"{_RUNTIMES}/{name}") is None:
+            self.submit_runtime(name, {"storage": "pvc://runs/jobs"})
+        return {"runtimeRef": {"name": name}}
 
     def change(self, name: str, patch: dict[str, Any]) -> None:
         self.api.merge(f"{self._jobs}/{name}", patch)
@@ -154,7 +162,8 @@ class Jobs:
         self.api.delete(f"{self._ray_jobs}/{name}")
 
     def report(self, name: str, attempt: int, step: int, result: Result | None = None) -> None:
-        """Writes the progress ConfigMap as the trainers would."""
+        """Writes the progress ConfigMap as the trainers would, which run when their plan is there."""
+        wait_until(lambda: f"{name}-{attempt}-plan" in self.config_maps(), f"the plan of {name}")
         stage = Stage.DONE if result else Stage.TRAINING
         progress = Progress(stage=stage, step=step, total_steps=100, updated_at=datetime.now(UTC))
         data = {"attempt": str(attempt), "progress.json": progress.model_dump_json(by_alias=True)}

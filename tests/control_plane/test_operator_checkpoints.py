@@ -87,7 +87,7 @@ def begin(jobs: Jobs, server: Server, running: Operator, tmp_path: Path) -> Begi
 def test_a_checkpoint_is_shown_by_kubectl_and_stays_with_the_job(
     jobs: Jobs, running: Operator, begin: Begin, kubectl: Tool
 ) -> None:
-    jobs.submit("tiny", SAVES | {"failurePolicy.backoff": {"initialSeconds": 1, "maxSeconds": 1}})
+    jobs.submit("tiny", SAVES | jobs.with_storage() | {"failurePolicy.backoff": {"initialSeconds": 1, "maxSeconds": 1}})
     first = begin("tiny", 1)
     first.report(3)
     running.wait(
@@ -112,7 +112,7 @@ def test_a_checkpoint_is_shown_by_kubectl_and_stays_with_the_job(
 def test_suspending_asks_the_trainers_who_save_and_stop_and_the_next_attempt_goes_on(
     jobs: Jobs, running: Operator, begin: Begin
 ) -> None:
-    jobs.submit("tiny", SAVES | {"lifecycle.suspendGraceSeconds": 600})
+    jobs.submit("tiny", SAVES | jobs.with_storage() | {"lifecycle.suspendGraceSeconds": 600})
     first = begin("tiny", 1)
     first.report(12, saved=10)
     running.wait(jobs.is_at("tiny", "Running"), "the job to run")
@@ -140,7 +140,7 @@ def test_suspending_asks_the_trainers_who_save_and_stop_and_the_next_attempt_goe
 def test_trainers_that_do_not_answer_are_suspended_when_their_time_is_over(
     jobs: Jobs, running: Operator, begin: Begin
 ) -> None:
-    jobs.submit("tiny", SAVES | {"lifecycle.suspendGraceSeconds": 2})
+    jobs.submit("tiny", SAVES | jobs.with_storage() | {"lifecycle.suspendGraceSeconds": 2})
     begin("tiny", 1).report(12, saved=10)
     running.wait(jobs.is_at("tiny", "Running"), "the job to run")
     jobs.change("tiny", {"spec": {"suspend": True}})

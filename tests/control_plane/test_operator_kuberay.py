@@ -33,7 +33,7 @@ def roles(jobs: Jobs) -> list[str]:
 def test_a_job_runs_on_a_ray_cluster_and_ends_well(
     jobs: Jobs, running: Operator, kuberay: KubeRay, nodes: Kwok
 ) -> None:
-    jobs.submit("tiny", GPUS)
+    jobs.submit("tiny", GPUS | jobs.with_storage())
     running.wait(lambda: roles(jobs) == ["head", "worker", "worker"], "the pods")
     running.wait(lambda: kuberay.ray.running(jobs.namespace, "tiny-1"), "the entrypoint to run")
     jobs.report("tiny", 1, step=1)
@@ -46,7 +46,7 @@ def test_a_job_runs_on_a_ray_cluster_and_ends_well(
 
 
 def test_a_failed_cluster_is_replaced_by_another(jobs: Jobs, running: Operator, kuberay: KubeRay, nodes: Kwok) -> None:
-    jobs.submit("tiny", GPUS)
+    jobs.submit("tiny", GPUS | jobs.with_storage())
     running.wait(lambda: kuberay.ray.running(jobs.namespace, "tiny-1"), "the entrypoint to run")
     kuberay.ray.end(
         jobs.namespace, "tiny-1", "FAILED", "Job entrypoint command failed with exit code 6, last available logs: none"
@@ -59,7 +59,7 @@ def test_a_failed_cluster_is_replaced_by_another(jobs: Jobs, running: Operator, 
 def test_a_suspended_job_holds_no_pods_and_a_deleted_one_leaves_none(
     jobs: Jobs, running: Operator, kuberay: KubeRay, nodes: Kwok
 ) -> None:
-    jobs.submit("tiny", GPUS)
+    jobs.submit("tiny", GPUS | jobs.with_storage())
     running.wait(lambda: kuberay.ray.running(jobs.namespace, "tiny-1"), "the entrypoint to run")
     jobs.change("tiny", {"spec": {"suspend": True}})
     running.wait(jobs.is_at("tiny", "Suspended"), "the job to be suspended")
@@ -93,7 +93,7 @@ def test_queued_jobs_run_in_turn_and_one_that_is_evicted_keeps_its_attempt(
     jobs: Jobs, running: Operator, kuberay: KubeRay, nodes: Kwok, kueue: Started
 ) -> None:
     quota = queue(jobs, gpus=2)
-    queued = GPUS | {"scheduling": {"queue": "mine"}}
+    queued = GPUS | jobs.with_storage() | {"scheduling": {"queue": "mine"}}
     jobs.submit("first", queued)
     running.wait(lambda: kuberay.ray.running(jobs.namespace, "first-1"), "the first to be admitted")
     jobs.report("first", 1, step=1)

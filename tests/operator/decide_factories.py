@@ -83,6 +83,8 @@ class Cluster:
         self.pods: list[Document] = []
         self.dependencies: dict[str, Document | None] = {}
         self.events: list[str] = []
+        self.one_machine = True
+        """So that no job needs a runtime with a storage."""
         self.finalized = False
         """RayJobs that are deleted stay until `let_go`, as KubeRay's finalizer has it."""
 
@@ -95,7 +97,7 @@ class Cluster:
         for (kind, _), document in self.objects.items():
             if kind in children and names.job_of(document["metadata"].get("labels")) == self.job["metadata"]["name"]:
                 children[kind].append(document)
-        seen = World(self.job, self.runtime, children, self.pods, self.dependencies)
+        seen = World(self.job, self.runtime, children, self.pods, self.dependencies, self.one_machine)
         return copy.deepcopy(seen)
 
     def decide(self, world: World | None = None) -> Decision:

@@ -10,7 +10,16 @@ import pytest
 
 from finetune_api.progress import Result
 from finetune_operator.errors import ApiError, ClusterError, Conflict, Forbidden, Invalid, TooManyRequests, Unreachable
-from finetune_operator.kinds import CONFIG_MAP, EVENT, FINETUNE_JOB, RAY_JOB, ROLE, SERVICE_ACCOUNT, Key
+from finetune_operator.kinds import (
+    CONFIG_MAP,
+    EVENT,
+    FINETUNE_JOB,
+    FINETUNE_RUNTIME,
+    RAY_JOB,
+    ROLE,
+    SERVICE_ACCOUNT,
+    Key,
+)
 from finetune_operator.reconcile import PROGRESS_SECONDS, Reconciler
 from finetune_operator.settings import Settings
 from tests.factories import job_document, runtime_document
@@ -147,6 +156,22 @@ def test_a_job_that_changes_before_its_plan_is_made_gets_a_ray_job_of_what_it_is
         elif change == "suspended":
             assert stage.status()["phase"] == "Suspended"
             assert not stage.status().get("attempts")
+
+    play(scenario)
+
+
+def test_in_a_cluster_a_job_that_needs_files_which_pods_share_starts_when_its_runtime_has_a_storage() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.submit(job_document({"checkpoint": {}, "runtimeRef": {"name": "pool"}}))
+        await stage.submit(runtime_document(name="pool"))
+        await asyncio.sleep(1)
+        valid = stage.condition("Valid")
+        assert (valid["status"], valid["reason"]) == ("False", "PlanRefused")
+        assert valid["message"].startswith("spec.checkpoint: would be lost with the pods")
+        assert stage.names(RAY_JOB) == []
+        await stage.there.merge(FINETUNE_RUNTIME, Key("", "pool"), {"spec": {"storage": "pvc://runs/jobs"}})
+        await asyncio.sleep(1)
+        assert stage.names(RAY_JOB) == ["example-1"]
 
     play(scenario)
 

@@ -30,7 +30,7 @@ def new_job(changes: Document | None = None, **status: Any) -> Document:
 
 
 def world(job: Document | None = None) -> World:
-    return World(job or new_job(), runtime_document(), CHILDREN)
+    return World(job or new_job(), runtime_document({"storage": "pvc://runs"}), CHILDREN)
 
 
 def decided(seen: World, settings: Settings | None = None) -> Decision:

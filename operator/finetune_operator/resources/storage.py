@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune_api.failures import Problem
 from finetune_api.plan import RunPlan
+from finetune_api.problems import InvalidManifest
 from finetune_api.runtime import FineTuneRuntimeSpec
 from finetune_api.spec import Pods
 from finetune_api.uris import Scheme, Uri, parse_uri
@@ -19,7 +21,7 @@ from finetune_operator import names
 from finetune_operator.resources.config_map import PLAN_KEY
 from finetune_operator.resources.metadata import Document, Owner
 
-__all__ = ["PLAN_FOLDER", "PVC_ROOT", "SCRATCH", "Mounts", "Places", "mounts", "places"]
+__all__ = ["PLAN_FOLDER", "PVC_ROOT", "SCRATCH", "Mounts", "Places", "check_shared_files", "mounts", "places"]
 
 PVC_ROOT = "/mnt/pvc"
 """Each claim is a folder below it."""
@@ -73,6 +75,26 @@ def places(plan: RunPlan, runtime: FineTuneRuntimeSpec, attempt: int) -> Places:
         workdir=posixpath.join(storage, f"attempt-{attempt}") if storage else posixpath.join(SCRATCH, "run"),
         cache=posixpath.join(root or storage or SCRATCH, _SHARED_CACHE),
     )
+
+
+def check_shared_files(plan: RunPlan) -> None:
+    """Whether the pods of the plan see what they must see of each other's files. Raises InvalidManifest.
+
+    What is in a pod goes with it, checkpoints too; and workers on several nodes read what the head has prepared.
+    """
+    if plan.storage is not None:
+        return
+    remedy = "name a runtime whose spec.storage every pod can mount, such as pvc://claim/path"
+    found = []
+    if plan.checkpoint is not None:
+        message = f"would be lost with the pods, because no runtime names a storage; {remedy}, or leave it out"
+        found.append(Problem(path="spec.checkpoint", message=message))
+    if plan.workers.replicas > 1:
+        message = f"several workers share files, and no runtime names a storage; {remedy}, or ask for one worker"
+        value = str(plan.workers.replicas)
+        found.append(Problem(path="spec.cluster.workers.replicas", value=value, message=message))
+    if found:
+        raise InvalidManifest(found)
 
 
 def mounts(

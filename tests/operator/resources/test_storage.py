@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from finetune_api.problems import InvalidManifest
 from finetune_operator.planning import plan_run
 from finetune_operator.resources.metadata import Owner
-from finetune_operator.resources.storage import Mounts, Places, mounts, places
+from finetune_operator.resources.storage import Mounts, Places, check_shared_files, mounts, places
 from tests.factories import job, runtime
 
 OWNER = Owner("example", "default", "uid-1")
@@ -53,6 +54,32 @@ def paths(found: Mounts) -> list[str]:
 )
 def test_a_run_keeps_its_files_below_the_runtimes_storage(storage: str | None, expected: Places) -> None:
     assert where({"storage": storage} if storage else {}) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"checkpoint": {}}, "spec.checkpoint"),
+        ({"cluster.workers.replicas": 2}, "spec.cluster.workers.replicas"),
+    ],
+    ids=["checkpoints would go with the pods", "workers share files"],
+)
+def test_a_job_whose_pods_would_miss_each_others_files_is_refused(changes: dict[str, Any], path: str) -> None:
+    with pytest.raises(InvalidManifest, match="every pod can mount, such as pvc://claim/path") as refused:
+        check_shared_files(plan_run(job(changes), runtime()))
+    assert [one.path for one in refused.value.problems] == [path]
+
+
+@pytest.mark.parametrize(
+    ("changes", "storage"),
+    [
+        ({"checkpoint": {}, "cluster.workers.replicas": 2}, "pvc://runs/jobs"),
+        ({"cluster.workers.gpus": 8}, None),
+    ],
+    ids=["a claim serves all", "one worker without checkpoints"],
+)
+def test_a_job_whose_pods_have_what_they_need_is_not(changes: dict[str, Any], storage: str | None) -> None:
+    check_shared_files(plan_run(job(changes), runtime({"storage": storage} if storage else {})))
 
 
 def test_every_claim_that_the_plan_names_is_mounted_once() -> None:
