@@ -8,14 +8,15 @@ from typing import Any
 from finetune_api.progress import Result
 from finetune_operator.errors import NotFound, Unreachable
 from finetune_operator.kinds import CONFIG_MAP, EVENT, RAY_JOB, Key
-from tests.factories import job_document
+from tests.factories import job_document, runtime_document
 from tests.operator.stage import NAMESPACE, Asked, Stage, play
 
 SAVES = {"checkpoint": {"everySteps": 10}}
 
 
 async def until_running(stage: Stage, changes: dict[str, Any] | None = None) -> None:
-    await stage.submit(job_document(SAVES | (changes or {})))
+    await stage.submit(runtime_document({"storage": "pvc://runs/jobs"}, "pool"))
+    await stage.submit(job_document(SAVES | {"runtimeRef": {"name": "pool"}} | (changes or {})))
     await asyncio.sleep(5)
     await stage.kuberay("example-1", "Running", "RUNNING")
     await stage.report("example", 1, step=1)
