@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,31 @@ def test_an_adapter_from_elsewhere_is_merged_without_its_digest(tmp_path: Path) 
     merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out", Precision.FP32)
     base = json.loads((tmp_path / "out" / "digests.json").read_text())["base"]
     assert base["source"] == str(tmp_path / "model")
+
+
+def test_memory_is_that_of_a_few_blocks_whatever_the_size(tmp_path: Path) -> None:
+    """The base's one weight has 160 MB in fp32, and merging takes less than half of that."""
+    for folder in ("model", "adapter"):
+        (tmp_path / folder).mkdir()
+    base = {"layer.weight": torch.zeros(20_000, 2_000, dtype=torch.bfloat16)}
+    save_file(base, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    name = "base_model.model.layer.lora_"
+    save_file(
+        {f"{name}A.weight": torch.ones(4, 2_000), f"{name}B.weight": torch.ones(20_000, 4)},
+        tmp_path / "adapter" / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    tracemalloc.start()
+    try:
+        merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out", Precision.BF16)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 80_000_000
+    merged = load_file(tmp_path / "out" / "model.safetensors")["layer.weight"]
+    assert merged.eq(8).all()
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

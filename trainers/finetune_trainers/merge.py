@@ -42,6 +42,8 @@ SAFETENSORS_TYPES = {Precision.FP32: "F32", Precision.BF16: "BF16", Precision.FP
 _COPIED = ("README.md", *TOKENIZER_FILES)
 """Of the adapter's folder: the card, and its tokenizer."""
 _OTHER_KINDS = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+_BLOCK = BLOCK_BYTES // 8
+"""Elements; in fp32 they are there twice on the way."""
 _PAIRS_KEPT = 8
 """Adapters in memory: those of the blocks that are being made, and a few more."""
 
@@ -139,10 +141,11 @@ def _changed(base: WeightFiles, weight: Weight, change: Callable[[str], tuple[Ma
 
     def read(start: int, end: int) -> memoryview:
         left, right = change(name)
-        values = as_f32(plain.read(start, end), "F32").reshape(-1, columns)
-        return from_f32((values + left[start // columns : end // columns] @ right).reshape(-1), dtype)
+        values = left[start // columns : end // columns] @ right
+        values += as_f32(plain.read(start, end), "F32").reshape(-1, columns)
+        return from_f32(values.reshape(-1), dtype)
 
-    return Weight(weight.entry, weight.numel, max(BLOCK_BYTES // 4 // columns, 1) * columns, read)
+    return Weight(weight.entry, weight.numel, max(_BLOCK // columns, 1) * columns, read)
 
 
 def _by_weight(base: WeightFiles, adapter: _Adapter, folder: Path) -> dict[str, Pair]:

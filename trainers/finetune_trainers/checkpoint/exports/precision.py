@@ -33,7 +33,9 @@ def converted(data: memoryview, dtype: str, to: str) -> memoryview:
 def as_f32(data: memoryview, dtype: str) -> NDArray[np.float32]:
     """Elements of a floating-point type, exactly."""
     if dtype == "BF16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        bits = np.frombuffer(data, np.uint16).astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     return np.frombuffer(data, np.float16 if dtype == "F16" else np.float32).astype(np.float32, copy=False)
 
 
