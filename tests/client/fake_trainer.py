@@ -101,12 +101,18 @@ class FakeTrainer:
                 start_grandchildren(self.workdir)
                 time.sleep(1.5)  # as a real one, it trains a while before it dies
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "killed-with-writer":
+                start_writer(self.workdir)
+                time.sleep(1.5)
+                os.kill(os.getpid(), signal.SIGKILL)
             case "leaves-children":
                 start_grandchildren(self.workdir)
             case "noise":
                 self.reports.write("this is not a report\n")
-            case "waits" | "deaf" | "waits-with-children":
-                if self.behaviour != "waits":
+            case "waits" | "deaf" | "waits-with-children" | "waits-with-writer":
+                if self.behaviour == "waits-with-writer":
+                    start_writer(self.workdir)
+                elif self.behaviour != "waits":
                     start_grandchildren(self.workdir)
                 self.report(Stage.TRAINING, "waiting")
                 while True:
@@ -157,6 +163,14 @@ print(subprocess.Popen([sys.executable, "-c", {sleeper!r}], start_new_session=Tr
     started = subprocess.run([sys.executable, "-c", orphan], capture_output=True, check=True)
     stubborn = subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True)
     (workdir / "children.json").write_text(json.dumps([int(started.stdout), stubborn.pid]))
+
+
+def start_writer(workdir: Path) -> None:
+    """What writes a checkpoint after the trainer's death, for longer than others have to go."""
+    writes = f"import pathlib, time; time.sleep(8); pathlib.Path({str(workdir / 'written')!r}).touch()"
+    command = [sys.executable, "-c", writes, "finetune_trainers.checkpoint.writer"]
+    writer = subprocess.Popen(command, start_new_session=True)
+    (workdir / "children.json").write_text(json.dumps([writer.pid]))
 
 
 def main() -> int:

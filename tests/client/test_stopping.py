@@ -57,3 +57,20 @@ def test_a_run_whose_command_line_was_killed_is_ended_too(start: Any, write_job:
     running.process.kill()
     running.process.communicate()
     wait_until(lambda: not any(is_alive(pid) for pid in (trainer.pid, *running.children())))
+
+
+def test_what_writes_a_checkpoint_is_let_finish(start: Any, write_job: Any) -> None:
+    running = start("run", write_job(), "-o", "json", "--no-retry", fake="killed-with-writer")
+    assert running.finish().document["failure"] == "Unknown"
+    assert (running.workdir / "written").exists()
+    assert [pid for pid in running.children() if is_alive(pid)] == []
+
+
+def test_it_is_when_the_command_line_was_killed_too(start: Any, write_job: Any) -> None:
+    running = start("run", write_job(), fake="waits-with-writer")
+    wait_until(lambda: (running.workdir / "children.json").exists())
+    running.trainer().kill()
+    running.process.kill()
+    running.process.communicate()
+    wait_until(lambda: not any(is_alive(pid) for pid in running.children()))
+    assert (running.workdir / "written").exists()

@@ -112,6 +112,9 @@ class Alone:
     def should_stop(self) -> bool:
         return self.stop_asked
 
+    def preemption(self) -> object | None:
+        return None
+
 
 class Kept:
     """Remembers at which steps the parameters were kept."""

@@ -57,6 +57,11 @@ class WorkerContext(Protocol):
         """Was a stop asked for? Ranks may see it at different times: agree before acting on it."""
         ...
 
+    def preemption(self) -> object | None:
+        """Word that a machine of the group is about to be taken away: the same object for the same word, None without
+        one. Rank 0 decides what follows."""
+        ...
+
 
 class _FileSignals:
     """The half that both contexts share: progress and stop requests pass through files of the run's folder."""
@@ -73,6 +78,9 @@ class _FileSignals:
 
     def should_stop(self) -> bool:
         return self.rank == 0 and self._stop_file.exists()
+
+    def preemption(self) -> object | None:
+        return None
 
 
 class SingleProcessContext(_FileSignals):
@@ -114,6 +122,10 @@ class RayTrainContext(_FileSignals):
         self.local_rank = group.get_local_rank()
         self.device = ray.train.torch.get_device() if plan.workers.device is Device.CUDA else torch.device("cpu")
         self.local_world_size = group.get_local_world_size()
+        self._preemptions = _preemptions()
+
+    def preemption(self) -> object | None:
+        return getattr(self._preemptions, "preemption_info", None)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.world_size > 1:
@@ -137,6 +149,20 @@ class RayTrainContext(_FileSignals):
         boxes: list[Any] = [None] * self.world_size
         dist.all_gather_object(boxes, value)
         return boxes
+
+
+def _preemptions() -> object | None:
+    """Where Ray's watcher leaves the word with this worker, without asking anybody; None where Ray has no such place.
+
+    The public `ray.train.get_preemption_info` waits until all workers have called it, at every step.
+    """
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        found: object = get_train_context().preemption_context
+    except (ImportError, AttributeError, RuntimeError):
+        return None
+    return found
 
 
 def threads_per_worker(cpus: float | None, num_workers_here: int) -> int:

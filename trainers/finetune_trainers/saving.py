@@ -34,6 +34,7 @@ from finetune_trainers.checkpoint.engine_state import EngineState
 from finetune_trainers.checkpoint.fence import Fence, SupersededError
 from finetune_trainers.checkpoint.flushes import Flushes
 from finetune_trainers.checkpoint.manifest import Parent
+from finetune_trainers.checkpoint.orphans import wait_for_writers
 from finetune_trainers.checkpoint.retention import Best, Retention
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.checkpoint.storage.protocol import Storage
@@ -51,6 +52,8 @@ __all__ = ["Checkpoints", "Votes"]
 
 FINISH_SECONDS = 600.0
 """How long the end of a training waits for what is still being written. The writers go on after it."""
+VISIBLE_SECONDS = 120.0
+"""How long rank 0 looks for what the others say that they have written."""
 _FOLDER = "checkpoints"
 _log = logging.getLogger(__name__)
 
@@ -66,6 +69,10 @@ class Votes(NamedTuple):
     """A rank knows of a failure that it has not told."""
     superseded: float = 0.0
     """Rank 0: a newer attempt has begun."""
+    writing: float = 0.0
+    """A rank's part of something is not durable yet."""
+    preempted: float = 0.0
+    """Rank 0: a machine is about to be taken away, and nothing was saved since that was known."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,9 @@ class Checkpoints:
         self._flushes: Flushes | None = None
         self._staged_step: int | None = None
         self._reported_step: int | None = None
+        self._all_written_at: float | None = None
+        self._heeded: object | None = None
+        """The preemption that the last checkpoint was made in the knowledge of."""
         self._told_steps: set[int] = set()
         """Whose failure every rank knows of."""
         self.rejected: list[str] = []
@@ -140,6 +150,8 @@ class Checkpoints:
 
     def _take_fence(self) -> _Taken:
         self._storage = open_storage(self._uri, self._pvc_root)
+        if (seconds := wait_for_writers(self._storage)) >= 1:
+            _log.info("waited %.0f s for what the attempt before had still to write", seconds)
         owner = f"{self._plan.namespace}/{self._plan.name}, attempt {attempt_number()}"
         fence, settled = begin(self._storage, owner, self._now())
         for checkpoint in settled.completed:
@@ -174,7 +186,14 @@ class Checkpoints:
             behind=float(flushes.is_behind),
             failed=float(bool(flushes.failures)),
             superseded=float(flushes.superseded is not None),
+            writing=float(flushes.is_writing),
+            preempted=float(self._preemption() is not None),
         )
+
+    def _preemption(self) -> object | None:
+        """A word of a preemption that nothing was saved for yet. Training goes on: it may come late, or not at all."""
+        word = self._context.preemption() if self._context.rank == 0 else None
+        return word if word != self._heeded else None
 
     def after_step(self, step: int, sums: Sequence[float], memory: Callable[[], LoopMemory]) -> SaveNews:
         """Act on the sums of all ranks' votes. Raises SupersededError when a newer attempt has begun."""
@@ -183,7 +202,10 @@ class Checkpoints:
             raise SupersededError(self._started.superseded or "a newer attempt of the run has begun")
         if votes.failed:
             failures = self._settle_failures()
-        if votes.due and step != self._staged_step:
+        self._give_up_the_invisible(nobody_writes=not votes.writing)
+        if votes.preempted and not votes.behind and step != self._staged_step:
+            self._stage(step, memory())
+        elif votes.due and step != self._staged_step:
             if votes.behind and self._settings.when_behind == "skip":
                 skipped = (
                     f"No checkpoint of step {step} was made: the two before it are still being written"
@@ -201,10 +223,14 @@ class Checkpoints:
             self._stage(step, memory)
         flushes.wait(lambda: not flushes.is_writing, deadline)
         failures = self._settle_failures()
-        flushes.wait(lambda: not flushes.is_publishing, deadline)
+        if not any(self._context.all_gather_object(flushes.is_writing)):
+            flushes.wait(lambda: not flushes.publishing, min(deadline, self._clock() + VISIBLE_SECONDS))
+            for number in flushes.publishing:
+                flushes.give_up(number, self._invisible)
+        flushes.wait(lambda: not flushes.publishing, deadline)
         self._forget_told()
         failures += [_failed(step, reason) for step, reason in flushes.failures.items()]
-        if flushes.is_writing or flushes.is_publishing:
+        if flushes.is_writing or flushes.publishing:
             failures.append(
                 f"The last checkpoint is not whole after {FINISH_SECONDS:.0f} s; its writer goes on without the run"
             )
@@ -228,7 +254,7 @@ class Checkpoints:
         """Copy this rank's part. What goes wrong is told with the votes of the next step."""
         assert self._fence is not None
         began, flushes = self._clock(), self._started
-        self._staged_step = step
+        self._staged_step, self._heeded = step, self._context.preemption()
         if not flushes.wait(lambda: not flushes.is_behind, began + FINISH_SECONDS):
             flushes.failures[step] = f"no earlier one was written within {FINISH_SECONDS:.0f} s"
             return
@@ -262,6 +288,24 @@ class Checkpoints:
             except OSError:  # a file system without links
                 shutil.copyfile(file, folder / file.name)
         return folder
+
+    def _give_up_the_invisible(self, nobody_writes: bool) -> None:
+        """Rank 0: parts that all ranks have written and that its writer does not find lie somewhere else."""
+        flushes = self._started
+        if not (nobody_writes and flushes.publishing):
+            self._all_written_at = None
+        elif self._all_written_at is None:
+            self._all_written_at = self._clock()
+        elif self._clock() - self._all_written_at >= VISIBLE_SECONDS:
+            for step in flushes.publishing:
+                flushes.give_up(step, self._invisible)
+
+    @property
+    def _invisible(self) -> str:
+        return (
+            f"all {self._context.world_size} processes have written their part, and the first one does not find all of"
+            f" them; {self._uri} must be the same place on every machine"
+        )
 
     def _settle_failures(self) -> list[str]:
         """All ranks learn of each other's failures; rank 0 gives those checkpoints up. Collective -> what to tell."""

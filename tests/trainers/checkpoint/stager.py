@@ -5,14 +5,15 @@ It puts its writers to sleep first and tells their numbers, so that nothing is w
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 
 import psutil
 
 from finetune_trainers.checkpoint.flushes import Flushes
+from finetune_trainers.checkpoint.manifest import Intent
 from finetune_trainers.checkpoint.retention import Retention
+from finetune_trainers.checkpoint.shards import Slice
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.checkpoint.writer_protocol import Begin
 from tests.trainers.checkpoint import synthetic
@@ -28,10 +29,11 @@ def main() -> None:
     ]
     ranks = [Flushes(begin) for begin in begins]
     for flushes in ranks:
-        flushes.wait(lambda one=flushes: one.writer_pid is not None, time.monotonic() + 60)
+        while flushes.writer_pid is None:
+            flushes.poll(1.0)
     pids = [flushes.writer_pid for flushes in ranks]
     for pid in pids:
-        psutil.Process(pid).send_signal(signal.SIGSTOP)
+        psutil.Process(pid).suspend()
     print("writers", *pids, flush=True)
     intent = intent_of(fence, 1, world)
     for rank, flushes in enumerate(ranks):
@@ -41,7 +43,7 @@ def main() -> None:
     time.sleep(600)
 
 
-def _fill(target: memoryview, intent: synthetic.Intent, piece: synthetic.Slice) -> None:
+def _fill(target: memoryview, intent: Intent, piece: Slice) -> None:
     target[:] = next(synthetic.data(intent, [piece]))
 
 

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.fence import Fence, take_fence
 from finetune_trainers.checkpoint.find import find_newest
 from finetune_trainers.checkpoint.flushes import Flushes
@@ -70,7 +72,7 @@ class Run:
 
     def settle(self) -> None:
         for flushes in self.ranks:
-            assert flushes.wait(lambda one=flushes: not one.is_writing and not one.is_publishing, deadline())
+            assert flushes.wait(partial(is_settled, flushes), deadline())
 
     def pid(self, rank: int = 0) -> int:
         self.ranks[rank].wait(lambda: self.ranks[rank].writer_pid is not None, deadline())
@@ -86,6 +88,10 @@ class Run:
 
     def steps(self) -> list[int]:
         return sorted(id_.step for id_, listing in listed(self.storage).items() if listing.is_settled)
+
+
+def is_settled(flushes: Flushes) -> bool:
+    return not flushes.is_writing and not flushes.publishing
 
 
 def deadline() -> float:
@@ -188,7 +194,7 @@ def test_the_first_rank_waits_for_the_others(run: Callable[..., Run]) -> None:
     pair = run(world=2)
     pair.stage(1, ranks=[0])
     assert pair.ranks[0].wait(lambda: not pair.ranks[0].is_writing, deadline())
-    assert pair.ranks[0].is_publishing
+    assert pair.ranks[0].publishing
     assert pair.steps() == []
     pair.stage(1, ranks=[1])
     pair.settle()
@@ -249,14 +255,16 @@ def test_a_trainer_that_is_killed_right_after_staging_loses_nothing(tmp_path: Pa
         assert trainer.stdout.readline() == "staged 1\n"
         os.killpg(trainer.pid, signal.SIGKILL)
         assert trainer.wait() == -signal.SIGKILL
-    assert find_newest(open_storage(uri)).manifest is None
+    storage = open_storage(uri)
+    assert find_newest(storage).manifest is None
     assert all(writer.is_running() for writer in writers)
     for writer in writers:
         writer.resume()
     until(lambda: not any(writer.is_running() and writer.status() != psutil.STATUS_ZOMBIE for writer in writers))
-    found = find_newest(open_storage(uri), deep=True)
+    found = find_newest(storage, deep=True)
     assert found.manifest is not None
-    assert restored(open_storage(uri), found.manifest) == original(found.manifest.intent)
+    assert list(storage.list(layout.BUSY)) == []
+    assert restored(storage, found.manifest) == original(found.manifest.intent)
 
 
 def test_a_writer_is_small_and_knows_no_torch(run: Callable[..., Run]) -> None:

@@ -10,6 +10,11 @@
     retention         which checkpoints stay                                                        pure
     storage/          the only code that touches a disk or an object store
     fence             which attempt may publish
+    staging           memory that a trainer shares with its writer
+    writer_protocol   what the two tell each other                                                  pure
+    flushes           the trainer's side: copies, and listens
+    writer            the process that writes, beyond its trainer's death if need be
+    orphans           a new attempt waits for the writers of an earlier one
     write             one rank's shards, auxiliary files and receipt
     pins              a person's word that a checkpoint stays
     listing           the folders of a run, as one listing has them

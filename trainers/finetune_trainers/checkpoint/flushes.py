@@ -60,7 +60,6 @@ class Flushes:
         self._writing: dict[int, int] = {}
         """Step -> its buffer, until its part is durable."""
         self._unpublished: list[int] = []
-        """Rank 0: steps of which it is not known yet whether they will be checkpoints."""
         self.published: SavedCheckpoint | None = None
         """The newest one that rank 0's writer has published."""
         self.flush_seconds: float | None = None
@@ -87,9 +86,9 @@ class Flushes:
         return bool(self._writing)
 
     @property
-    def is_publishing(self) -> bool:
-        """Rank 0: it is not known of every checkpoint yet whether it will be one."""
-        return bool(self._unpublished)
+    def publishing(self) -> tuple[int, ...]:
+        """Rank 0: steps of which it is not known yet whether they will be checkpoints."""
+        return tuple(self._unpublished)
 
     def stage(
         self, intent: Intent, slices: Sequence[Slice], fill: Fill, aux: Mapping[str, bytes], folder: Path | None = None

@@ -9,6 +9,7 @@
         receipt-<rank>.json             written when all files of the rank are durable
         MANIFEST.json                   written last: from here on it is a checkpoint. Or the word that it never will be
         TOMBSTONE.json                  it is being deleted: from here on it is none
+    busy/<epoch>-<rank>.json            a writer whose trainer is gone still writes; changes every other second
     pins/<step>-e<epoch>.json           somebody wants this one kept
     blobs/<digest>                      what several checkpoints share, named by its content
 
@@ -24,6 +25,7 @@ from typing import NamedTuple
 __all__ = [
     "AUX_SUFFIXES",
     "BLOBS",
+    "BUSY",
     "CHECKPOINTS",
     "FENCES",
     "HEAD",
@@ -31,6 +33,7 @@ __all__ = [
     "CheckpointId",
     "aux",
     "blob",
+    "busy",
     "checkpoint_of",
     "epoch_of",
     "fence",
@@ -50,6 +53,7 @@ FENCES = "FENCE/"
 HEAD = "HEAD.json"
 CHECKPOINTS = "ckpt/"
 PINS = "pins/"
+BUSY = "busy/"
 BLOBS = "blobs/"
 
 _ID = re.compile(r"(\d{10,})-e(\d{5,})")
@@ -122,6 +126,10 @@ def tombstone(checkpoint: CheckpointId) -> str:
 
 def receipt(checkpoint: CheckpointId, rank: int) -> str:
     return f"{folder(checkpoint)}receipt-{rank:05d}.json"
+
+
+def busy(epoch: int, rank: int) -> str:
+    return f"{BUSY}{epoch:010d}-{rank:05d}.json"
 
 
 def rank_of_receipt(name: str) -> int | None:

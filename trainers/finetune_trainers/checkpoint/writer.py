@@ -33,6 +33,7 @@ from finetune_trainers.checkpoint.folders import folder_records, store_folder
 from finetune_trainers.checkpoint.layout import CheckpointId
 from finetune_trainers.checkpoint.listing import listed
 from finetune_trainers.checkpoint.manifest import ITEM_BYTES, Intent, Manifest
+from finetune_trainers.checkpoint.orphans import Heartbeat
 from finetune_trainers.checkpoint.shards import Slice
 from finetune_trainers.checkpoint.storage.errors import StorageError, StorageFullError
 from finetune_trainers.checkpoint.storage.opening import open_storage
@@ -48,6 +49,7 @@ from finetune_trainers.checkpoint.writer_protocol import (
     Ready,
     Said,
     StagedSet,
+    Told,
     Written,
     line,
     told,
@@ -146,6 +148,8 @@ class _Writer:
         self._maps: dict[int, mmap.mmap] = {}
         self._orders: queue.SimpleQueue[Flush | None] = queue.SimpleQueue()
         self._news = threading.Event()
+        self._num_given = self._num_done = 0
+        """Staged sets. Each number is changed by one thread."""
 
     def run(self) -> None:
         begin = told(self._lines.readline())
@@ -153,23 +157,34 @@ class _Writer:
         self._begin = begin
         self._storage = open_storage(begin.uri, begin.pvc_root, exclusive=begin.exclusive)
         self._receipts = Receipts(self._storage, time.monotonic, self._wait)
+        self._heartbeat = Heartbeat(self._storage, begin.fence.epoch, begin.rank)
         self._say(Ready(pid=os.getpid()))
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
         self._take_memory()
         while (order := self._orders.get()) is not None:
             self._flush(order)
+            self._num_done += 1
+        self._heartbeat.stop()
 
     def _listen(self) -> None:
-        for data in self._lines:
-            message = told(data)
-            if isinstance(message, Flush):
-                self._orders.put(message)
-            elif isinstance(message, GiveUp):
-                self._receipts.given_up[message.step] = message.reason
-                self._news.set()
-        self._receipts.orphaned_at = time.monotonic()
-        self._orders.put(None)
-        self._news.set()
+        try:
+            with suppress(OSError):  # a trainer that was killed may leave behind what it was told and did not read
+                for data in self._lines:
+                    self._heed(told(data))
+        finally:
+            self._receipts.orphaned_at = time.monotonic()
+            if self._num_given > self._num_done:
+                self._heartbeat.start()
+            self._orders.put(None)
+            self._news.set()
+
+    def _heed(self, message: Told) -> None:
+        if isinstance(message, Flush):
+            self._num_given += 1
+            self._orders.put(message)
+        elif isinstance(message, GiveUp):
+            self._receipts.given_up[message.step] = message.reason
+            self._news.set()
 
     def _wait(self, seconds: float) -> None:
         """Until there is news from the trainer."""
@@ -178,7 +193,7 @@ class _Writer:
 
     def _take_memory(self) -> None:
         """The pages of the first buffer, so that the first copy into it does not have to."""
-        if self._begin.expected_bytes:
+        if self._begin.expected_bytes and hasattr(os, "posix_fallocate"):
             with suppress(OSError):  # the copy will say what is wrong
                 os.posix_fallocate(self._buffers[0], 0, self._begin.expected_bytes)
 
@@ -187,8 +202,7 @@ class _Writer:
             self._channel.sendall(line(message))
 
     def _flush(self, order: Flush) -> None:
-        began = time.monotonic()
-        memory = self._memory(order)
+        began, memory = time.monotonic(), self._memory(order)
         staged = StagedSet.model_validate_json(bytes(memory[order.start : order.end]))
         try:
             self._write(staged, memory)

@@ -14,7 +14,7 @@ from the trainer means that nothing more will come; the writer finishes what it 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -43,7 +43,7 @@ __all__ = [
     "told",
 ]
 
-VERSION = 1
+VERSION: Final = 1
 """Trainer and writer are of one installation; a mixed one must not go unseen."""
 
 
@@ -138,6 +138,8 @@ class StagedSet(Contract):
     """Files that checkpoints share (`folders`), in a folder made for this flush; deleted after it. Rank 0's."""
 
 
+Message = TypeVar("Message")
+
 _TOLD: TypeAdapter[Told] = TypeAdapter(Told)
 _SAID: TypeAdapter[Said] = TypeAdapter(Said)
 
@@ -156,7 +158,7 @@ def said(data: bytes) -> Said:
     return _parsed(_SAID, data)
 
 
-def _parsed(adapter: TypeAdapter[Told] | TypeAdapter[Said], data: bytes) -> Any:
+def _parsed(adapter: TypeAdapter[Message], data: bytes) -> Message:
     try:
         return adapter.validate_json(data)
     except ValidationError as error:
