@@ -425,6 +425,14 @@ CASES = [
         value="auto",
     ),
     Bad(
+        "good and bad answers for supervised fine-tuning",
+        [RATED],
+        "would learn from bad ones too; leave out the bad ones and name the format, or use method.kto",
+        "train.jsonl:1",
+        path="spec.data.train[0].format",
+        value="auto",
+    ),
+    Bad(
         "conversations for DPO",
         [GOOD],
         "the columns are messages, which is messages, and the job's method does not learn from that."

@@ -138,6 +138,12 @@ def test_an_answer_stands_beside_the_answer_of_the_row_before(workshop: Any) -> 
     marks = SourceArrays(Path(source.folder)).marks
     assert marks is not None
     assert marks.tolist() == [1.0, 0.0, 1.0]
+    assert any("2 good and 1 bad answers" in message for _, message in workshop.messages)
+
+
+def test_a_label_that_is_no_judgement_is_another_column_to_supervised_fine_tuning(workshop: Any) -> None:
+    workshop.write("train.jsonl", [{"prompt": "a", "completion": "b", "label": "billing"}])
+    assert workshop.prepare().train[0].num_rows == 1
 
 
 def test_a_mismatched_answer_that_is_too_long_is_cut_and_nobodys_fault(workshop: Any) -> None:

@@ -129,6 +129,10 @@ def _detect(first_row: dict[str, Any], mapped: Mapping[str, str], known: Collect
         and set(mapped) <= {*columns, *OPTIONAL.get(format_, ())}
     ]
     fitting = [format_ for format_ in all_fitting if format_ in known]
+    judged = DataFormat.UNPAIRED_PREFERENCE
+    if judged in all_fitting and judged not in known and isinstance(first_row[mapped.get("label", "label")], bool):
+        what = "has a label that says whether the answer is good, and the job's method would learn from bad ones too"
+        raise RowError(f"{what}; leave out the bad ones and name the format, or use method.kto", "format", "auto")
     if len(fitting) == 1:
         return fitting[0]
     found = f"the columns are {_listed(first_row)}"

@@ -184,7 +184,7 @@ class _Preparation:
                 capacity=self.settings.max_seq_length * limits.rows_each,
                 num_rows=limits.num_kept,
                 num_rows_dropped=limits.num_dropped,
-                notes=_notes(tokenizer, limits),
+                notes=[*_notes(tokenizer, limits), *_kinds(form.format, marks)],
                 marks=np.array(marks, dtype=np.float32) if limits.rows_each > 1 else None,
             )
 
@@ -273,6 +273,14 @@ def _notes(tokenizer: RowTokenizer, limits: Limits) -> list[str]:
     if limits.num_dropped:
         notes.append(f"{limits.num_dropped} rows dropped as too long")
     return notes
+
+
+def _kinds(form: DataFormat, marks: list[float]) -> list[str]:
+    """How many of each kind: whoever has few of one will want to weigh it."""
+    if form is not DataFormat.UNPAIRED_PREFERENCE:
+        return []
+    good = sum(mark > 0.5 for mark in marks)
+    return [f"{good} good and {len(marks) - good} bad answers"]
 
 
 def _join(path: str, below: str | None) -> str:
