@@ -2,7 +2,7 @@
 
     K  trained positions of a micro-batch      D  documents of it      V  words of the vocabulary
 
-Called by the methods that compare answers. Only trained positions reach the output head. Their logits [K, V] are the
+Called by all methods that write. Only trained positions reach the output head. Their logits [K, V] are the
 largest tensor of a step: `token_log_probs` works on a few rows at a time and leaves the gradient in their place.
 """
 
@@ -20,7 +20,7 @@ from finetune_trainers.data.batches import IGNORED, Batch
 __all__ = ["Answers", "answers", "document_of", "token_log_probs"]
 
 CHUNK_ELEMENTS = 1 << 22
-"""Logits taken to fp32 at a time: 16 MB."""
+"""Logits taken to fp32 at a time: 16 MB, which stays close to the core that works on them."""
 
 
 class Answers(NamedTuple):
