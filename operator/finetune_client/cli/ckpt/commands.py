@@ -163,7 +163,8 @@ def diff(
 def plan(
     where: Where,
     id: Id = None,
-    world: Annotated[int, typer.Option(min=1, metavar="N", help="Processes.", show_default=False)] = ...,  # type: ignore[assignment]
+    *,
+    world: Annotated[int, typer.Option(min=1, metavar="N", help="Processes.", show_default=False)],
     zero_stage: Annotated[
         int | None, typer.Option(min=0, max=3, help="ZeRO stage.", show_default="as it was saved")
     ] = None,
@@ -189,7 +190,8 @@ def plan(
 def export(
     where: Where,
     id: Id = None,
-    to: Annotated[str, typer.Option(metavar="FOLDER", help="A new folder, or a URI.", show_default=False)] = ...,  # type: ignore[assignment]
+    *,
+    to: Annotated[str, typer.Option(metavar="FOLDER", help="A new folder, or a URI.", show_default=False)],
     format: Annotated[
         str, typer.Option(metavar="NAME", help="hf, dcp, deepspeed; of an unknown one all are named.")
     ] = "hf",

@@ -56,13 +56,13 @@ def place_of(text: str) -> Place:
         place = place_of(found["place"])
         return Place(place.uri, found["id"], place.rules, place.run)
     if text.startswith("file://"):
-        return _of_folder(Path(text.removeprefix("file://")))
+        return _of_folder(Path(text.removeprefix("file://")), text)
     if "://" in text:
         return Place(text)
     folder = Path(text)
     if not folder.exists() and _NAME.fullmatch(text):
-        return _of_folder(_newest_run(text))
-    return _of_folder(folder)
+        return _of_folder(_newest_run(text), text)
+    return _of_folder(folder, text)
 
 
 @contextmanager
@@ -94,8 +94,9 @@ def _newest_run(name: str) -> Path:
     return runs[-1]
 
 
-def _of_folder(given: Path) -> Place:
-    folder = given.absolute()
+def _of_folder(path: Path, given: str) -> Place:
+    """`given` is what the person called it."""
+    folder = path.absolute()
     if not folder.is_dir():
         raise BadPlace(f"{given} is no folder; name a run's folder, a folder with checkpoints, or a URI")
     if folder.name == _FOLDER and (folder.parent / "plan.json").is_file():
@@ -106,12 +107,12 @@ def _of_folder(given: Path) -> Place:
         return _of_run(folder, given)
     if jobs := sorted(file.parent.name for file in folder.glob("*/plan.json")):
         raise BadPlace(
-            f"{given} holds the runs of several jobs; name one: {', '.join(str(given / job) for job in jobs)}"
+            f"{given} holds the runs of several jobs; name one: {', '.join(f'{given}/{job}' for job in jobs)}"
         )
     return Place(f"file://{folder}")
 
 
-def _of_run(folder: Path, given: Path) -> Place:
+def _of_run(folder: Path, given: str) -> Place:
     settings = _checkpoint_settings(folder / "plan.json")
     uri, keep_last = settings.get("uri"), settings.get("keepLast")
     rules = Rules(keep_last=keep_last) if isinstance(keep_last, int) and keep_last > 0 else None
