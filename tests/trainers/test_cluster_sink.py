@@ -336,14 +336,14 @@ def test_what_goes_into_the_runs_file_goes_to_the_cluster_too(
     assert "outcome.json" in api.config_map
 
 
-def test_what_the_driver_says_after_training_includes_how_far_rank_0_has_come(tmp_path: Path) -> None:
+def test_what_is_said_after_training_includes_how_far_that_has_come(tmp_path: Path) -> None:
     saved = SavedCheckpoint(uri="file:///c/4", step=4, saved_at=NOON, world_size=2, bytes=10)
     FileSink(tmp_path / "progress.jsonl").report(
         Stage.TRAINING, step=5, total_steps=9, eta_seconds=3.0, message="m", resumed_from_step=2, checkpoint=saved
     )
     driver = FileSink(tmp_path / "progress.jsonl")
-    for stage in (Stage.EXPORTING, Stage.DONE):
-        driver.report(stage)
+    for stage, figures in ((Stage.EXPORTING, {"step": 5}), (Stage.EXPORTING, {}), (Stage.DONE, {})):
+        driver.report(stage, urgent=True, **figures)
         said = Progress.model_validate_json((tmp_path / "progress.jsonl").read_bytes().splitlines()[-1])
         assert (said.stage, said.step, said.total_steps, said.resumed_from_step) == (stage, 5, 9, 2)
         assert (said.checkpoint, said.message, said.eta_seconds) == (saved, None, None)

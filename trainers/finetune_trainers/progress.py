@@ -1,7 +1,7 @@
 """Progress reports on their way out: JSON lines in the run's folder, which the CLI follows, and the job's ConfigMap.
 
 The driver writes the stages before and after training, rank 0 writes those between; never both at the same time. What
-the driver says after training includes how far rank 0 has come: whoever follows the run may see only the last report.
+is said after training includes how far that has come: whoever follows the run may see only the last report.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FileSink:
         if not urgent and stage is self._last_stage and now - self._last_time < MIN_INTERVAL_SECONDS:
             return
         self._last_stage, self._last_time = stage, now
-        reached = self._reached() if stage in _AFTER_TRAINING and "step" not in figures else {}
+        reached = self._reached() if stage in _AFTER_TRAINING else {}
         progress = Progress(stage=stage, updated_at=datetime.now(UTC), **reached | figures)
         line = progress.model_dump_json(by_alias=True, exclude_none=True) + "\n"
         with self._path.open("a", encoding="utf-8") as file:
