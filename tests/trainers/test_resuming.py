@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune_api.failures import FailureClass
 from finetune_api.plan import CheckpointPlan, RunPlan
-from finetune_api.progress import Outcome, Progress, Result
+from finetune_api.progress import Outcome, Progress, Result, Stage
 from finetune_trainers.checkpoint.engine_state import EngineState
 from finetune_trainers.checkpoint.find import find_newest
 from finetune_trainers.checkpoint.listing import listed
@@ -250,9 +250,30 @@ def test_resume_never_begins_at_step_0(place: Place) -> None:
     assert sorted(place.figures("second")) == list(range(1, 11))
 
 
-def test_only_the_last_checkpoints_are_kept(place: Place) -> None:
-    place.train(place.plan({}, everySteps=4, keepLast=2, whenBehind="wait"), "run")
-    assert place.steps() == [16, 20]
+@pytest.mark.parametrize(
+    ("kept", "steps"),
+    [
+        ({"keepLast": 2}, [16, 20]),
+        ({"keepLast": 1, "keepEvery": 8}, [8, 16, 20]),
+        ({"keepLast": 1, "keepBest": {"metric": "num_tokens", "mode": "min"}}, [4, 20]),
+    ],
+    ids=["the last", "every so often", "the best"],
+)
+def test_the_checkpoints_that_the_job_names_are_kept(kept: dict[str, Any], steps: list[int], place: Place) -> None:
+    place.train(place.plan({}, everySteps=4, whenBehind="wait", **kept), "run")
+    assert place.steps() == steps
+
+
+def test_what_was_passed_over_is_in_every_report(place: Place) -> None:
+    plan = place.plan({"training.maxSteps": 10})
+    place.train(plan, "whole")
+    next((place.folder / "checkpoints" / "ckpt").glob("0000000010-*/shard-*")).unlink()
+    place.train(plan, "again")
+    trained = [report for report in place.reports("again") if report.stage is Stage.TRAINING]
+    [rejected] = {one for report in trained for one in report.rejected_checkpoints}
+    assert all(report.rejected_checkpoints for report in trained)
+    assert rejected.startswith("0000000010-e00001: ")
+    assert rejected.endswith("is missing")
 
 
 def test_a_stop_saves_what_was_done_and_the_next_run_goes_on_there(

@@ -39,6 +39,9 @@ from finetune_trainers.prepared import PreparedRun
 
 __all__ = ["Evaluator", "KeepsBest", "Loop", "LoopMemory", "LoopResult", "SaveNews", "SavesCheckpoints", "epoch_ends"]
 
+_SAVING = "Saving"
+"""Beside the stages' seconds: for which training stood still because of checkpoints."""
+
 Evaluator = Callable[[int], dict[str, float]]
 """Called with the number of steps done; returns figures, eval_loss among them. Collective."""
 
@@ -182,10 +185,8 @@ class Loop:
             if self._evaluation_is_due() and self._evaluate():
                 result.stopped_early = result.step < self._total
                 break
-            if self._checkpoints is not None:
-                self._tell(self._checkpoints.after_step(result.step, self._save_sums, self._memory))
-        if self._checkpoints is not None:
-            self._tell(self._checkpoints.finish(result.step, self._memory() if result.cancelled else None))
+            self._save(ended=False)
+        self._save(ended=True)
         return result
 
     def resume(self, step: int, memory: LoopMemory, checkpoint: SavedCheckpoint | None = None) -> None:
@@ -216,7 +217,16 @@ class Loop:
             metrics={name: value for name, value in self.result.metrics.items() if math.isfinite(value)},
         )
 
-    def _tell(self, news: SaveNews) -> None:
+    def _save(self, ended: bool) -> None:
+        """What a step's end, or the end of training, has to do with checkpoints."""
+        if self._checkpoints is None:
+            return
+        step, start = self.result.step, self._clock()
+        if ended:
+            news = self._checkpoints.finish(step, self._memory() if self.result.cancelled else None)
+        else:
+            news = self._checkpoints.after_step(step, self._save_sums, self._memory)
+        self.result.seconds[_SAVING] = self.result.seconds.get(_SAVING, 0.0) + self._clock() - start
         if news.checkpoint is not None:
             self.always_report(checkpoint=news.checkpoint, save_failure=None)
         if news.failure is not None:

@@ -45,6 +45,9 @@ COMMAND: Sequence[str] = (sys.executable, "-P", "-m", "finetune_trainers.checkpo
 
 NUM_BUFFERS = 2
 
+_ORPHANED = ("/bin/sh", "-c", '"$@" &', "sh")
+"""Starts a command and ends at once, so that the command is nobody's child: Ray kills those of a worker that ends."""
+
 Fill = Callable[[Slice, memoryview], None]
 """Copies a slice to where it is staged."""
 
@@ -210,12 +213,13 @@ class _Process:
         self.ended = False
         self._channel, theirs = socket.socketpair()
         with theirs:
-            self._starter = subprocess.Popen(
-                [*COMMAND, str(theirs.fileno()), ",".join(map(str, buffers))],
+            subprocess.run(
+                [*_ORPHANED, *COMMAND, str(theirs.fileno()), ",".join(map(str, buffers))],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), *buffers],
                 start_new_session=True,
+                check=True,
             )
         self._unread = b""
         self.tell(begin)
@@ -238,7 +242,6 @@ class _Process:
         for message in messages:
             if isinstance(message, Ready):
                 self.pid = message.pid
-                self._starter.wait()  # it ended when it had started the writer
         return messages
 
     def finish(self) -> None:
@@ -249,4 +252,3 @@ class _Process:
     def let_go(self) -> None:
         """It ends by itself."""
         self._channel.close()
-        self._starter.wait()

@@ -69,8 +69,6 @@ _log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    if os.fork():
-        os._exit(0)  # whoever started this process finds no child in it
     _step_back()
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s writer %(levelname)s %(message)s", force=True
