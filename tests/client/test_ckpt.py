@@ -127,6 +127,23 @@ def test_a_run_that_saves_elsewhere_is_looked_at_there(ckpt: Finetune, run: Run,
 
 
 @pytest.mark.parametrize(
+    ("said", "keeps"),
+    [
+        ({"keepLast": 1}, [True, False, False]),
+        ({"keepLast": 1, "keepEvery": 20}, [True, True, False]),
+        ({"keepLast": 1, "keepBest": {"metric": "loss", "mode": "max", "count": 1}}, [True, False, True]),
+        ({"keepLast": 1, "keepBest": {"of": "another version"}}, [True, True, True]),
+        ({"keepLast": None}, [True, True, True]),
+    ],
+)
+def test_the_rules_of_a_run_are_those_of_its_job(
+    ckpt: Finetune, tmp_path: Path, said: dict[str, Any], keeps: list[bool]
+) -> None:
+    Run(tmp_path / "runs/bot/20260101-120000", **said)
+    assert [row["keep"] for row in ckpt("ls", "bot", "-o", "json").document["checkpoints"]] == keeps
+
+
+@pytest.mark.parametrize(
     ("where", "right"),
     [
         ("nosuch", "nosuch is no folder here, and there is no run of that name in runs/nosuch"),

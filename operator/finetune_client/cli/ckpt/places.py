@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from finetune_api.checkpoint_requests import Rules
 
 __all__ = ["BadPlace", "Place", "RunAtWork", "held", "place_of"]
@@ -114,8 +116,7 @@ def _of_folder(path: Path, given: str) -> Place:
 
 def _of_run(folder: Path, given: str) -> Place:
     settings = _checkpoint_settings(folder / "plan.json")
-    uri, keep_last = settings.get("uri"), settings.get("keepLast")
-    rules = Rules(keep_last=keep_last) if isinstance(keep_last, int) and keep_last > 0 else None
+    uri, rules = settings.get("uri"), _rules(settings)
     if isinstance(uri, str):
         return Place(uri, rules=rules)
     if not (folder / _FOLDER).is_dir():
@@ -134,6 +135,15 @@ def _checkpoint_settings(plan: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _rules(settings: dict[str, Any]) -> Rules | None:
+    """None when the plan does not say them, or in a way that is not ours: then nothing is deleted by any."""
+    said = {name: settings[name] for name in ("keepLast", "keepEvery", "keepBest") if settings.get(name) is not None}
+    try:
+        return Rules.model_validate(said) if "keepLast" in said else None
+    except ValidationError:
+        return None
 
 
 def _holds_checkpoints(folder: Path) -> bool:
