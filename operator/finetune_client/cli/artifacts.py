@@ -15,7 +15,7 @@ from finetune_api.failures import INTERRUPTED
 from finetune_api.progress import Artifact
 from finetune_client import runner
 from finetune_client.cli.exits import INVALID, OK
-from finetune_client.cli.results import size
+from finetune_client.cli.sizes import size
 
 __all__ = ["FoundArtifact", "chat", "export", "find_artifact"]
 

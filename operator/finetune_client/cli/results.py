@@ -18,8 +18,9 @@ from finetune_api.progress import EvalSummary, Outcome, Progress, Result
 from finetune_client.attempts import tail
 from finetune_client.cli.display import duration
 from finetune_client.cli.exits import OK, SUSPENDED
+from finetune_client.cli.sizes import size
 
-__all__ = ["SUSPENDED_RESULT", "Ending", "as_document", "as_text", "exit_code_of", "size"]
+__all__ = ["SUSPENDED_RESULT", "Ending", "as_document", "as_text", "exit_code_of"]
 
 SUSPENDED_RESULT = "Suspended"
 """Beside the results that a run can have: a job that was suspended has none yet."""
@@ -90,16 +91,6 @@ def as_document(ending: Ending) -> dict[str, Any]:
         "workdir": str(ending.workdir) if ending.workdir else None,
         "log": str(ending.log) if ending.log else None,
     }
-
-
-def size(num_bytes: int) -> str:
-    """999 B, 1.5 MB or 16.1 GB."""
-    amount = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000:
-            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} TB"
 
 
 def as_text(ending: Ending) -> str:
