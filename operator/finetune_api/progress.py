@@ -76,7 +76,7 @@ class Progress(Contract):
 
 
 class EvalSummary(Contract):
-    """Evaluation loss (mean over trained tokens, nats) at the ends of the run."""
+    """Evaluation loss (mean over trained tokens, nats; over pairs or answers where they were judged) at the ends."""
 
     loss_before: float | None = None
     """Before the first optimizer step."""
