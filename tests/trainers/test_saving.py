@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,12 +20,13 @@ import pytest
 
 from finetune_api.plan import RunPlan
 from finetune_api.progress import Progress, Result
-from finetune_trainers import launch
 from finetune_trainers.checkpoint.find import find_newest
 from finetune_trainers.checkpoint.listing import listed
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.context import SingleProcessContext
-from finetune_trainers.loop import Loop
+from finetune_trainers.loop import Loop, LoopMemory
+from finetune_trainers.saving import VISIBLE_SECONDS, Checkpoints
+from finetune_trainers.worker import load
 from tests.trainers.conftest import SmallWorld
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
@@ -54,13 +54,14 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def writers_of(mark: str) -> list[psutil.Process]:
-    """Those that are at work: nobody's children, and at a low priority."""
+    """Those that are at work. What started one is at the head of its session."""
     found = []
     for process in psutil.process_iter():
         try:
-            if WRITER in process.cmdline() and process.environ().get(MARK) == mark and process.nice() >= 15:
+            is_ours = WRITER in process.cmdline() and process.environ().get(MARK) == mark
+            if is_ours and os.getsid(process.pid) != process.pid:
                 found.append(process)
-        except psutil.Error:
+        except (psutil.Error, ProcessLookupError):
             continue
     return found
 
@@ -185,6 +186,37 @@ def test_a_writer_that_is_killed_is_told_and_the_next_checkpoint_is_written_by_a
     assert trainer.reports()[-2].save_failure is None
 
 
+class FirstOfTwo(SingleProcessContext):
+    """Rank 0 of two; the other one has nothing to say, and what it writes is written somewhere else."""
+
+    world_size = 2
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [value, type(value)()]
+
+
+def test_parts_that_lie_somewhere_else_are_not_waited_for_for_ever(trainer: Trainer) -> None:
+    plan, workdir, now = trainer.plan({}), trainer.folder / "run", [0.0]
+    context = FirstOfTwo(plan, workdir)
+    prepared = trainer.world.prepare(plan, workdir)
+    _, engine = load(plan, prepared, SingleProcessContext(plan, workdir))
+    assert plan.checkpoint is not None
+    checkpoints = Checkpoints(plan, plan.checkpoint, prepared, engine, context, workdir, clock=lambda: now[0])
+    checkpoints.resume()
+    checkpoints.after_step(50, checkpoints.votes(50), LoopMemory)
+    until(lambda: not checkpoints.votes(51).writing)
+    assert checkpoints.after_step(51, checkpoints.votes(51), LoopMemory).failure is None
+    now[0] += VISIBLE_SECONDS
+    checkpoints.after_step(52, checkpoints.votes(52), LoopMemory)
+    until(lambda: checkpoints.votes(53).failed)
+    told = checkpoints.after_step(53, checkpoints.votes(53), LoopMemory).failure
+    assert told is not None
+    assert "must be the same place on every machine" in told
+    checkpoints.close()
+    engine.close()
+    assert trainer.newest() == 0
+
+
 def test_word_of_a_preemption_saves_at_once_and_once(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[object] = [None]
     log = Loop._log
@@ -207,33 +239,3 @@ def test_ray_leaves_word_of_a_preemption_where_it_is_looked_for() -> None:
 
     assert "preemption_context" in {field.name for field in fields(TrainContext)}
     assert PreemptionContext().preemption_info is None
-
-
-def test_a_worker_of_ray_that_is_killed_loses_nothing_either(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray ends what its workers have started; a writer is out of its reach."""
-    monkeypatch.setenv(MARK, trainer.mark)
-    monkeypatch.setenv("SPT_NOENV", "1")
-    workers = {"cluster.workers": {"replicas": 2, "cpus": 1}, "deepspeed.zeroStage": 2}
-    plan, workdir = trainer.plan(ENDLESS | workers, everySteps=20), trainer.folder / "run"
-    seen: dict[str, Any] = {}
-
-    def kill() -> None:
-        both = until(lambda: found if len(found := writers_of(trainer.mark)) == 2 else None)
-        for writer in both:
-            writer.suspend()
-        seen["skipped"] = until(trainer.skipped)
-        seen["writers"] = both
-        for process in psutil.Process().children(recursive=True):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                process.kill()
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    assert launch.run(plan, workdir, trainer.world.cache).result is Result.FAILED
-    killer.join(timeout=10)
-    assert all(is_alive(writer) for writer in seen["writers"])
-    assert trainer.newest() < seen["skipped"] - 20
-    for writer in seen["writers"]:
-        writer.resume()
-    until(lambda: not any(is_alive(writer) for writer in seen["writers"]))
-    assert trainer.newest() == seen["skipped"] - 20

@@ -221,6 +221,8 @@ class _Process:
                 start_new_session=True,
                 check=True,
             )
+        self._news = select.poll()  # select itself knows no descriptors above 1023, and large groups have those
+        self._news.register(self._channel, select.POLLIN)
         self._unread = b""
         self.tell(begin)
 
@@ -231,7 +233,7 @@ class _Process:
 
     def said(self, seconds: float) -> list[Said]:
         messages: list[Said] = []
-        while not self.ended and select.select([self._channel], [], [], 0 if messages else seconds)[0]:
+        while not self.ended and self._news.poll(0 if messages else 1000 * seconds):
             try:
                 data = self._channel.recv(1 << 16)
             except ConnectionError:
