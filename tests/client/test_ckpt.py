@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -62,32 +64,52 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path / "runs/bot/20260101-120000")
 
 
+class Here:
+    """The trainers' side in this process, which starts sooner: what the command sees of a process."""
+
+    def __init__(self, request: str) -> None:
+        self.stdout = io.StringIO()
+        with redirect_stdout(self.stdout):
+            self._code = main([request])
+        self.stdout.seek(0)
+
+    def wait(self) -> int:
+        return self._code
+
+
 @pytest.fixture
-def ckpt(finetune: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Finetune:
-    """`finetune ckpt`, in the folder that `runs` is in."""
+def real_ckpt(finetune: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Finetune:
+    """`finetune ckpt` with its two processes, in the folder that `runs` is in."""
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: finetune("ckpt", *arguments)
+
+
+@pytest.fixture
+def ckpt(real_ckpt: Finetune, monkeypatch: pytest.MonkeyPatch) -> Finetune:
+    """The same in one process."""
+    monkeypatch.setattr(asking, "start", Here)
+    return real_ckpt
 
 
 def row_of(done: Finished, start_: str) -> list[str]:
     return next(line.split() for line in done.stdout.splitlines() if line.startswith(start_))
 
 
-def test_a_list_shows_what_stays_and_why(ckpt: Finetune, run: Run) -> None:
-    done = ckpt("ls", run.folder)
+def test_a_list_shows_what_stays_and_why(real_ckpt: Finetune, run: Run) -> None:
+    done = real_ckpt("ls", run.folder)
     assert done.code == 0
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["STEP", "ATTEMPT", "AGE", "SIZE", "RANKS", "ZERO", "STATE", "PINNED", "WHY"]
     assert lines[1].split()[0] == "30"
     assert lines[1].endswith("whole  no      the newest that is whole; one of the last 2")
     assert lines[3].endswith("goes: no rule keeps it"), "the rule is the job's"
-    assert f"3 checkpoints at file://{run.root}: 132" in done.stdout
+    assert f"3 checkpoints at file://{run.root}: 131.3 kB" in done.stdout
     assert "A run goes on from 0000000030-e00001" in done.stdout
     assert "At work" not in done.stdout
 
 
-def test_a_list_as_json_has_every_key(ckpt: Finetune, run: Run) -> None:
-    document = ckpt("ls", run.folder, "-o", "json").document
+def test_a_list_as_json_has_every_key(real_ckpt: Finetune, run: Run) -> None:
+    document = real_ckpt("ls", run.folder, "-o", "json").document
     found = reports.CheckpointList.model_validate(document)
     assert [row.step for row in found.checkpoints] == [30, 20, 10]
     assert document["newest"] == "0000000030-e00001"
@@ -198,14 +220,14 @@ def test_whole_ones_are_said_to_be_whole(ckpt: Finetune, run: Run) -> None:
     assert "3 checkpoints verified, all whole. Looked at: every byte" in done.stdout
 
 
-def test_damage_is_named_and_told_by_the_exit_code(ckpt: Finetune, run: Run) -> None:
+def test_damage_is_named_and_told_by_the_exit_code(real_ckpt: Finetune, run: Run) -> None:
     file = run.damage(20)
-    assert ckpt("verify", "bot", "--all").code == 0, "sizes and receipts are right"
-    done = ckpt("verify", "bot", "20", "--deep")
+    assert real_ckpt("verify", "bot", "--all").code == 0, "sizes and receipts are right"
+    done = real_ckpt("verify", "bot", "20", "--deep")
     assert done.code == DAMAGED
     assert "0000000020-e00001  DAMAGED" in done.stdout
     assert f"  {file} model weight param [0, 1024): the bytes are not those that were saved" in done.stdout
-    document = ckpt("verify", "bot", "--all", "--deep", "-o", "json").document
+    document = real_ckpt("verify", "bot", "--all", "--deep", "-o", "json").document
     assert [one["whole"] for one in document["checkpoints"]] == [True, False, True]
     assert document["checkpoints"][1]["damages"][0]["tensor"] == "weight"
 
@@ -266,18 +288,26 @@ def test_a_pin_keeps_a_checkpoint_from_every_rule(ckpt: Finetune, run: Run) -> N
     assert read_pins(run.storage) == {}
 
 
-def test_gc_says_what_it_would_do_and_does_it_when_it_is_told_to(ckpt: Finetune, run: Run) -> None:
+def test_a_pin_whose_checkpoint_is_gone_can_be_taken_away(ckpt: Finetune, run: Run) -> None:
+    ckpt("pin", "bot", "10")
+    run.storage.delete([stored.name for stored in run.storage.list(layout.folder(CheckpointId(1, 10)))])
+    assert ckpt("unpin", "bot", "10").code == 2
+    assert ckpt("unpin", "bot", "0000000010-e00001").code == 0
+    assert read_pins(run.storage) == {}
+
+
+def test_gc_says_what_it_would_do_and_does_it_when_it_is_told_to(real_ckpt: Finetune, run: Run) -> None:
     write_all(run.storage, intent_of(run.fence, 40), ranks=[0])
-    said = ckpt("gc", "bot", "--dry-run")
+    said = real_ckpt("gc", "bot", "--dry-run")
     assert said.code == 0
     assert row_of(said, "deleted  0000000040")[4:] == ["it", "was", "never", "completed"]
     assert "2 checkpoints would be deleted" in said.stdout
     assert run.there() == [10, 20, 30, 40]
-    done = ckpt("gc", "bot", "--yes", "-o", "json").document
+    done = real_ckpt("gc", "bot", "--yes", "-o", "json").document
     assert [one["id"][:10] for one in done["deleted"]] == ["0000000040", "0000000010"]
     assert done["bytes"] > 60_000
     assert run.there() == [20, 30]
-    assert ckpt("gc", "bot", "--yes").stdout.endswith("Nothing to delete\n")
+    assert real_ckpt("gc", "bot", "--yes").stdout.endswith("Nothing to delete\n")
 
 
 def test_gc_deletes_nothing_when_nobody_can_be_asked(ckpt: Finetune, run: Run) -> None:
@@ -355,21 +385,21 @@ def test_the_folder_of_a_run_at_work_is_left_alone(ckpt: Finetune, locked: Run) 
     assert ckpt("ls", "bot").code == 0, "looking is always allowed"
 
 
-def test_a_place_whose_run_gave_a_sign_of_life_is_left_alone(ckpt: Finetune, tmp_path: Path) -> None:
+def test_a_place_whose_run_gave_a_sign_of_life_is_left_alone(real_ckpt: Finetune, tmp_path: Path) -> None:
     storage = PosixStorage(str(tmp_path / "shared"))
     fence = start(storage)
     now = datetime.now(UTC)
     for step in (10, 20):
         save(storage, fence, step, created=now - timedelta(minutes=5))
     write_all(storage, intent_of(fence, 30, created=now), ranks=[0])
-    assert "At work: test" in ckpt("ls", "shared").stdout
+    assert "At work: test" in real_ckpt("ls", "shared").stdout
     for verb in (["gc", "shared", "--keep-last", "1", "--yes"], ["repair", "shared"]):
-        done = ckpt(*verb)
+        done = real_ckpt(*verb)
         assert done.code == IN_USE
         assert "test seems to be at work there" in done.stderr
         assert "--take-over" in done.stderr
-    assert "without --dry-run this is refused" in ckpt("gc", "shared", "--keep-last", "1", "--dry-run").stdout
-    assert ckpt("gc", "shared", "--keep-last", "1", "--yes", "--take-over").code == 0
+    assert "without --dry-run this is refused" in real_ckpt("gc", "shared", "--keep-last", "1", "--dry-run").stdout
+    assert real_ckpt("gc", "shared", "--keep-last", "1", "--yes", "--take-over").code == 0
     assert [checkpoint.step for checkpoint in listed(storage)] == [20]
 
 
@@ -410,6 +440,38 @@ def test_what_is_missing_to_look_at_checkpoints_is_named(
     assert "finetune-operator[trainers]" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("program", "code", "said"),
+    [
+        ("import sys; sys.exit(7)", 7, "ended with exit code 7 and no answer"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 1, "ended with exit code -9 and no answer"),
+        ("import os, signal; signal.signal(2, signal.SIG_DFL); os.kill(os.getpid(), 2)", 130, ""),
+        ("print('a library says hello'); import sys; sys.exit(130)", 130, ""),
+    ],
+)
+def test_a_process_that_dies_is_told_by_its_end(
+    real_ckpt: Finetune, run: Run, monkeypatch: pytest.MonkeyPatch, program: str, code: int, said: str
+) -> None:
+    monkeypatch.setattr(asking, "ADMIN", (sys.executable, "-c", program))
+    done = real_ckpt("ls", "bot")
+    assert done.code == code
+    assert said in done.stderr
+    assert done.stdout == ""
+
+
+def test_progress_is_a_line_for_every_tenth_where_there_is_no_terminal(
+    real_ckpt: Finetune, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flows = [reports.Flow(what="0000000030-e00001", done=done, total=1000) for done in (5, 120, 130, 990)]
+    lines = [reports.Told(progress=flow).model_dump_json(by_alias=True) for flow in flows]
+    report = reports.Verification(uri="file:///x", deep=True, whole=True, checkpoints=[], bytes_read=1000)
+    lines.append(reports.Told(report=report.model_dump(mode="json", by_alias=True)).model_dump_json(by_alias=True))
+    monkeypatch.setattr(asking, "ADMIN", (sys.executable, "-c", f"print({chr(10).join(lines)!r})"))
+    done = real_ckpt("verify", "bot", "--deep")
+    assert done.code == 0
+    assert done.stderr == "0000000030-e00001: 10 %\n0000000030-e00001: 90 %\n"
+
+
 def test_a_folder_that_cannot_be_read_is_said_without_a_traceback(ckpt: Finetune, run: Run) -> None:
     (run.root / "ckpt").rename(run.root / "aside")
     (run.root / "ckpt").write_text("a file in the place of a folder")
@@ -419,12 +481,12 @@ def test_a_folder_that_cannot_be_read_is_said_without_a_traceback(ckpt: Finetune
     assert "ckpt/: Not a directory" in done.stderr
 
 
-def test_keys_are_in_no_message(ckpt: Finetune, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_in_no_message(real_ckpt: Finetune, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLEEXAMPLE")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very/secret/indeed")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://someone:very%2Fsecret@127.0.0.1:9/")
-    done = ckpt("ls", "s3://bucket/run", "-o", "json")
+    done = real_ckpt("ls", "s3://bucket/run", "-o", "json")
     assert done.code == 6
     for said in (done.stdout, done.stderr):
         assert "secret" not in said

@@ -45,14 +45,7 @@ def ask(request: Contract, console: Console) -> Answer:
             " install the trainers extra: pip install 'finetune-operator[trainers]'"
         )
         return Answer(INVALID, refusal=Refusal(message=message, exit_code=INVALID))
-    # In our own process group: Ctrl-C reaches it as it reaches us.
-    process = subprocess.Popen(
-        [*ADMIN, request.model_dump_json(by_alias=True)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
+    process = start(request.model_dump_json(by_alias=True))
     assert process.stdout is not None
     try:
         told = _follow(process.stdout, console)
@@ -63,6 +56,13 @@ def ask(request: Contract, console: Console) -> Answer:
     finally:
         process.stdout.close()
     return _answer(told, code)
+
+
+def start(request: str) -> subprocess.Popen[str]:
+    """The other side, in our own process group: Ctrl-C reaches it as it reaches us."""
+    return subprocess.Popen(
+        [*ADMIN, request], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
 
 
 def _answer(told: Told | None, code: int) -> Answer:

@@ -78,11 +78,10 @@ _TELL_SECONDS = 0.2
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    given = list(sys.argv[1:] if arguments is None else arguments)
+def main(arguments: Sequence[str]) -> int:
+    """Answer the request in `arguments` on stdout -> the exit code."""
     try:
-        report = _answer(_request(given))
+        report = _answer(_request(arguments))
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
@@ -189,10 +188,10 @@ def _pin(asked: ToPin) -> Contract:
 
 
 def _unpin(asked: ToUnpin) -> Contract:
-    from finetune_trainers.checkpoint.admin.pinning import unpinned
+    from finetune_trainers.checkpoint.admin.pinning import to_unpin, unpinned
 
     storage = _open(asked.uri, writes=True)
-    return unpinned(storage, chosen(storage, asked.id))
+    return unpinned(storage, to_unpin(storage, asked.id))
 
 
 _VERBS: dict[type[Contract], Callable[[Any], Contract]] = {
@@ -276,4 +275,5 @@ def _without_secrets(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    sys.exit(main(sys.argv[1:]))
