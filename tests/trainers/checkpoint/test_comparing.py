@@ -123,6 +123,7 @@ def test_the_same_values_differ_in_nothing(place: Storage) -> None:
         pytest.param(of(0.0), of(-0.0), (0.0, 0.0, 0), id="two zeros have different bits"),
         pytest.param(of(1.0, math.nan), of(1.5, 2.0), (0.5, 0.5, 1), id="NaN is counted apart"),
         pytest.param(of(math.inf), of(1.0), (None, None, 1), id="infinity too"),
+        pytest.param(of(1.0, 4.0), of(1.5, math.nan), (0.5, 0.5, 1), id="on either side"),
         pytest.param(of(2**53 + 1, dtype="int64"), of(5, dtype="int64"), (2.0**53 - 5, 1.0, 0), id="whole numbers"),
         pytest.param(of(1.5, dtype="float16"), of(2.5, dtype="float16"), (1.0, 2 / 3, 0), id="float16"),
         pytest.param(of(0x3F80, dtype="uint16"), of(0x4000, dtype="uint16"), (1.0, 1.0, 0), id="bfloat16"),
