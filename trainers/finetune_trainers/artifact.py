@@ -36,7 +36,7 @@ from finetune_trainers.score_head import padding_token, score_settings
 from finetune_trainers.tuning import ALL_LINEAR, SCORE_HEAD, transposed
 from finetune_trainers.weights import WeightFiles, read_tensors, write_tensors
 
-__all__ = ["adapter_config", "adapter_tensor_name", "second_names", "write_artifact"]
+__all__ = ["adapter_config", "adapter_tensor_name", "second_names", "write_artifact", "write_score_config"]
 
 
 def write_artifact(
@@ -146,13 +146,14 @@ def _write_model(folder: Path, tensors: Iterable[tuple[str, Tensor]], prepared: 
     write_tensors(folder, _with_base(tensors, base, left_out, dtype))
     write_config(folder, Path(prepared.folder), plan.precision, plan.model.trust_remote_code)
     if is_reward:
-        _write_score_config(folder, type(model).__name__, prepared, plan)
+        tokenizer = stored_tokenizer(prepared, plan.model.trust_remote_code)
+        write_score_config(folder, type(model).__name__, tokenizer, plan.model.trust_remote_code)
 
 
-def _write_score_config(folder: Path, architecture: str, prepared: PreparedModel, plan: RunPlan) -> None:
-    """What plain transformers must know to read the score."""
-    config = _config(folder, plan.model.trust_remote_code)
-    settings = score_settings(stored_tokenizer(prepared, plan.model.trust_remote_code))
+def write_score_config(folder: Path, architecture: str, tokenizer: Any, trust_remote_code: bool = False) -> None:
+    """What plain transformers must know to read the score, added to the config.json of a folder."""
+    config = _config(folder, trust_remote_code)
+    settings = score_settings(tokenizer)
     config.architectures = [architecture]
     config.num_labels = settings["num_labels"]
     config.get_text_config().pad_token_id = settings["pad_token_id"]

@@ -149,7 +149,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            end = max((stop for _, stop in (entry["data_offsets"] for entry in header.values())), default=0)
             shapes_given = all(isinstance(entry["shape"], list) for entry in header.values())
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise BrokenWeightsError(path, "is not a safetensors file: its header cannot be read") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune_api.progress import Result
+from finetune_api.plan import RunPlan
+from finetune_api.progress import Outcome, Result
 from finetune_api.spec import Precision
 from finetune_trainers.checkpoint.exports import ExportOptions, export_checkpoint
 from finetune_trainers.checkpoint.find import find_newest
@@ -25,11 +27,13 @@ from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.errors import UserError
 from finetune_trainers.merge import merge_adapter
 from tests.trainers.conftest import SmallWorld
+from tests.trainers.judged_world import JudgedWorld
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
+STEPS = {"training.maxSteps": 3, "training.precision": "fp32", "checkpoint": {"everySteps": 3}}
 FP32 = ExportOptions(dtype=Precision.FP32)
 LORA = {"tuning": {"lora": {"rank": 4, "alpha": 9, "targetModules": ["all-linear"]}}}
 FREEZE = {"tuning": {"freeze": {"train": ["model.layers.1.*"]}}}
@@ -55,16 +59,18 @@ class Trained:
 
 
 def trained(world: SmallWorld, folder: Path, changes: dict[str, Any]) -> Trained:
-    settings = {"training.maxSteps": 3, "training.precision": "fp32", "checkpoint": {"everySteps": 3}}
-    plan = world.plan(settings | changes)
+    return saved_and_trained(world.plan(STEPS | changes), folder, world.train, world.model)
+
+
+def saved_and_trained(plan: RunPlan, folder: Path, train: Callable[[RunPlan, Path], Outcome], model: Path) -> Trained:
     assert plan.checkpoint is not None
     uri = f"file://{folder}/checkpoints"
     plan = plan.model_copy(update={"checkpoint": plan.checkpoint.model_copy(update={"uri": uri})})
-    assert world.train(plan, folder / "run").result is Result.SUCCEEDED
+    assert train(plan, folder / "run").result is Result.SUCCEEDED
     storage = open_storage(uri)
     manifest = find_newest(storage).manifest
     assert manifest is not None
-    return Trained(folder, world.model, storage, manifest)
+    return Trained(folder, model, storage, manifest)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +141,18 @@ def test_a_lora_checkpoint_is_merged_into_its_base(lora: Trained, tmp_path: Path
     adapted = peft.AutoPeftModelForCausalLM.from_pretrained(lora.artifact)
     merged = AutoModelForCausalLM.from_pretrained(out)
     torch.testing.assert_close(logits_of(merged), logits_of(adapted), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])
+def test_a_reward_model_is_exported_with_its_score(tmp_path: Path, tuning: dict[str, Any]) -> None:
+    judged = JudgedWorld.at(tmp_path / "world", tied=False)
+    plan = judged.plan("reward", STEPS | tuning)
+    run = saved_and_trained(plan, tmp_path, judged.train, judged.world.model)
+    out = run.export(tmp_path / "out")
+    assert_same(weights(out), weights(run.artifact))
+    file = "adapter_config.json" if tuning else "config.json"
+    assert json.loads((out / file).read_text()) == json.loads((run.artifact / file).read_text())
+    assert AutoTokenizer.from_pretrained(out).pad_token == AutoTokenizer.from_pretrained(run.artifact).pad_token
 
 
 def test_a_base_with_other_weights_is_refused_when_its_weights_are_used(lora: Trained, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
     full tuning     model*.safetensors under the names of the base's files, its config.json and tokenizer
     freeze tuning   the same; what was frozen is copied from the base
     LoRA            adapter_model.safetensors and adapter_config.json; with `merge` a whole model
+    reward models   either, as transformers' ...ForSequenceClassification; calibration.json only training can write
 
 Everything is streamed. Of the base only headers are read, unless its weights go into the model: then its digest must
 be the one that the checkpoint names. A checkpoint that names no base (an import) gives weights alone.
@@ -90,55 +91,92 @@ def _write_model(
     out: Destination, storage: Storage, manifest: Manifest, base: Path | None, options: ExportOptions
 ) -> Artifact:
     precision = options.dtype or Precision.BF16
-    dtype = SAFETENSORS_TYPES[precision]
+    dtype, scored = SAFETENSORS_TYPES[precision], False
     if base is None:
         weights = of_checkpoint(storage, manifest, role=options.role, dtype=dtype)
     else:
-        weights = _whole_model(storage, manifest, base_weights(base), options.role, dtype)
+        files = base_weights(base)
+        names = _stored_names(manifest, files, options.role)
+        scored = any(name.partition(".")[0] == "score" for name in names.values() if name not in files.shapes)
+        weights = _whole_model(storage, manifest, files, names, scored, options.role, dtype)
     out.record(write_weights(out.sink, weights, max_shard_bytes=options.max_shard_bytes))
-    if base is not None:
+    if base is not None and scored:
+        _add_reward_files(out, base, precision)
+    elif base is not None:
         out.add_config(base, precision)
         copy_files(out, base, TOKENIZER_FILES)
     return out.seal("model", _named_base(manifest))
 
 
-def _whole_model(storage: Storage, manifest: Manifest, base: WeightFiles, role: str, dtype: str) -> list[Weight]:
-    """What was trained under the names that the base's files use, then the base's others."""
+def _stored_names(manifest: Manifest, base: WeightFiles, role: str) -> dict[str, str]:
+    """Parameter -> the name that the base's files use; its own where they lack it. Refused when shapes differ."""
     tensors = [tensor for tensor in manifest.intent.tensors if tensor.role == role]
-    if any(tensor.name == _SCORE for tensor in tensors):
-        raise UserError(
-            "the checkpoint is of a reward model, whose head only training writes as transformers reads it; let"
-            " training end, or export with --format dcp or deepspeed"
-        )
     names = {tensor.name: base.stored_name(tensor.name) or tensor.name for tensor in tensors}
     for tensor in tensors:
         shape = base.shapes.get(names[tensor.name], tensor.shape)
         if shape != tensor.shape:
-            raise _refused(
-                base.folder, f"has {names[tensor.name]} of shape {shape}, and it was trained as {tensor.shape}"
-            )
+            text = f"has {names[tensor.name]} of shape {shape}, and it was trained as {tensor.shape}"
+            raise _refused(base.folder, text)
+    return names
+
+
+def _whole_model(
+    storage: Storage,
+    manifest: Manifest,
+    base: WeightFiles,
+    names: dict[str, str],
+    scored: bool,
+    role: str,
+    dtype: str,
+) -> list[Weight]:
+    """What was trained under the names that the base's files use, then the base's others."""
     weights = of_checkpoint(storage, manifest, names, role, dtype)
     others = base.shapes.keys() - set(names.values())
     if others or not base.shapes.keys() >= set(names.values()):
-        others -= _second_names(base.folder)
+        others -= _left_out(base, scored)
         if others:
             _demand_base(manifest, base)
         weights += of_files(base, dtype, others)
     return weights
 
 
-def _second_names(folder: Path) -> set[str]:
-    """Of parameters that have two. Refused when files and parameters of the architecture are not the same."""
+def _left_out(base: WeightFiles, scored: bool) -> set[str]:
+    """Second names of parameters that have two, and what a reward model has no place for. Refused when files and
+    parameters of the architecture are not the same."""
     from transformers import AutoConfig
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from finetune_trainers.artifact import second_names
+    from finetune_trainers.models import meta_model
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(base.folder)
     if get_checkpoint_conversion_mapping(config.model_type) is not None:
         text = f"is a {config.model_type}, whose files keep parameters in another form than memory does"
-        raise _refused(folder, f"{text}; let training write the model, or export with --format dcp or deepspeed")
-    return second_names(config)
+        raise _refused(base.folder, f"{text}; let training write the model, or export with --format dcp or deepspeed")
+    left_out = second_names(config)
+    if scored:
+        model = meta_model(config, scores=True)
+        left_out |= base.shapes.keys() - {base.stored_name(name) for name, _ in model.named_parameters()}
+    return left_out
+
+
+def _add_reward_files(out: Destination, base: Path, precision: Precision) -> None:
+    """Configuration and tokenizer of a reward model, as training writes them."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from finetune_trainers.artifact import write_score_config
+    from finetune_trainers.artifact_folder import write_config
+    from finetune_trainers.models import meta_model
+    from finetune_trainers.score_head import padding_token
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    architecture = type(meta_model(AutoConfig.from_pretrained(base), scores=True)).__name__
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(Path(folder), base, precision)
+        write_score_config(Path(folder), architecture, tokenizer)
+        tokenizer.pad_token = padding_token(tokenizer)
+        tokenizer.save_pretrained(folder)
+        copy_files(out, Path(folder), ("*",))
 
 
 def _write_adapter(
@@ -154,7 +192,7 @@ def _write_adapter(
     out.record(written)
     pin = manifest.intent.base_model
     source, revision = (pin.source, pin.revision) if pin is not None else (str(base), None)
-    config = adapter_config(lora, names.values(), source, revision, base.absolute())
+    config = adapter_config(lora, set(names.values()), source, revision, base.absolute())
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         copy_files(out, Path(folder), ("adapter_config.json",))

@@ -56,7 +56,9 @@ class ImportFormat:
 def import_checkpoint(
     source: Path, storage: Storage, format_name: str, options: ImportOptions, now: datetime
 ) -> Manifest:
-    """Make a published checkpoint in `storage` of the foreign one in the folder `source`.
+    """Make a published checkpoint in `storage` of the foreign one in the folder `source`: from then on the newest.
+
+    It takes a fence: an attempt that is running publishes nothing any more.
 
     Raises UserError for what cannot be read, and for pickles without `allow_pickle`. `now` is put on record only.
     """

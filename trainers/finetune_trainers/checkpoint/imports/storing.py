@@ -111,7 +111,7 @@ def _names(foreign: Foreign, options: ImportOptions) -> dict[str, str]:
 
 
 class _Known(dict[str, tuple[int, ...]]):
-    """Shapes of a model's parameters by all of their names."""
+    """Shapes of a model's parameters by all of their names, and of its buffers, which are not trained."""
 
     one_name: frozenset[str] = frozenset()
     """The names that training uses: one for each parameter."""
@@ -124,6 +124,7 @@ def _parameters(base: Path) -> _Known:
 
     model = meta_model(AutoConfig.from_pretrained(base))
     known = _Known({name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)})
+    known |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
     known.one_name = frozenset(name for name, _ in model.named_parameters())
     return known
 
