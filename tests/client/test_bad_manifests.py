@@ -148,7 +148,7 @@ TABLE = [
             ("a pull of nothing", "dpo.beta", 0, "must be above 0"),
             ("a pull that is too strong", "orpo.beta", 101, "must be at most 100"),
             ("a loss that DPO does not have", "dpo.lossType", "robust", "must be sigmoid, ipo or hinge"),
-            ("half of the pairs are wrong", "dpo.labelSmoothing", 0.5, "must be below 0.5"),
+            ("half of the pairs are wrong", "dpo.labelSmoothing", 0.5, "must be at most 0.49"),
             ("a weight of nothing for bad answers", "kto.undesirableWeight", 0, "must be above 0"),
             ("scores are centred backwards", "reward.centerCoefficient", -0.1, "must be at least 0"),
             ("packing of pairs", "dpo.packing", True, "known here: maxSeqLength"),

@@ -60,7 +60,8 @@ class Dpo(Contract):
     """How strongly the model is held to the reference: more holds it closer."""
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     """`sigmoid` is DPO, `ipo` is Azar et al. (arXiv 2310.12036), `hinge` is SLiC (arXiv 2305.10425)."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    # Not lt=0.5: an API server compares whole numbers with the whole part of a bound, and 0 is not less than 0.
+    label_smoothing: Annotated[float, Field(ge=0, le=0.49)] = 0.0
     """Share of pairs that are believed to be the wrong way round; for lossType sigmoid."""
 
     rules = (
