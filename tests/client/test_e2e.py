@@ -214,12 +214,14 @@ def steps_made_in(folder: Path) -> list[int]:
     return [one["step"] for one in figures if "loss" in one["metrics"]]
 
 
-LONG = {"maxSteps": 300, "globalBatchSize": 8}
+LONG = {"maxSteps": 200, "globalBatchSize": 8}
+UNJUDGED = {"data": {"train": [{"source": "file://./rows.jsonl"}]}}
+"""Without evaluations, of which a few rows would make one every third step."""
 
 
 def test_after_a_kill_the_next_attempt_goes_on_from_the_last_checkpoint(world: World) -> None:
     folder = world.folder / "resumed"
-    job = world.write_job("resumed", {"training": LONG, "checkpoint": {"everySteps": 5}})
+    job = world.write_job("resumed", UNJUDGED | {"training": LONG, "checkpoint": {"everySteps": 5}})
     process = world.start(
         *("run", job, "--workdir", folder, "-o", "json", "--set", "failurePolicy.backoff.initialSeconds=1")
     )
@@ -238,7 +240,7 @@ def test_after_a_kill_the_next_attempt_goes_on_from_the_last_checkpoint(world: W
 
 def test_a_suspended_run_saves_and_goes_on_after_the_step_that_it_had_come_to(world: World) -> None:
     folder = world.folder / "suspended"
-    job = world.write_job("suspended", {"training": LONG, "checkpoint": {"everySteps": 100_000}})
+    job = world.write_job("suspended", UNJUDGED | {"training": LONG, "checkpoint": {"everySteps": 100_000}})
     done = world.finetune("run", job, "--workdir", folder, "-o", "json", "--suspend-after", "5")
     assert done.code == SUSPENDED, done.stderr
     checkpoint = done.document["checkpoint"]
