@@ -53,16 +53,20 @@ PROGRESS_SECONDS = 15.0
 """At least so long between two writes of a status in which only progress differs."""
 
 _WATCH_SECONDS = 5.0  # the watch names the key when it brings the job; this is for the case that it does not
+_LULL_SECONDS = 0.5  # without another RayJob made, the rest is made of those that are there
+_PATIENCE_SECONDS = 30.0
 _LOOKS = 12  # one more for each object that turns out to be there
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Memory:
-    """What was last written to a job's status: from which version, and when."""
+    """What was last done for a job: its status written, from which version and when; its RayJob made, likewise."""
 
     replaced: str = ""
     written_at: datetime | None = None
+    begun: str = ""
+    begun_at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class Reconciler:
         self._knows_ray_jobs = knows_ray_jobs
         self._events = EventRecorder(cluster, clock, settings.pod_name)
         self._memories: dict[Key, _Memory] = {}
+        self._last_begun_at: datetime | None = None
 
     async def reconcile(self, key: Key) -> float | None:
         """One pass. In how many seconds to look again; None for when something changes. Raises ClusterError."""
@@ -110,6 +115,8 @@ class Reconciler:
     async def _pass(self, key: Key, world: World) -> float | None:
         for _ in range(_LOOKS):
             begun = starts.begun(world)
+            if begun is not None and (wait := self._until_others_have_begun(key, world.job, begun)) > 0:
+                return wait
             decision = decide(world.job, observe(starts.without(world, begun)), self._clock(), self._settings)
             if begun is not None:
                 decision = starts.furnished(decision, begun)
@@ -121,11 +128,32 @@ class Reconciler:
                 await self._delete(starts.withdrawn(begun))
                 return await self._report_refusal(key, world.job, decision, refused.refusal)
             if created.unseen is None and begins:
-                return None  # the watch brings the RayJob, and the rest is made when nothing newer waits
+                return self._note_beginning(key, world.job)
             if created.unseen is None:
                 return await self._carry_out(key, world.job, starts.with_uid(decision, created.ray_job))
             world = _with_child(world, *created.unseen)
         raise AssertionError("what the world shows is not created")
+
+    def _note_beginning(self, key: Key, job: Document) -> float:
+        memory = self._memories.setdefault(key, _Memory())
+        memory.begun, memory.begun_at = version_of(job), self._clock()
+        self._last_begun_at = memory.begun_at
+        return _LULL_SECONDS
+
+    def _until_others_have_begun(self, key: Key, job: Document, ray_job: Document) -> float:
+        """Seconds that the rest of an attempt can wait, because RayJobs are being made for others; 0 for no longer.
+
+        Nobody misses the rest before KubeRay has touched the RayJob. The older the RayJob, the longer until it is
+        looked at again, so that waiting for a thousand others costs a dozen looks.
+        """
+        memory, now = self._memories.setdefault(key, _Memory()), self._clock()
+        if memory.begun_at is None or memory.begun != version_of(job) or ray_job.get("status"):
+            return 0.0
+        age = (now - memory.begun_at).total_seconds()
+        since_last = (now - self._last_begun_at).total_seconds() if self._last_begun_at else age
+        if age >= _PATIENCE_SECONDS or since_last >= _LULL_SECONDS:
+            return 0.0
+        return max(_LULL_SECONDS, age / 4)
 
     async def _begins(self, world: World, decision: Decision) -> bool:
         """Whether a new attempt's RayJob is made now, and all the rest later. Raises Conflict for old news.

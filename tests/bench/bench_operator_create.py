@@ -48,20 +48,20 @@ RAY_JOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
 
 
 async def offered(
-    api: Api,
-    jobs: str,
-    children: str,
-    make: Callable[[str], Any],
-    child_of: Callable[[str], str],
-    num: int,
-    rate: float,
+    api: Api, jobs: str, ends: dict[str, Callable[[str], str]], make: Callable[[str], Any], num: int, rate: float
 ) -> list[float]:
-    """Seconds from a job's creation to its child's appearance, of `num` jobs offered at `rate` a second."""
+    """Seconds from a job's creation to its first child's appearance, of `num` jobs offered at `rate` a second.
+
+    Returns when all that `ends` names is there (see `at_once`): what comes next finds the controller at rest.
+    """
     names = [f"rate-{number}" for number in range(num)]
-    async with watched(api, children) as seen:
+    async with AsyncExitStack() as watches:
+        seen = [await watches.enter_async_context(watched(api, path)) for path in ends]
         created = await api.at_rate([(name, jobs, make(name)) for name in names], rate)
-        await _all_there(seen, [child_of(name) for name in names])
-    return [max(0.0, seen[child_of(name)] - created[name]) for name in names]
+        for found, name_of in zip(seen, ends.values(), strict=True):
+            await _all_there(found, [name_of(name) for name in names])
+    child_of = next(iter(ends.values()))
+    return [max(0.0, seen[0][child_of(name)] - created[name]) for name in names]
 
 
 async def at_once(
@@ -94,10 +94,9 @@ async def measure(
     server: Server, jobs: str, ends: dict[str, Callable[[str], str]], make: Callable[[str], Any], options: Any
 ) -> dict[str, Any]:
     """`ends`: see `at_once`; the first is the child that counts."""
-    children, child_of = next(iter(ends.items()))
     async with api_of(server) as api:
         load = busy()
-        delays = await offered(api, jobs, children, make, child_of, options.jobs, options.rate)
+        delays = await offered(api, jobs, ends, make, options.jobs, options.rate)
         per_second = await at_once(api, jobs, ends, make, options.jobs)
     return {
         "load_before": load,

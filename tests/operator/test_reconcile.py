@@ -100,6 +100,27 @@ def test_of_jobs_that_wait_together_all_get_their_ray_job_before_the_rest_is_mad
     run(main())
 
 
+def test_while_others_begin_kuberays_touch_brings_the_rest_at_once_and_patience_has_an_end() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.submit(job_document(name="waits"))
+        await stage.submit(job_document(name="touched"))
+        for number in range(160):
+            await stage.submit(job_document(name=f"job-{number}"))
+            await asyncio.sleep(0.25)
+            match number:
+                case 8:
+                    assert stage.names(ROLE) == []
+                    await stage.kuberay("touched-1", "Initializing")
+                case 10 | 100:
+                    assert stage.names(ROLE) == ["touched-trainer"]
+                case 159:
+                    assert "waits-trainer" in stage.names(ROLE)
+        await asyncio.sleep(20)
+        assert len(stage.names(ROLE)) == 162
+
+    play(scenario)
+
+
 def test_when_one_object_is_refused_the_ray_job_is_taken_back_and_comes_last_from_then_on() -> None:
     async def scenario(stage: Stage) -> None:
         def refuse(asked: Asked) -> None:
