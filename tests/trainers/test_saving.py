@@ -94,7 +94,7 @@ class Trainer:
 
     def paused_writer(self) -> psutil.Process:
         """As a storage that hangs."""
-        [writer] = until(lambda: writers_of(self.mark))
+        writer: psutil.Process = until(lambda: writers_of(self.mark))[0]
         writer.suspend()
         return writer
 
