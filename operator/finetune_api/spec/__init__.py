@@ -6,6 +6,7 @@ that planning decides and prints its reason. A field is here only when something
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from pydantic import Field
@@ -86,6 +87,12 @@ __all__ = [
 ]
 
 
+def _formats_fit(part: str, spec: FineTuneJobSpec) -> bool:
+    """Whether the method learns from the formats that `part` of the data names."""
+    sources: list[DataSource] = getattr(spec.data, part)
+    return all(source.format in {DataFormat.AUTO, *spec.method.formats} for source in sources)
+
+
 class FineTuneJobSpec(Contract):
     """What to train, on what data, how, and where."""
 
@@ -161,7 +168,7 @@ class FineTuneJobSpec(Contract):
                 " d.format != 'preference' && d.format != 'unpaired-preference' : d.format == 'preference'))",
                 message="reward, dpo and orpo learn from format preference, kto from unpaired-preference, and sft from"
                 " the other formats; set format to auto or to one that the method learns from",
-                holds=lambda s, part=part: s._formats_fit(part),
+                holds=partial(_formats_fit, part),
                 field=f"data.{part}",
             )
             for part in ("train", "eval")
@@ -203,10 +210,6 @@ class FineTuneJobSpec(Contract):
         if micro == "auto" or workers.gpus is None:
             return True  # planning decides, and checks again with the runtime's numbers
         return self.training.global_batch_size % (micro * workers.replicas * max(workers.gpus, 1)) == 0
-
-    def _formats_fit(self, part: str) -> bool:
-        sources: list[DataSource] = getattr(self.data, part)
-        return all(source.format in {DataFormat.AUTO, *self.method.formats} for source in sources)
 
     def _wants_evaluation(self) -> bool:
         training = self.training
