@@ -115,7 +115,7 @@ class Reconciler:
     async def _pass(self, key: Key, world: World) -> float | None:
         for _ in range(_LOOKS):
             begun = starts.begun(world)
-            if begun is not None and (wait := self._until_others_have_begun(key, world.job, begun)) > 0:
+            if begun is not None and (wait := self._until_others_have_begun(key, world, begun)) > 0:
                 return wait
             decision = decide(world.job, observe(starts.without(world, begun)), self._clock(), self._settings)
             if begun is not None:
@@ -140,15 +140,17 @@ class Reconciler:
         self._last_begun_at = memory.begun_at
         return _LULL_SECONDS
 
-    def _until_others_have_begun(self, key: Key, job: Document, ray_job: Document) -> float:
+    def _until_others_have_begun(self, key: Key, world: World, ray_job: Document) -> float:
         """Seconds that the rest of an attempt can wait, because RayJobs are being made for others; 0 for no longer.
 
         Nobody misses the rest before KubeRay has touched the RayJob. The older the RayJob, the longer until it is
         looked at again, so that waiting for a thousand others costs a dozen looks.
         """
         memory, now = self._memories.setdefault(key, _Memory()), self._clock()
-        if memory.begun_at is None or memory.begun != version_of(job) or ray_job.get("status"):
+        if memory.begun_at is None or memory.begun != version_of(world.job) or ray_job.get("status"):
             return 0.0
+        if world.one_machine:
+            return 0.0  # whoever looks next would find a job without its attempt
         age = (now - memory.begun_at).total_seconds()
         since_last = (now - self._last_begun_at).total_seconds() if self._last_begun_at else age
         if age >= _PATIENCE_SECONDS or since_last >= _LULL_SECONDS:
