@@ -184,9 +184,9 @@ def test_two_workers_make_the_steps_of_one(name: str, two_workers: Path, judged:
     for figure in (*FIGURES, "eval_loss", "eval_rewards/margins"):
         two, one = judged.curve(two_workers / name, figure), judged.curve(tmp_path / "run", figure)
         assert two == pytest.approx(one, abs=5e-4), figure
-    two, one = judged.artifact(two_workers / name), judged.artifact(tmp_path / "run")
-    assert two.keys() == one.keys()
-    assert all(torch.allclose(two[tensor], one[tensor], atol=2e-3) for tensor in one)
+    found, wanted = judged.artifact(two_workers / name), judged.artifact(tmp_path / "run")
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[tensor], wanted[tensor], atol=2e-3) for tensor in wanted)
 
 
 RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -283,7 +283,7 @@ def stored_scores(model: Any, folder: Path, texts: list[str]) -> Tensor:
 
 def texts_of(judged: JudgedWorld, way: str) -> list[str]:
     rows = [json.loads(line) for line in (judged.world.folder / "eval-pairs.jsonl").read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(judged.world.model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(judged.world.model)
     return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False

@@ -95,7 +95,7 @@ def meta_model(config: Any, trust_remote_code: bool = False, scores: bool = Fals
     `scores`: with a score in the place of the output head, where transformers knows such a model.
     """
     scored = scores and has_score_head(config)
-    kind = AutoModelForSequenceClassification if scored else AutoModelForCausalLM
+    kind: Any = AutoModelForSequenceClassification if scored else AutoModelForCausalLM
     if scored:
         config = copy.deepcopy(config)
         config.num_labels = 1

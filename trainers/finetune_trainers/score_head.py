@@ -7,6 +7,7 @@ here too, so a model reloaded elsewhere gives the same scores. Called by `models
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -45,8 +46,6 @@ def score_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def begin_head(model: PreTrainedModel, seed: int) -> None:
     """New weights for the head, the same on every rank and whatever holds them. Collective under ZeRO-3."""
-    from contextlib import nullcontext
-
     weight = model.get_submodule(HEAD).weight
     assert isinstance(weight, nn.Parameter)
     split: Any = nullcontext()
@@ -54,7 +53,8 @@ def begin_head(model: PreTrainedModel, seed: int) -> None:
     if hasattr(weight, "ds_id"):
         from deepspeed.runtime.zero import GatheredParameters
 
-        split, shape = GatheredParameters([weight], modifier_rank=0), weight.ds_shape
+        whole: Any = weight  # DeepSpeed leaves the shape on the parameter, which holds a part
+        split, shape = GatheredParameters([weight], modifier_rank=0), whole.ds_shape
     drawn = torch.empty(shape).normal_(std=_spread(model), generator=torch.Generator().manual_seed(seed))
     with split, torch.no_grad():
         if weight.numel() == drawn.numel():

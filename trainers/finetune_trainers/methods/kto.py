@@ -106,8 +106,8 @@ class Kto:
                 if moved.references is not None:
                     totals[0] += (found - moved.references[:, 1]).sum()
                 totals[1] += len(batch.slots)
-        total, count = self._context.all_reduce_sum(totals)
-        return (total / count.clamp(min=1)).clamp(min=0).float()
+        totals = self._context.all_reduce_sum(totals)
+        return (totals[0] / totals[1].clamp(min=1)).clamp(min=0).float()
 
     def _sums(self, found: Tensor, reference: Tensor, liked: Tensor) -> Tensor:
         """float64 [num_sums]: KL and rows, then reward, log-probability and number of liked rows, and of the others."""
