@@ -129,7 +129,7 @@ def test_a_report_that_is_older_than_the_status_takes_nothing_back() -> None:
 
 def test_a_rejected_checkpoint_takes_the_status_back_to_the_one_that_is_used_and_is_told_once() -> None:
     cluster = training(step=22, checkpoint=saved(20))
-    rejected = {"rejected_checkpoints": ["step-20: shard 1 is damaged"], "resumed_from_step": 10}
+    rejected: dict[str, Any] = {"rejected_checkpoints": ["step-20: shard 1 is damaged"], "resumed_from_step": 10}
     next_attempt(cluster, 11, checkpoint=saved(10), **rejected)
     assert (kept(cluster), cluster.attempt["resumedFromStep"]) == (10, 10)
     cluster.wait(60).report(step=15, checkpoint=saved(10), **rejected).settle()
@@ -196,7 +196,7 @@ def test_workers_that_are_started_again_go_on_later_and_the_attempt_began_where_
 
 def test_workers_that_are_started_again_and_reject_the_newest_take_the_status_back() -> None:
     cluster = training(step=22, checkpoint=saved(20))
-    rejected = {"rejected_checkpoints": ["step-20: shard 1 is damaged"], "resumed_from_step": 10}
+    rejected: dict[str, Any] = {"rejected_checkpoints": ["step-20: shard 1 is damaged"], "resumed_from_step": 10}
     for step in (11, 12):
         cluster.wait(60).report(step=step, checkpoint=saved(10), **rejected).settle()
     assert (kept(cluster), cluster.attempt["resumedFromStep"]) == (10, 0)
