@@ -95,7 +95,8 @@ def _resident(field: str) -> int:
 def prepare(folder: Path, num_bytes: int) -> dict[str, Path]:
     """The same parameters as each way wants them -> where they are."""
     import torch
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
     from finetune_trainers.checkpoint.commit import begin
     from finetune_trainers.checkpoint.storage.opening import open_storage
@@ -109,9 +110,9 @@ def prepare(folder: Path, num_bytes: int) -> dict[str, Path]:
         ranks("save", TAG)
     (folder / "zero").mkdir()
     (folder / TAG).rename(folder / "zero" / TAG)
-    writer = dcp.HuggingFaceStorageWriter(str(folder / "dcp"), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder / "dcp"), save_distributed=True)
     state = {tensor.name: torch.randn(WIDTH, WIDTH) for tensor in of}
-    dcp.save(state, storage_writer=writer, no_dist=True)
+    save_distributed(state, storage_writer=writer, no_dist=True)
     (folder / "dcp" / "count").write_text(str(len(of)))
     raw_write(folder, len(of) * WIDTH * WIDTH * 4)
     (folder / "raw").rename(folder / "parameters")

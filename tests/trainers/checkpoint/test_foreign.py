@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from finetune_api.spec import Precision
 from finetune_trainers.checkpoint.exports import ExportOptions, export_checkpoint
@@ -62,8 +64,8 @@ def test_torch_loads_what_goes_to_dcp_and_trains_on(tmp_path: Path) -> None:
     training.step(3)
     out = exported(training, tmp_path, "dcp")
     model, optimizer = get_state_dict(other.network, other.adamw)
-    loaded = {"model": model, "optimizer": optimizer}
-    dcp.load(loaded, checkpoint_id=str(out), no_dist=True)
+    loaded: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    load(loaded, checkpoint_id=str(out), no_dist=True)
     set_state_dict(other.network, other.adamw, model_state_dict=model, optim_state_dict=loaded["optimizer"])
     assert other.contents() == training.contents()
     assert [group["weight_decay"] for group in other.adamw.param_groups] == [0.1, 0.0]
@@ -98,7 +100,7 @@ def test_what_torch_saves_is_read_whatever_wraps_it(tmp_path: Path) -> None:
     training.step(2)
     model, optimizer = get_state_dict(training.network, training.adamw)
     state = {"app": {"model": model, "optim": optimizer}, "epoch": 4}
-    dcp.save(state, checkpoint_id=str(tmp_path / "dcp"), no_dist=True)
+    save(state, checkpoint_id=str(tmp_path / "dcp"), no_dist=True)
     manifest, found = imported(tmp_path / "dcp", tmp_path / "back", "dcp")
     assert found == training.contents()
     assert manifest.intent.step == 2
@@ -107,8 +109,8 @@ def test_what_torch_saves_is_read_whatever_wraps_it(tmp_path: Path) -> None:
 def test_safetensors_of_dcp_need_no_pickle(tmp_path: Path) -> None:
     training = Training()
     training.step()
-    writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "hf"), save_distributed=True)
-    dcp.save(dict(training.named), storage_writer=writer, no_dist=True)
+    writer = HuggingFaceStorageWriter(str(tmp_path / "hf"), save_distributed=True)
+    save(dict(training.named), storage_writer=writer, no_dist=True)
     manifest, found = imported(tmp_path / "hf", tmp_path / "back", "dcp", ImportOptions(step=7))
     assert found == {key: value for key, value in training.contents().items() if key[1] == "param"}
     assert (manifest.intent.step, steps(manifest)) == (7, {0})
@@ -120,7 +122,7 @@ def test_torch_reads_an_exported_model_without_a_pickle(tmp_path: Path) -> None:
     storage, manifest = training.save(tmp_path / "run", 1)
     export_checkpoint(storage, manifest, str(tmp_path / "out"), "hf", ExportOptions(dtype=Precision.FP32))
     loaded = {name: parameter.detach() for name, parameter in other.named.items()}
-    dcp.load(loaded, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path / "out")), no_dist=True)
+    load(loaded, storage_reader=HuggingFaceStorageReader(str(tmp_path / "out")), no_dist=True)
     assert all(torch.equal(loaded[name], training.state(name, "param")) for name in loaded)
 
 

@@ -75,12 +75,12 @@ def test_a_training_goes_on_from_what_came_back(small_world: SmallWorld, tmp_pat
 
 
 def test_what_is_not_of_the_base_model_is_refused(small_world: SmallWorld, tmp_path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     options = ImportOptions(base=small_world.model, allow_pickle=True)
-    dcp.save({"model.norm.weight": torch.zeros(3)}, checkpoint_id=str(tmp_path / "shape"), no_dist=True)
+    save({"model.norm.weight": torch.zeros(3)}, checkpoint_id=str(tmp_path / "shape"), no_dist=True)
     with pytest.raises(UserError, match=r"norm\.weight has shape \(3,\), and the base model has it as \(64,\)"):
         import_checkpoint(tmp_path / "shape", open_storage(f"file://{tmp_path}/1"), "dcp", options, NOON)
-    dcp.save({"encoder.weight": torch.zeros(3)}, checkpoint_id=str(tmp_path / "name"), no_dist=True)
+    save({"encoder.weight": torch.zeros(3)}, checkpoint_id=str(tmp_path / "name"), no_dist=True)
     with pytest.raises(UserError, match=r"encoder\.weight is no parameter of the model in .*; say with --prefix"):
         import_checkpoint(tmp_path / "name", open_storage(f"file://{tmp_path}/2"), "dcp", options, NOON)

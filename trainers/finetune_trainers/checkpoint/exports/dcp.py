@@ -18,10 +18,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from finetune_api.progress import Artifact
 from finetune_trainers.artifact_folder import new_folder, seal
@@ -45,10 +47,10 @@ def write(storage: Storage, manifest: Manifest, to: str, options: ExportOptions)
     assert folder is not None
     with new_folder(folder, "--to") as unfinished:
         # One file a piece: with one for all, torch's writer would keep every piece until the file is done.
-        writer = dcp.FileSystemWriter(unfinished, single_file_per_rank=False, thread_count=_THREADS)
+        writer = FileSystemWriter(unfinished, single_file_per_rank=False, thread_count=_THREADS)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-            dcp.save(_dictionaries(state), storage_writer=writer, planner=_Planner(state), no_dist=True)
+            save(_dictionaries(state), storage_writer=writer, planner=_Planner(state), no_dist=True)
         return seal(unfinished, folder, "dcp", state.base)
 
 
@@ -70,7 +72,7 @@ def _param_groups(state: TrainingState, params: Mapping[str, Tensor]) -> Iterato
         yield {**adamw.state_dict()["param_groups"][0], "params": list(group.names)}
 
 
-class _Planner(dcp.DefaultSavePlanner):
+class _Planner(DefaultSavePlanner):
     """Cuts tensors without data into pieces, and has the data when it is asked for."""
 
     def __init__(self, state: TrainingState) -> None:
