@@ -1,4 +1,6 @@
-"""A worker that is killed under Ray Train: the run ends with a failure that names it, and nothing is left running."""
+"""A worker that is killed under Ray Train. Without checkpoints the run ends with a failure that names it; with them
+other workers go on. Nothing is left running.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import psutil
 import pytest
 
 from finetune_api.failures import FailureClass
-from finetune_api.progress import Outcome, Result
+from finetune_api.progress import Outcome, Progress, Result
 from finetune_trainers import launch
 from tests.trainers.conftest import SmallWorld
 
@@ -44,11 +46,11 @@ def names_below() -> list[str]:
 
 
 class Killer(threading.Thread):
-    """Kills one worker as soon as the run in `workdir` has made a step."""
+    """Kills one worker as soon as a text stands in a file."""
 
-    def __init__(self, workdir: Path) -> None:
+    def __init__(self, file: Path, text: str) -> None:
         super().__init__(daemon=True)
-        self._metrics = workdir / "metrics.jsonl"
+        self._file, self._text = file, text
         self.killed: int | None = None
         self.idle: list[str] = []
         """Processes that Ray had started and that did nothing then."""
@@ -56,7 +58,7 @@ class Killer(threading.Thread):
     def run(self) -> None:
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
-            if self._metrics.exists() and '"grad_norm"' in self._metrics.read_text():
+            if self._file.exists() and self._text in self._file.read_text():
                 victim = max(training_workers(), key=lambda process: process.pid)
                 self.killed = victim.pid
                 self.idle = [name for name in names_below() if name == "ray::IDLE"]
@@ -85,7 +87,7 @@ def ended(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> 
             "cluster.workers": {"replicas": 2, "cpus": 1},
         }
     )
-    killer = Killer(workdir)
+    killer = Killer(workdir / "metrics.jsonl", '"grad_norm"')  # it has made a step
     killer.start()
     outcome = launch.run(plan, workdir, small_world.cache)
     killer.join(timeout=10)
@@ -109,3 +111,32 @@ def test_no_worker_and_no_daemon_of_rays_is_left(ended: Ended) -> None:
 def test_the_processes_that_were_started_ahead_are_the_ones_that_train(ended: Ended) -> None:
     """A shortcut through Ray's internals, which another version of Ray may close without a word: they would idle."""
     assert ended.killer.idle == []
+
+
+@pytest.fixture(scope="module")
+def survived(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    workdir = tmp_path_factory.mktemp("survived")
+    plan = small_world.plan(
+        {
+            "training.maxSteps": 100,
+            "training.globalBatchSize": 16,
+            "deepspeed.zeroStage": 2,
+            "cluster.workers": {"replicas": 2, "cpus": 1},
+            "checkpoint": {"everySteps": 5},
+        }
+    )
+    killer = Killer(workdir / "progress.jsonl", '"savedAt"')  # it has a whole checkpoint
+    killer.start()
+    outcome = launch.run(plan, workdir, small_world.cache)
+    killer.join(timeout=10)
+    return Ended(outcome, killer, workdir)
+
+
+def test_a_training_that_saves_goes_on_with_other_workers(survived: Ended) -> None:
+    assert survived.killer.killed is not None
+    assert survived.outcome.failure is None
+    assert survived.outcome.step == 100
+    reports = (survived.workdir / "progress.jsonl").read_text()
+    assert "Other workers start, and go on from the newest checkpoint." in reports
+    begun = [Progress.model_validate_json(line).resumed_from_step for line in reports.splitlines()]
+    assert max(step for step in begun if step is not None) >= 5

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from finetune_api.plan import Device, RunPlan
 from finetune_api.progress import Stage
-from finetune_trainers.progress import FileSink, Sink
+from finetune_trainers.progress import PROGRESS_FILE, FileSink, Sink
 
 __all__ = ["STOP_FILE", "RayTrainContext", "SingleProcessContext", "WorkerContext", "threads_per_worker"]
 
@@ -70,7 +70,7 @@ class _FileSignals:
 
     def __init__(self, workdir: Path) -> None:
         self._stop_file = workdir / STOP_FILE
-        self._sink: Sink = FileSink(workdir / "progress.jsonl", on_stop=self._stop_file.touch)
+        self._sink: Sink = FileSink(workdir / PROGRESS_FILE, on_stop=self._stop_file.touch)
 
     def report(self, stage: Stage, urgent: bool = False, **figures: Any) -> None:
         if self.rank == 0:

@@ -31,7 +31,7 @@ from finetune_api.progress import Artifact, Outcome, Result, Stage
 from finetune_trainers.context import STOP_FILE
 from finetune_trainers.errors import UserError, classified
 from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedRun
-from finetune_trainers.progress import FileSink
+from finetune_trainers.progress import PROGRESS_FILE, FileSink
 from finetune_trainers.worker_process import LOG_FILE
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class _Launch:
         self.workdir = workdir
         self.cache = cache
         self.seconds: dict[str, float] = {}
-        self.sink = FileSink(workdir / "progress.jsonl")
+        self.sink = FileSink(workdir / PROGRESS_FILE)
 
     def begin(self) -> None:
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class _Launch:
                 if ray is None:
                     result = _train_here(self.plan, prepared, self.workdir)
                 else:
-                    result = ray.run(prepared, self.workdir, stops.wait)
+                    result = ray.run(prepared, self.workdir, stops.wait, self._tell_of_workers)
             self.seconds[Stage.STARTING_WORKERS] = result.started_at - asked_at
             self.seconds |= result.seconds
             artifacts = self._publish(result.artifact, prepared.model)
@@ -137,6 +137,10 @@ class _Launch:
             metrics={name: value for name, value in training.metrics.items() if math.isfinite(value)},
             seconds=self.seconds,
         )
+
+    def _tell_of_workers(self, sentence: str) -> None:
+        logger.warning(sentence)
+        self.report(Stage.STARTING_WORKERS, message=sentence)
 
     def check(self) -> Outcome:
         prepared = self.prepare()

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 from finetune_api.progress import Outcome, Progress, Stage
 from finetune_trainers.cluster_sink import cluster_sink
 
-__all__ = ["FileSink", "Sink"]
+__all__ = ["PROGRESS_FILE", "FileSink", "Sink", "last_report"]
 
+PROGRESS_FILE = "progress.jsonl"
+"""In the run's folder."""
 MIN_INTERVAL_SECONDS = 0.2
 _AFTER_TRAINING = frozenset({Stage.EXPORTING, Stage.DONE})
 _LASTING = frozenset(Progress.model_fields) - {"stage", "percent", "eta_seconds", "message", "updated_at"}
@@ -62,15 +64,9 @@ class FileSink:
             self._cluster.report(progress)
 
     def _reached(self) -> dict[str, Any]:
-        """What the last report says of steps and checkpoints, whoever wrote it; nothing when it cannot be read."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(max(0, self._path.stat().st_size - _LONGEST_LINE))
-                *_, last = file.read().splitlines()
-            report = Progress.model_validate_json(last)
-        except (OSError, ValueError):
-            return {}
-        return {name: getattr(report, name) for name in report.model_fields_set & _LASTING}
+        """What the last report says of steps and checkpoints, whoever wrote it."""
+        report = last_report(self._path)
+        return {name: getattr(report, name) for name in report.model_fields_set & _LASTING} if report else {}
 
     def begin(self) -> None:
         """The run starts: only its driver says so."""
@@ -81,3 +77,14 @@ class FileSink:
         """The run has ended: only its driver says so. Nothing is reported after it."""
         if self._cluster is not None:
             self._cluster.finish(outcome)
+
+
+def last_report(path: Path) -> Progress | None:
+    """The last report in a run's file; None when there is none that can be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _LONGEST_LINE))
+            *_, last = file.read().splitlines()
+        return Progress.model_validate_json(last)
+    except (OSError, ValueError):
+        return None

@@ -2,10 +2,15 @@
 
 On a laptop Ray is started here, in a temporary folder, and ended again; with RAY_ADDRESS set, the cluster is used that
 is there. Starting Ray takes seconds, so it begins in the background while the model and the data are looked at.
+
+When a worker dies and the job saves checkpoints, another group takes the place of the whole one, in the same Ray, and
+goes on from the newest checkpoint: model, data and cluster are there already. That is bounded, and a failure that has
+a reason of its own is never tried again here: the next attempt of the job is its owner's business.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
@@ -20,10 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from finetune_api.failures import FailureClass
 from finetune_api.plan import Device, RunPlan
 from finetune_trainers import ray_warm
 from finetune_trainers.errors import OutOfMemoryError, TrainerError, classified, first_line
 from finetune_trainers.prepared import PreparedRun
+from finetune_trainers.progress import PROGRESS_FILE, last_report
 from finetune_trainers.worker_process import LOG_FILE, train
 
 if TYPE_CHECKING:
@@ -33,6 +40,8 @@ __all__ = ["RayWorkers"]
 
 START_ATTEMPTS = 3
 """Ray gives its daemons 30 seconds, which is not always enough on a busy machine."""
+MOST_REPLACEMENTS = 3
+"""Groups that may follow one another without a newer checkpoint than the one before."""
 OBJECT_STORE_BYTES = 100 << 20
 """Nothing large passes through Ray's object store."""
 ENVIRONMENT = {
@@ -142,21 +151,45 @@ class RayWorkers:
         self._temporary = None
 
     def run(
-        self, prepared: PreparedRun, workdir: Path, wait: Callable[[Future[WorkerResult]], WorkerResult]
+        self,
+        prepared: PreparedRun,
+        workdir: Path,
+        wait: Callable[[Future[WorkerResult]], WorkerResult],
+        tell: Callable[[str], None] = lambda sentence: None,
     ) -> WorkerResult:
         """Train. `wait` is given the future of the result and returns the result, so that the caller decides how its
-        own thread waits. Raises TrainerError."""
+        own thread waits; `tell` is given sentences for people, from another thread. Raises TrainerError."""
         assert self._started is not None, "run belongs inside the with block"
         try:
             self._started.result()
         except Exception as error:
             raise TrainerError(f"Ray did not start: {first_line(error)}") from error
         try:
-            return wait(self._thread.submit(self._fit, prepared, workdir))
+            return wait(self._thread.submit(self._fit, prepared, workdir, tell))
         except Exception as error:
             raise _first_cause(error) from error
 
-    def _fit(self, prepared: PreparedRun, workdir: Path) -> WorkerResult:
+    def _fit(self, prepared: PreparedRun, workdir: Path, tell: Callable[[str], None]) -> WorkerResult:
+        """One group after the other, until one trains to its end or fails for a reason."""
+        left, saved = MOST_REPLACEMENTS, _saved_step(workdir)
+        for number in itertools.count():
+            try:
+                return self._fit_group(prepared, workdir, f"{self._plan.name}-{number}")
+            except Exception as error:
+                if (now := _saved_step(workdir)) > saved:
+                    left, saved = MOST_REPLACEMENTS, now
+                if not left or not self._resumes or not _is_loss(error):
+                    raise
+                left -= 1
+                tell(f"{_first_cause(error).message} Other workers start, and go on from the newest checkpoint.")
+        raise AssertionError("the count has no end")
+
+    @property
+    def _resumes(self) -> bool:
+        return self._plan.checkpoint is not None and self._plan.checkpoint.resume
+
+    def _fit_group(self, prepared: PreparedRun, workdir: Path, name: str) -> WorkerResult:
+        """`name` is new each time: Ray Train would take up what it has noted under an old one."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig
 
@@ -177,14 +210,14 @@ class RayWorkers:
                 num_workers=workers.world_size, use_gpu=on_gpu, resources_per_worker=resources
             ),
             run_config=RunConfig(
-                name=self._plan.name,
+                name=name,
                 storage_path=str(storage),
                 failure_config=FailureConfig(max_failures=0),
                 worker_runtime_env={"env_vars": self._warm_environment()},  # type: ignore[call-arg]
             ),
         )
         result: Any = trainer.fit()
-        shutil.rmtree(storage, ignore_errors=True)  # Ray Train's own notes, for restarts that are not made here
+        shutil.rmtree(storage, ignore_errors=True)  # Ray Train's own notes: it restarts nothing here
         worker_result: WorkerResult = result.return_value  # rank 0's
         return worker_result
 
@@ -192,6 +225,23 @@ class RayWorkers:
 def _shut_down() -> None:
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
+
+
+def _saved_step(workdir: Path) -> int:
+    """Optimizer steps in the newest checkpoint that the workers have told of; -1 for none."""
+    last = last_report(workdir / PROGRESS_FILE)
+    return last.checkpoint.step if last is not None and last.checkpoint is not None else -1
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether workers are gone, for no reason that would hold for their successors: memory that is too small would."""
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    typed = [failure for failure in failures.values() if isinstance(failure, TrainerError)]
+    out_of_memory = getattr(sys.modules.get("ray.exceptions"), "OutOfMemoryError", ())
+    if any(isinstance(failure, out_of_memory) for failure in failures.values()):
+        return False
+    lost = (FailureClass.NODE_LOST, TrainerError.failure_class)
+    return len(typed) < len(failures) and all(failure.failure_class in lost for failure in typed)
 
 
 def _first_cause(error: BaseException) -> TrainerError:
