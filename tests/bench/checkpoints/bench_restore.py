@@ -15,11 +15,13 @@ import statistics
 import sys
 import tempfile
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from finetune_trainers.checkpoint.commit import begin
 from finetune_trainers.checkpoint.manifest import Manifest
@@ -39,17 +41,17 @@ def same_world(folder: Path, num_bytes: int, runs: int) -> dict[str, list[float]
     storage, manifest = _saved(folder / "ours", 1, num_bytes)
     memory = [targets(manifest, 0, 1)]
     state = {f"{tensor.name}.{name}": torch.randn(WIDTH, WIDTH) for tensor in of for name in STATES}
-    dcp.save(state, checkpoint_id=folder / "dcp", no_dist=True)
+    dcp_save(state, checkpoint_id=folder / "dcp", no_dist=True)
     seconds: dict[str, list[float]] = {"raw read": [], "ours": [], "dcp": [], "deepspeed": []}
     with Ranks(1, len(of), folder) as ranks:
         ranks("save", "ds")
         for _ in range(runs):
             files = cold(folder / "ours")
-            seconds["raw read"].append(timed(lambda files=files: raw_read(files)))
+            seconds["raw read"].append(timed(partial(raw_read, files)))
             cold(folder / "ours")
             seconds["ours"].append(timed(lambda: restore(storage, manifest, memory)))
             cold(folder / "dcp")
-            seconds["dcp"].append(timed(lambda: dcp.load(state, checkpoint_id=folder / "dcp", no_dist=True)))
+            seconds["dcp"].append(timed(lambda: dcp_load(state, checkpoint_id=folder / "dcp", no_dist=True)))
             cold(folder / "ds")
             seconds["deepspeed"].append(ranks("load", "ds").seconds)
     return seconds

@@ -149,11 +149,11 @@ class Dcp:
         self._future: Future[Any] | None = None
 
     def save(self, step: int) -> None:
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_saver import async_save
 
         if self._future is not None:
             self._future.result()
-        found: Any = dcp.async_save(
+        found: Any = async_save(
             self._training.state(),
             checkpoint_id=self._training.folder / f"dcp-{step % 2}",
             async_checkpointer_type=self._kind,
@@ -320,7 +320,8 @@ def serve(way: str, port: int, layers: int, folder: Path) -> None:
 def _save_and_go_on(training: Training, saving: Saver) -> dict[str, Any]:
     started = time.perf_counter()
     saving.save(training.step_number)
-    blocked, steps = time.perf_counter() - started, []
+    blocked = time.perf_counter() - started
+    steps: list[float] = []
     while len(steps) < MOST_STEPS:
         steps.append(training.step())
         if saving.is_durable():
