@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,14 +21,16 @@ import pytest
 
 from finetune_api.plan import RunPlan
 from finetune_api.progress import Progress, Result
+from finetune_trainers import launch
 from finetune_trainers.checkpoint.find import find_newest
 from finetune_trainers.checkpoint.listing import listed
 from finetune_trainers.checkpoint.storage.opening import open_storage
-from finetune_trainers.context import SingleProcessContext
+from finetune_trainers.context import STOP_FILE, SingleProcessContext
 from finetune_trainers.loop import Loop, LoopMemory
 from finetune_trainers.saving import VISIBLE_SECONDS, Checkpoints
 from finetune_trainers.worker import load
 from tests.trainers.conftest import SmallWorld
+from tests.trainers.test_killed_worker import training_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 
@@ -239,3 +242,37 @@ def test_ray_leaves_word_of_a_preemption_where_it_is_looked_for() -> None:
 
     assert "preemption_context" in {field.name for field in fields(TrainContext)}
     assert PreemptionContext().preemption_info is None
+
+
+def test_a_worker_of_ray_that_is_killed_loses_nothing_either(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray ends what its workers have started; a writer is out of its reach."""
+    monkeypatch.setenv(MARK, trainer.mark)
+    monkeypatch.setenv("SPT_NOENV", "1")
+    workers = {"cluster.workers": {"replicas": 2, "cpus": 1}, "deepspeed.zeroStage": 2}
+    plan, workdir = trainer.plan(ENDLESS | workers, everySteps=20), trainer.folder / "run"
+    seen: dict[str, Any] = {}
+
+    def kill() -> None:
+        writers = until(lambda: found if len(found := writers_of(trainer.mark)) == 2 else None)
+        for writer in writers:
+            writer.suspend()
+        seen["skipped"] = until(trainer.skipped)
+        for worker in list(training_workers()):
+            worker.kill()
+            worker.wait()
+        seen["outlived"] = all(is_alive(writer) for writer in writers)
+        seen["before"] = trainer.steps()
+        for writer in writers:
+            writer.resume()
+        until(lambda: not any(is_alive(writer) for writer in writers))
+        seen["after"] = trainer.steps()
+        (workdir / STOP_FILE).touch()  # Ray may have started others in the place of the workers
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    launch.run(plan, workdir, trainer.world.cache)
+    killer.join(timeout=60)
+    assert seen["outlived"]
+    assert seen["skipped"] - 20 not in seen["before"]
+    assert seen["skipped"] - 20 in seen["after"]
+    assert trainer.newest() >= seen["skipped"] - 20
