@@ -279,7 +279,7 @@ def test_what_was_passed_over_is_in_every_report(place: Place) -> None:
 def test_a_stop_saves_what_was_done_and_the_next_run_goes_on_there(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = place.plan({"training.maxSteps": 8}, everySteps=None)
+    plan = place.plan({"training.maxSteps": 8}, everySteps="auto")
     place.train(plan.model_copy(update={"checkpoint": None}), "whole")
     with monkeypatch.context() as patched:
         log = Loop._log
