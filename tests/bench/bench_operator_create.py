@@ -66,20 +66,23 @@ async def offered(
 
 async def at_once(
     api: Api, jobs: str, ends: dict[str, Callable[[str], str]], make: Callable[[str], Any], num: int
-) -> list[float]:
+) -> tuple[list[float], float]:
     """Jobs per second of `num` jobs created as fast as they can be: from the first creation to the last object of each
-    kind. `ends` gives the object's name by the job's, for each path that is watched."""
+    kind. `ends` gives the object's name by the job's, for each path that is watched. Then the milliseconds of processor
+    time that all together spent on a job until its first object was there, which a busy machine changes less."""
     names = [f"burst-{number}" for number in range(num)]
     async with AsyncExitStack() as watches:
         seen = [await watches.enter_async_context(watched(api, path)) for path in ends]
-        begin = time.monotonic()
+        begin, used = time.monotonic(), sum(cpu_seconds().values())
         await api.each("POST", [(jobs, make(name)) for name in names], _AT_ONCE)
         rates = []
+        spent = 0.0
         for found, name_of in zip(seen, ends.values(), strict=True):
             wanted = [name_of(name) for name in names]
             await _all_there(found, wanted)
             rates.append(num / (max(found[name] for name in wanted) - begin))
-        return rates
+            spent = spent or sum(cpu_seconds().values()) - used
+        return rates, 1000 * spent / num
 
 
 async def _all_there(seen: dict[str, float], names: list[str]) -> None:
@@ -97,7 +100,7 @@ async def measure(
     async with api_of(server) as api:
         load = busy()
         delays = await offered(api, jobs, ends, make, options.jobs, options.rate)
-        per_second = await at_once(api, jobs, ends, make, options.jobs)
+        per_second, spent = await at_once(api, jobs, ends, make, options.jobs)
     return {
         "load_before": load,
         "cpu_seconds": cpu_seconds(),
@@ -106,6 +109,7 @@ async def measure(
         "max_seconds": round(max(delays), 4),
         "jobs_per_second_at_once": round(per_second[0], 1),
         "jobs_per_second_with_all_they_need": round(per_second[-1], 1),
+        "cpu_milliseconds_a_job_at_once": round(spent, 1),
         "delays": [round(delay, 4) for delay in delays],
     }
 
@@ -153,7 +157,8 @@ def main() -> int:
         say(
             f"{side:<17} p50 {found['p50_seconds']:.3f} s, p99 {found['p99_seconds']:.3f} s at {options.rate:g}/s;"
             f" {found['jobs_per_second_at_once']} jobs/s at once"
-            f" ({found['jobs_per_second_with_all_they_need']} with all they need); {found['operator_rss_mb']} MB;"
+            f" ({found['jobs_per_second_with_all_they_need']} with all they need),"
+            f" {found['cpu_milliseconds_a_job_at_once']} ms of processor time a job; {found['operator_rss_mb']} MB;"
             f" CPU seconds {found['cpu_seconds']}"
         )
     if options.only:
