@@ -2,8 +2,8 @@
 
 KubeRay needs seconds to make pods, and of a thousand jobs that arrive together each should have its place in the queue
 before all the rest is made for any. So the first pass over a new attempt creates the RayJob alone, and a later one,
-when KubeRay has touched it or no other is being made, everything else. No container runs meanwhile: each mounts the plan, which comes when the
-account, the policies and the place for progress are there.
+when KubeRay has touched it or no other is being made, everything else. No container runs meanwhile: each mounts the
+plan, which comes when the account, the policies and the place for progress are there.
 
 Until then the RayJob does not count. Decisions are made as if it were not there; what wants the very same RayJob, to
 the last field of everything that belongs to the attempt, goes on with this one, and what wants anything else deletes

@@ -322,7 +322,7 @@ def test_gc_asks_a_person(
     finetune: Finetune, run: Run, monkeypatch: pytest.MonkeyPatch, answer: str, left: list[int]
 ) -> None:
     monkeypatch.setattr(verbs, "_is_terminal", lambda: True)
-    monkeypatch.setattr(verbs.typer, "confirm", lambda question, err: answer == "y\n")
+    monkeypatch.setattr("typer.confirm", lambda question, err: answer == "y\n")
     done = finetune("ckpt", "gc", run.folder)
     assert done.code == 0
     assert "1 checkpoint would be deleted" in done.stdout

@@ -54,6 +54,13 @@ _VOLUMES: dict[str, dict[str, Any]] = {
     "secret": {"secret": "certificates"},
     "config map": {"configMap": "settings"},
 }
+_JUDGED: dict[str, dict[str, Any]] = {
+    "reward": {"centerCoefficient": 0.01, "squash": True},
+    "dpo": {"beta": 0.1, "lossType": "sigmoid", "labelSmoothing": 0.1},
+    "kto": {"beta": 0.1, "desirableWeight": 1.0, "undesirableWeight": 1.33},
+    "orpo": {"beta": 0.1},
+}
+"""Settings of the methods that learn from judged answers."""
 
 
 def _pods(choice: str) -> dict[str, Any]:
@@ -172,12 +179,7 @@ EXAMPLES = {
     ),
     **{
         f"job with {method}": job_document({"method": {method: {"maxSeqLength": 512, "longRows": "drop"} | settings}})
-        for method, settings in {
-            "reward": {"centerCoefficient": 0.01, "squash": True},
-            "dpo": {"beta": 0.1, "lossType": "sigmoid", "labelSmoothing": 0.1},
-            "kto": {"beta": 0.1, "desirableWeight": 1.0, "undesirableWeight": 1.33},
-            "orpo": {"beta": 0.1},
-        }.items()
+        for method, settings in _JUDGED.items()
     },
     "job with full": job_document({"tuning": {"full": {}}, "cluster.pods": _pods("config map")}),
     "runtime": runtime_document(

@@ -18,11 +18,11 @@ from finetune_trainers.checkpoint.commit import publish
 from finetune_trainers.checkpoint.manifest import Manifest, ParamGroup, TensorRecord
 from finetune_trainers.checkpoint.reading import DamagedError
 from finetune_trainers.checkpoint.shards import Slice
+from finetune_trainers.checkpoint.slices import even_slice
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.write import announce, write_rank
 from finetune_trainers.errors import UserError
-from tests.trainers.checkpoint import synthetic
 from tests.trainers.checkpoint.faulting import FaultingStorage, Schedule, SimulatedDisk
 from tests.trainers.checkpoint.saving import CHUNK, SHARD, intent_of, save, start
 
@@ -51,7 +51,7 @@ def saved(storage: Storage, step: int, values: Values, world: int = 2) -> Manife
     announce(storage, intent)
     for rank in range(world):
         held = [
-            Slice(names.index(name), state, *synthetic.even_slice(array.size, rank, world))
+            Slice(names.index(name), state, *even_slice(array.size, rank, world))
             for (name, state), array in sorted(values.items(), key=lambda item: -item[1].itemsize)
         ]
 

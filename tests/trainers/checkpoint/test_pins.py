@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -109,7 +110,7 @@ def test_a_sweep_happens_at_any_moment_of_pinning_and_the_promise_is_kept() -> N
     at = 0
     while True:
         storage = run_of(10, 20)
-        schedule = Schedule(at=at, kind="delay", delay=lambda storage=storage: sweep(storage, ONE))
+        schedule = Schedule(at=at, kind="delay", delay=partial(sweep, storage, ONE))
         promised = False
         with suppress(StorageMissingError):
             pin(FaultingStorage(storage, schedule), FIRST, "ann", "", NOON)

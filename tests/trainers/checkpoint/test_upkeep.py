@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -137,7 +138,7 @@ def test_an_attempt_that_begins_meanwhile_ends_it() -> None:
     at, stopped = 0, 0
     while True:
         storage = left_behind(PosixStorage("/run", SimulatedDisk()))
-        schedule = Schedule(at=at, kind="delay", delay=lambda storage=storage: begin(storage, "new", EVENING))
+        schedule = Schedule(at=at, kind="delay", delay=partial(begin, storage, "new", EVENING))
         try:
             collected(FaultingStorage(storage, schedule), ONE, GO)
         except (InUseError, SupersededError):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ class _Planner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         named = self._names.get(write_item.index.fqn)
         if named is None:
-            return cast("Tensor | io.BytesIO", super().resolve_data(write_item))
+            return super().resolve_data(write_item)
         assert write_item.tensor_data is not None
         chunk = write_item.tensor_data.chunk
         first = chunk.offsets[0] * write_item.tensor_data.size[1:].numel() if chunk.offsets else 0
