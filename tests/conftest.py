@@ -6,9 +6,19 @@ Excepted are tests that no set-up could make run: marked hardware.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections import Counter
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Programs that tests start inherit what is ignored here, and a shell ignores these for what it runs in the
+    background or under nohup; but tests send them."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _in_ci() -> bool:

@@ -175,7 +175,7 @@ def test_an_attempt_that_failed_can_give_up_its_checkpoint_and_save_the_next_ste
     storage = PosixStorage("/run", disk)
     fence = start(storage)
     save(storage, fence, 10)
-    disk.schedule = Schedule(at=40, kind="full")
+    disk.schedule = Schedule(at=20, kind="full")  # in mid-shard, in whatever order two threads write theirs
     with pytest.raises(StorageError):
         save(storage, fence, 20)
     assert abandon(storage, fence, CheckpointId(1, 20), "no space")
