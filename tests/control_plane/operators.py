@@ -112,7 +112,40 @@ class Jobs:
         name = f"{self.namespace}-shared"
         if self.api.find(f"{_RUNTIMES}/{name}") is None:
             self.submit_runtime(name, {"storage": "pvc://runs/jobs"})
+            self._bind_claim("runs", name)
         return {"runtimeRef": {"name": name}}
+
+    def _bind_claim(self, claim: str, volume: str) -> None:
+        """A claim of the namespace and its volume, bound to each other: pods of a claim that is not wait for a node."""
+        size, modes = {"storage": "1Gi"}, ["ReadWriteMany"]
+        self.api.create(
+            "/api/v1/persistentvolumes",
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolume",
+                "metadata": {"name": volume},
+                "spec": {
+                    "capacity": size,
+                    "accessModes": modes,
+                    "hostPath": {"path": "/nowhere"},
+                    "claimRef": {"namespace": self.namespace, "name": claim},
+                },
+            },
+        )
+        self.api.create(
+            f"/api/v1/namespaces/{self.namespace}/persistentvolumeclaims",
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolumeClaim",
+                "metadata": {"name": claim, "annotations": {"pv.kubernetes.io/bind-completed": "yes"}},
+                "spec": {
+                    "accessModes": modes,
+                    "resources": {"requests": size},
+                    "volumeName": volume,
+                    "storageClassName": "",
+                },
+            },
+        )
 
     def change(self, name: str, patch: dict[str, Any]) -> None:
         self.api.merge(f"{self._jobs}/{name}", patch)
