@@ -57,6 +57,13 @@ def test_the_server_shows_how_far_a_job_is(api: Client, stored_job: Store) -> No
         "restarts": 2,
         "rayJob": "columns-3",
         "progress": {"step": 120, "totalSteps": 400, "etaSeconds": 90, "metrics": {"loss": "1.25"}},
+        "checkpoint": {
+            "uri": "s3://bucket/run/ckpt/1",
+            "step": 100,
+            "savedAt": "2026-01-01T12:00:00Z",
+            "worldSize": 8,
+            "bytes": 9,
+        },
     }
     api.replace(f"{JOBS}/columns/status", stored | {"status": status})
     table = api.get(f"{JOBS}/columns", accept=AS_TABLE)
@@ -70,6 +77,7 @@ def test_the_server_shows_how_far_a_job_is(api: Client, stored_job: Store) -> No
         "Phase": "Running",
         "Step": 120,
         "Steps": 400,
+        "Ckpt": 100,
         "GPUs": 8,
         "Restarts": 2,
         "Queue": "night",
