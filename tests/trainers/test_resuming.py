@@ -43,8 +43,12 @@ BF16 = {"training.precision": "bf16"}
 
 
 def zero(stage: int) -> dict[str, Any]:
-    """The DeepSpeed engine, also where one process would not need it."""
-    return {"deepspeed": {"zeroStage": stage, "config": {"wall_clock_breakdown": False}}}
+    """The DeepSpeed engine, also where one process would not need it.
+
+    With small buckets: DeepSpeed maps two gigabytes for one, and does not give it back to a process of many engines.
+    """
+    config = {"wall_clock_breakdown": False, "zero_optimization": {"reduce_bucket_size": 1_000_000}}
+    return {"deepspeed": {"zeroStage": stage, "config": config}}
 
 
 WAYS: dict[str, dict[str, Any]] = {
