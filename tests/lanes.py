@@ -86,9 +86,8 @@ def run(lane: Lane, arguments: Sequence[str]) -> _Ran:
         subprocess.run([*command, *arguments, *part], check=False, env=environment).returncode
         for part in _parts(lane, arguments)
     ]
-    quiet = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
-    passed = quiet[0] if quiet[0] in codes else quiet[1]
-    code = next((code for code in codes if code not in quiet), passed)
+    failures = [code for code in codes if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)]
+    code = failures[0] if failures else min(codes)  # one file with tests is enough
     # With arguments, such as -k, a lane may well have nothing that fits.
     return _Ran(lane, code, time.monotonic() - started, may_be_empty=bool(arguments))
 

@@ -37,7 +37,7 @@ __all__ = [
     "without",
 ]
 
-_RUNTIME = "-runtime"
+_RUNTIME = names.runtime_config_map("")
 _GONE_SECONDS = 5.0  # the watch tells of a deletion; this is for the case that it does not
 
 

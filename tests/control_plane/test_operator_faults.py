@@ -81,4 +81,6 @@ def test_the_operator_waits_for_crds_and_for_kuberay_and_notices_both(
             one.wait(lambda: jobs.condition("tiny", "ClusterReady") == ("False", "KubeRayMissing"), "the job to say so")
             define_ray(server.client, built("kuberay-manifests"))
             one.wait(jobs.has("tiny-1"), "its RayJob")
-            assert jobs.condition("tiny", "ClusterReady")[1] != "KubeRayMissing"
+            one.wait(
+                lambda: jobs.condition("tiny", "ClusterReady")[1] != "KubeRayMissing", "the job not to say so any more"
+            )

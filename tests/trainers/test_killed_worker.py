@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -76,22 +77,21 @@ class Ended:
     workdir: Path
 
 
+def run_with_a_kill(world: SmallWorld, workdir: Path, changes: dict[str, Any], killer: Killer) -> Ended:
+    """Two workers, of which one is killed."""
+    two = {"deepspeed.zeroStage": 2, "cluster.workers": {"replicas": 2, "cpus": 1}}
+    killer.start()
+    outcome = launch.run(world.plan(two | changes), workdir, world.cache)
+    killer.join(timeout=10)
+    return Ended(outcome, killer, workdir)
+
+
 @pytest.fixture(scope="module")
 def ended(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     workdir = tmp_path_factory.mktemp("killed")
-    plan = small_world.plan(
-        {
-            "training.maxSteps": STEPS,
-            "training.globalBatchSize": 4,
-            "deepspeed.zeroStage": 2,
-            "cluster.workers": {"replicas": 2, "cpus": 1},
-        }
-    )
-    killer = Killer(workdir / "metrics.jsonl", '"grad_norm"')  # it has made a step
-    killer.start()
-    outcome = launch.run(plan, workdir, small_world.cache)
-    killer.join(timeout=10)
-    return Ended(outcome, killer, workdir)
+    changes = {"training.maxSteps": STEPS, "training.globalBatchSize": 4}
+    has_made_a_step = Killer(workdir / "metrics.jsonl", '"grad_norm"')
+    return run_with_a_kill(small_world, workdir, changes, has_made_a_step)
 
 
 def test_the_run_fails_and_says_that_a_worker_died(ended: Ended) -> None:
@@ -116,20 +116,9 @@ def test_the_processes_that_were_started_ahead_are_the_ones_that_train(ended: En
 @pytest.fixture(scope="module")
 def survived(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     workdir = tmp_path_factory.mktemp("survived")
-    plan = small_world.plan(
-        {
-            "training.maxSteps": 100,
-            "training.globalBatchSize": 16,
-            "deepspeed.zeroStage": 2,
-            "cluster.workers": {"replicas": 2, "cpus": 1},
-            "checkpoint": {"everySteps": 5},
-        }
-    )
-    killer = Killer(workdir / "progress.jsonl", '"savedAt"')  # it has a whole checkpoint
-    killer.start()
-    outcome = launch.run(plan, workdir, small_world.cache)
-    killer.join(timeout=10)
-    return Ended(outcome, killer, workdir)
+    changes = {"training.maxSteps": 100, "training.globalBatchSize": 16, "checkpoint": {"everySteps": 5}}
+    has_a_whole_checkpoint = Killer(workdir / "progress.jsonl", '"savedAt"')
+    return run_with_a_kill(small_world, workdir, changes, has_a_whole_checkpoint)
 
 
 def test_a_training_that_saves_goes_on_with_other_workers(survived: Ended) -> None:

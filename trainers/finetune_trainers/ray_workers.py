@@ -10,7 +10,6 @@ a reason of its own is never tried again here: the next attempt of the job is it
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import shutil
@@ -171,8 +170,8 @@ class RayWorkers:
 
     def _fit(self, prepared: PreparedRun, workdir: Path, tell: Callable[[str], None]) -> WorkerResult:
         """One group after the other, until one trains to its end or fails for a reason."""
-        left, saved = MOST_REPLACEMENTS, _saved_step(workdir)
-        for number in itertools.count():
+        number, left, saved = 0, MOST_REPLACEMENTS, _saved_step(workdir)
+        while True:
             try:
                 return self._fit_group(prepared, workdir, f"{self._plan.name}-{number}")
             except Exception as error:
@@ -180,9 +179,8 @@ class RayWorkers:
                     left, saved = MOST_REPLACEMENTS, now
                 if not left or not self._resumes or not _is_loss(error):
                     raise
-                left -= 1
+                number, left = number + 1, left - 1
                 tell(f"{_first_cause(error).message} Other workers start, and go on from the newest checkpoint.")
-        raise AssertionError("the count has no end")
 
     @property
     def _resumes(self) -> bool:

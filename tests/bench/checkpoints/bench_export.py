@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.bench.checkpoints.state import STATES, WIDTH, cold, raw_read, raw_write, save, tensors, timed
+from tests.bench.checkpoints.state import STATES, WIDTH, cold, flush, raw_read, raw_write, save, tensors, timed
 from tests.bench.common import busy, write_results
 
 GOALS = {"time ÷ (read + write)": 1.3, "peak MiB": 256.0}
@@ -50,7 +51,7 @@ def zero_to_fp32(source: Path, to: Path) -> None:
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_state_dict
 
     convert_zero_checkpoint_to_state_dict(str(source), str(to), dtype="bf16", safe_serialization=True, tag=TAG)
-    _flush(to)
+    flush(to)
 
 
 def consolidate(source: Path, to: Path) -> None:
@@ -59,7 +60,7 @@ def consolidate(source: Path, to: Path) -> None:
     to.mkdir()
     names = {f"layers.{number}.weight": 1 for number in range(int((source / "count").read_text()))}
     consolidate_safetensors_files(str(source), str(to), names)
-    _flush(to)
+    flush(to)
 
 
 WAYS: dict[str, tuple[Callable[[Path, Path], None], str, int]] = {
@@ -68,12 +69,6 @@ WAYS: dict[str, tuple[Callable[[Path, Path], None], str, int]] = {
     "dcp": (consolidate, "torch.distributed.checkpoint", 4),
 }
 """By name: what is done, what is imported before the clock starts, and bytes written for each parameter."""
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def one_way(way: str, source: Path, to: Path) -> dict[str, float]:
@@ -143,7 +138,7 @@ def _in_a_process(way: str, source: Path, to: Path) -> dict[str, float]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{way} has failed:\n{done.stderr[-2000:]}")
-    subprocess.run(["rm", "-r", str(to)], check=True)
+    shutil.rmtree(to)
     answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return answer
 

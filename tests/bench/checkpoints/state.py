@@ -3,6 +3,7 @@
     tensors       the parameters of about so many bytes of AdamW state
     save          all ranks' parts, one after the other, and the manifest
     raw_write     the same number of bytes, written and flushed with nothing else done
+    flush         what was written without it
     raw_read      files read from end to end with nothing else done
     cold          takes files out of the page cache, so that reading them asks the disk
 
@@ -15,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,19 @@ from finetune_trainers.checkpoint.slices import Wanted, even_slice
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.write import announce, write_rank
 
-__all__ = ["STATES", "WIDTH", "cold", "raw_read", "raw_write", "restore", "save", "targets", "tensors", "timed"]
+__all__ = [
+    "STATES",
+    "WIDTH",
+    "cold",
+    "flush",
+    "raw_read",
+    "raw_write",
+    "restore",
+    "save",
+    "targets",
+    "tensors",
+    "timed",
+]
 
 WIDTH = 1024
 """Every parameter is a square of this width, in fp32."""
@@ -89,7 +103,7 @@ def restore(storage: Storage, manifest: Manifest, into: Iterable[Targets]) -> tu
 
 
 def raw_write(folder: Path, total_bytes: int) -> None:
-    """One file, flushed to the disk, and removed by the next call."""
+    """One file, flushed to the disk, and written over by the next call."""
     block = _values().data.cast("B")
     with (folder / "raw").open("wb", buffering=0) as file:
         for start in range(0, total_bytes, len(block)):
@@ -117,6 +131,14 @@ def cold(folder: Path) -> list[Path]:
     return files
 
 
+def flush(folder: Path) -> None:
+    """Every file below the folder, to the disk: what peers leave to the kernel."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+
 def timed(act: Callable[[], object]) -> float:
     """Seconds that it takes."""
     started = time.perf_counter()
@@ -124,6 +146,7 @@ def timed(act: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+@cache
 def _values() -> NDArray[np.float32]:
-    """Random, so that no disk can make less of it; the same in each call."""
+    """Random, so that no disk can make less of it. Made once, and not in every write that is timed."""
     return np.random.default_rng(0).standard_normal(WIDTH * WIDTH, dtype=np.float32)

@@ -33,6 +33,7 @@ import torch
 from finetune_api.plan import RunPlan
 from finetune_api.progress import Result
 from finetune_operator.planning import plan_run
+from tests.bench.checkpoints.state import flush
 from tests.factories import job
 
 __all__ = ["WAYS", "Trainee"]
@@ -282,14 +283,6 @@ def model_of(layers: int, folder: Path) -> Path:
     config.update({"num_attention_heads": 16, "num_key_value_heads": 16})
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-def flush(folder: Path) -> None:
-    """Every file below the folder, to the disk."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
 
 
 def saver(way: str, training: Training) -> Saver:

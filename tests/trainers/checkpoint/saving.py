@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.commit import begin, publish
 from finetune_trainers.checkpoint.fence import Fence
+from finetune_trainers.checkpoint.layout import CheckpointId
 from finetune_trainers.checkpoint.manifest import Intent, Manifest, SliceKey, TensorRecord
+from finetune_trainers.checkpoint.pins import pin
 from finetune_trainers.checkpoint.reading import SliceReader
 from finetune_trainers.checkpoint.shards import Slice
 from finetune_trainers.checkpoint.slices import Wanted, even_slice
+from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.write import announce, write_rank
 from tests.trainers.checkpoint import synthetic
+from tests.trainers.checkpoint.faulting import SimulatedDisk
 from tests.trainers.checkpoint.synthetic import NOON
 
 SMALL = (
@@ -54,6 +60,19 @@ def save(storage: Storage, fence: Fence, step: int, world: int = 2, **changes: A
     intent = intent_of(fence, step, world, **changes)
     write_all(storage, intent)
     return publish(storage, fence, intent.id)
+
+
+def saved_run(steps: Iterable[int], pinned: Iterable[int], damaged: Iterable[int]) -> tuple[Storage, Fence]:
+    """Checkpoints of these steps, of which some are pinned and some lack a file; what was never saved is left out."""
+    storage = PosixStorage("/run", SimulatedDisk())
+    fence, steps = start(storage), sorted(steps)
+    for step in steps:
+        save(storage, fence, step, metrics={"loss": 60.0 - step % 30})
+    for step in set(pinned) & set(steps):
+        pin(storage, CheckpointId(1, step), "ann", "", NOON)
+    for step in set(damaged) & set(steps):
+        storage.delete([layout.shard(CheckpointId(1, step), 0)])
+    return storage, fence
 
 
 def restored(storage: Storage, manifest: Manifest, rank: int = 0, world: int = 1) -> dict[SliceKey, bytes]:

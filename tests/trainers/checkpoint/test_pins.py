@@ -21,7 +21,7 @@ from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.sweep import sweep
 from tests.trainers.checkpoint.faulting import Crash, FaultingStorage, Schedule, SimulatedDisk
-from tests.trainers.checkpoint.saving import save, start
+from tests.trainers.checkpoint.saving import save, saved_run, start
 from tests.trainers.checkpoint.synthetic import NOON
 
 ONE = Retention(keep_last=1)
@@ -165,14 +165,7 @@ policies = st.builds(
 def test_no_policy_deletes_the_newest_whole_one_or_a_pinned_one(
     steps: list[int], pinned: set[int], damaged: set[int], policy: Retention
 ) -> None:
-    storage = PosixStorage("/run", SimulatedDisk())
-    fence = start(storage)
-    for step in sorted(steps):
-        save(storage, fence, step, metrics={"loss": 60.0 - step % 30})
-    for step in pinned & set(steps):
-        pin(storage, CheckpointId(1, step), "ann", "", NOON)
-    for step in damaged & set(steps):
-        storage.delete([layout.shard(CheckpointId(1, step), 0)])
+    storage, fence = saved_run(steps, pinned, damaged)
     before = find_newest(storage).manifest
     sweep(storage, policy, fence)
     after = find_newest(storage, deep=True).manifest

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.admin.activity import InUseError
 from finetune_trainers.checkpoint.admin.upkeep import Mandate, collected
 from finetune_trainers.checkpoint.commit import begin
@@ -23,7 +22,7 @@ from finetune_trainers.checkpoint.retention import Best, Retention
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from tests.trainers.checkpoint.faulting import Crash, FaultingStorage, Schedule, SimulatedDisk
-from tests.trainers.checkpoint.saving import intent_of, save, start, write_all
+from tests.trainers.checkpoint.saving import intent_of, save, saved_run, start, write_all
 from tests.trainers.checkpoint.synthetic import NOON
 from tests.trainers.checkpoint.test_crashes import blob, put
 
@@ -194,14 +193,7 @@ STEPS = [10, 20, 30, 40, 50]
 def test_whatever_the_rules_the_newest_whole_one_and_pinned_ones_stay(
     steps: list[int], pinned: set[int], damaged: set[int], unfinished: bool, policy: Retention
 ) -> None:
-    storage = PosixStorage("/run", SimulatedDisk())
-    fence = start(storage)
-    for step in sorted(steps):
-        save(storage, fence, step, metrics={"loss": 60.0 - step % 30})
-    for step in pinned & set(steps):
-        pin(storage, CheckpointId(1, step), "ann", "", NOON)
-    for step in damaged & set(steps):
-        storage.delete([layout.shard(CheckpointId(1, step), 0)])
+    storage, fence = saved_run(steps, pinned, damaged)
     if unfinished:
         write_all(storage, intent_of(fence, 5), ranks=[0])
     before = find_newest(storage).manifest
