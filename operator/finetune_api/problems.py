@@ -26,6 +26,9 @@ _PATTERNS = {
     "^[a-z]([-a-z0-9]*[a-z0-9])?$": "must be lower-case letters, digits and '-', starting with a letter",
     "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$": "must be lower-case letters, digits and '-'",
     "^[0-9]+(\\.[0-9]+)?[MBT]$": "must be a size such as 135M, 8B or 1.2T",
+    "^[A-Za-z_][A-Za-z0-9_]*([.][A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$": "must be module:function, such as"
+    " my_rewards.maths:is_right",
+    "^https?://[^/?#@\\s]+([/?][^#\\s]*)?$": "must be http://host/path or https://host/path, without a user name",
 }
 
 _TYPES = {

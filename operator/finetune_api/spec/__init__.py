@@ -29,6 +29,14 @@ from finetune_api.spec.method import Dpo, Kto, LongRows, Method, MethodSettings,
 from finetune_api.spec.model import Model
 from finetune_api.spec.outputs import MlflowTracking, Output, TensorBoardTracking, Tracking, WandbTracking
 from finetune_api.spec.pods import EnvVar, KeyOf, Pods, Toleration, Volume
+from finetune_api.spec.rewards import (
+    FunctionReward,
+    HttpReward,
+    MetricReward,
+    ModelReward,
+    RewardSource,
+    reward_names,
+)
 from finetune_api.spec.training import EarlyStopping, GenerationEval, OptimizerSettings, Precision, Training
 from finetune_api.spec.tuning import Freeze, Full, Lora, Quantization, Tuning, UnfreezeStep
 
@@ -51,8 +59,10 @@ __all__ = [
     "FineTuneJobSpec",
     "Freeze",
     "Full",
+    "FunctionReward",
     "GenerationEval",
     "Head",
+    "HttpReward",
     "KeepBest",
     "KeyOf",
     "Kto",
@@ -61,8 +71,10 @@ __all__ = [
     "Lora",
     "Method",
     "MethodSettings",
+    "MetricReward",
     "MlflowTracking",
     "Model",
+    "ModelReward",
     "Offload",
     "OptimizerSettings",
     "Orpo",
@@ -71,6 +83,7 @@ __all__ = [
     "Precision",
     "Quantization",
     "Reward",
+    "RewardSource",
     "RuntimeRef",
     "Scheduling",
     "Sft",
@@ -84,6 +97,7 @@ __all__ = [
     "Volume",
     "WandbTracking",
     "Workers",
+    "reward_names",
 ]
 
 
