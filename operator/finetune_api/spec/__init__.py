@@ -25,8 +25,9 @@ from finetune_api.spec.lifecycle import (
     Scheduling,
     Topology,
 )
-from finetune_api.spec.method import Dpo, Kto, LongRows, Method, MethodSettings, Orpo, Reward, Sft
+from finetune_api.spec.method import Dpo, Kto, Method, MethodSettings, Orpo, Reward
 from finetune_api.spec.model import Model
+from finetune_api.spec.online import Critic, Grpo, KlPenalty, OnlineMethod, Ppo, Sampling
 from finetune_api.spec.outputs import MlflowTracking, Output, TensorBoardTracking, Tracking, WandbTracking
 from finetune_api.spec.pods import EnvVar, KeyOf, Pods, Toleration, Volume
 from finetune_api.spec.rewards import (
@@ -37,6 +38,7 @@ from finetune_api.spec.rewards import (
     RewardSource,
     reward_names,
 )
+from finetune_api.spec.supervised import Distill, LongRows, Sft, Supervised, Teacher
 from finetune_api.spec.training import EarlyStopping, GenerationEval, OptimizerSettings, Precision, Training
 from finetune_api.spec.tuning import Freeze, Full, Lora, Quantization, Tuning, UnfreezeStep
 
@@ -47,10 +49,12 @@ __all__ = [
     "Checkpoint",
     "Cluster",
     "Columns",
+    "Critic",
     "Data",
     "DataFormat",
     "DataSource",
     "DeepSpeed",
+    "Distill",
     "Dpo",
     "EarlyStopping",
     "EnvVar",
@@ -61,10 +65,12 @@ __all__ = [
     "Full",
     "FunctionReward",
     "GenerationEval",
+    "Grpo",
     "Head",
     "HttpReward",
     "KeepBest",
     "KeyOf",
+    "KlPenalty",
     "Kto",
     "Lifecycle",
     "LongRows",
@@ -76,17 +82,22 @@ __all__ = [
     "Model",
     "ModelReward",
     "Offload",
+    "OnlineMethod",
     "OptimizerSettings",
     "Orpo",
     "Output",
     "Pods",
+    "Ppo",
     "Precision",
     "Quantization",
     "Reward",
     "RewardSource",
     "RuntimeRef",
+    "Sampling",
     "Scheduling",
     "Sft",
+    "Supervised",
+    "Teacher",
     "TensorBoardTracking",
     "Toleration",
     "Topology",
@@ -178,10 +189,10 @@ class FineTuneJobSpec(Contract):
         *(
             Rule(
                 cel=f"self.data.{part}.all(d, d.format == 'auto' || (has(self.method.kto) ?"
-                " d.format == 'unpaired-preference' : has(self.method.sft) ?"
+                " d.format == 'unpaired-preference' : has(self.method.sft) || has(self.method.distill) ?"
                 " d.format != 'preference' && d.format != 'unpaired-preference' : d.format == 'preference'))",
-                message="reward, dpo and orpo learn from format preference, kto from unpaired-preference, and sft from"
-                " the other formats; set format to auto or to one that the method learns from",
+                message="reward, dpo and orpo learn from format preference, kto from unpaired-preference, and sft and"
+                " distill from the other formats; set format to auto or to one that the method learns from",
                 holds=partial(_formats_fit, part),
                 field=f"data.{part}",
             )
@@ -192,6 +203,23 @@ class FineTuneJobSpec(Contract):
             message="a reward model writes no answers; remove generation",
             holds=lambda s: s.training.generation is None or s.method.reward is None,
             field="training.generation",
+        ),
+        Rule(
+            cel="!has(self.training.generation) || !(has(self.method.ppo) || has(self.method.grpo))",
+            message="ppo and grpo are evaluated by the rewards of the answers to data.eval; remove generation",
+            holds=lambda s: s.training.generation is None or s.method.online is None,
+            field="training.generation",
+        ),
+        Rule(
+            cel="!has(self.method.grpo)"
+            " || self.training.globalBatchSize * self.method.grpo.miniBatches % self.method.grpo.groupSize == 0",
+            message="globalBatchSize × method.grpo.miniBatches must be a multiple of method.grpo.groupSize, since an"
+            " iteration has whole groups",
+            holds=lambda s: (
+                s.method.grpo is None
+                or s.training.global_batch_size * s.method.grpo.mini_batches % s.method.grpo.group_size == 0
+            ),
+            field="training.globalBatchSize",
         ),
         Rule(
             cel="!has(self.method.reward) || self.outputs.all(o, !o.merge)",

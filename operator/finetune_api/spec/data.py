@@ -24,6 +24,7 @@ class DataFormat(StrEnum):
     TEXT = "text"
     PREFERENCE = "preference"
     UNPAIRED_PREFERENCE = "unpaired-preference"
+    PROMPT = "prompt"
 
 
 ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
@@ -74,7 +75,8 @@ class DataSource(Contract):
     """Branch, tag or commit of an hf:// dataset."""
     format: DataFormat = DataFormat.AUTO
     """Layout of a row. `auto` reads it from the columns of the first row, among those that the method learns from:
-    reward, dpo and orpo learn from `preference`, kto from `unpaired-preference`, sft from the others."""
+    reward, dpo and orpo learn from `preference`, kto from `unpaired-preference`, sft and distill from the
+    others."""
     columns: Columns | None = None
     """Column names where they differ from the format's own."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0

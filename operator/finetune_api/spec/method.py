@@ -8,26 +8,13 @@ from pydantic import Field
 
 from finetune_api.base import Choice, Contract, Rule, exactly_one
 from finetune_api.spec.data import DataFormat
+from finetune_api.spec.online import Grpo, Ppo
+from finetune_api.spec.supervised import Distill, LongRows, MaxSeqLength, Sft, Supervised
 
-__all__ = ["Dpo", "Kto", "LongRows", "Method", "MethodSettings", "Orpo", "Reward", "Sft"]
+__all__ = ["Dpo", "Kto", "Method", "MethodSettings", "Orpo", "Reward"]
 
-MaxSeqLength = Annotated[int, Field(ge=16, le=1_048_576)]
-LongRows: TypeAlias = Literal["error", "truncate", "drop"]
+_NOT_TO_IMITATE = (DataFormat.PREFERENCE, DataFormat.UNPAIRED_PREFERENCE, DataFormat.PROMPT)
 Beta = Annotated[float, Field(gt=0, le=100)]
-
-
-class Sft(Contract):
-    """Supervised fine-tuning: learn to give the answers in the data."""
-
-    max_seq_length: MaxSeqLength = 2048
-    """Tokens in one training sequence. Packing fills sequences of this length."""
-    packing: bool = True
-    """Put several rows into one sequence, best fit first. Rows never attend to one another."""
-    loss_on: Literal["assistant", "all"] = "assistant"
-    """`assistant` trains on the answers only, end-of-turn token included; `all` trains on every token."""
-    long_rows: LongRows = "error"
-    """What to do with a row longer than maxSeqLength: `error` stops before training and names the rows. Rows of
-    format `text` are never refused; they are cut into consecutive sequences."""
 
 
 class Reward(Contract):
@@ -105,7 +92,7 @@ class Orpo(Contract):
     """Weight of the odds ratio beside the chosen answer's own loss."""
 
 
-MethodSettings: TypeAlias = Sft | Reward | Dpo | Kto | Orpo
+MethodSettings: TypeAlias = Sft | Distill | Reward | Dpo | Kto | Orpo | Ppo | Grpo
 
 
 class Method(Choice):
@@ -113,6 +100,8 @@ class Method(Choice):
 
     sft: Sft | None = None
     """Supervised fine-tuning."""
+    distill: Distill | None = None
+    """Distillation: supervised by a teacher's probabilities."""
     reward: Reward | None = None
     """A reward model, from pairs of answers."""
     dpo: Dpo | None = None
@@ -122,28 +111,53 @@ class Method(Choice):
     orpo: Orpo | None = None
     """Odds ratio preference optimisation, from pairs of answers."""
 
-    rules = (exactly_one("sft", "reward", "dpo", "kto", "orpo"),)
+    ppo: Ppo | None = None
+    """Proximal policy optimisation, from rewards for the model's own answers."""
+    grpo: Grpo | None = None
+    """Group relative policy optimisation, from rewards for the model's own answers."""
+
+    rules = (exactly_one("sft", "distill", "reward", "dpo", "kto", "orpo", "ppo", "grpo"),)
 
     @property
     def settings(self) -> MethodSettings:
         """The block that is set."""
-        return next(one for one in (self.sft, self.reward, self.dpo, self.kto, self.orpo) if one is not None)
+        blocks = (self.sft, self.distill, self.reward, self.dpo, self.kto, self.orpo, self.ppo, self.grpo)
+        return next(one for one in blocks if one is not None)
+
+    @property
+    def supervised(self) -> Supervised | None:
+        """The block of a method that learns from whole texts."""
+        return self.sft or self.distill
+
+    @property
+    def online(self) -> Ppo | Grpo | None:
+        """The block of a method that learns from what the model itself writes."""
+        return self.ppo or self.grpo
 
     @property
     def formats(self) -> frozenset[DataFormat]:
         """The formats of data that it learns from, `auto` left out."""
-        if self.sft is not None:
-            return frozenset(DataFormat) - {DataFormat.AUTO, DataFormat.PREFERENCE, DataFormat.UNPAIRED_PREFERENCE}
+        if self.supervised is not None:
+            return frozenset(DataFormat) - {DataFormat.AUTO, *_NOT_TO_IMITATE}
+        if self.online is not None:
+            return frozenset({DataFormat.PROMPT})
         return frozenset({DataFormat.UNPAIRED_PREFERENCE if self.kto is not None else DataFormat.PREFERENCE})
 
     @property
     def rows_per_sequence(self) -> int:
         """Texts that one sequence of the data consists of, where packing does not decide it: a pair has two."""
-        return 1 if self.sft is not None else 2
+        return 1 if self.supervised is not None or self.online is not None else 2
+
+    @property
+    def uses_per_row(self) -> int:
+        """How often a row of the data is in a step's globalBatchSize before the next row's turn."""
+        return 1 if self.online is None else self.online.rollouts_per_prompt * self.online.passes
 
     @property
     def counted(self) -> str:
         """What a step has globalBatchSize of."""
-        if self.sft is not None:
+        if self.supervised is not None:
             return "sequences"
+        if self.online is not None:
+            return "rollouts"
         return "answers" if self.kto is not None else "pairs"
