@@ -20,7 +20,7 @@ from finetune_api.runtime import FineTuneRuntime
 from finetune_api.uris import Scheme, parse_uri
 from finetune_client.overrides import Override, apply_overrides
 from finetune_operator.planning import plan_run
-from finetune_operator.policies.dependencies import dependency_names
+from finetune_operator.policies.dependencies import dependency_names, dependency_paths
 
 __all__ = ["Loaded", "PlannedJob", "load", "load_all", "load_one", "missing_data", "missing_jobs", "missing_models"]
 
@@ -99,18 +99,22 @@ def missing_jobs(planned: Sequence[PlannedJob]) -> list[Problem]:
     needs = {name: dependency_names(one.job.to_document()) for name, one in jobs.items()}
     problems = []
     for here, one in jobs.items():
-        for needed in needs[here]:
-            message = _why_not(jobs, needs, here, (here[0], needed))
+        for path, needed in dependency_paths(one.job.to_document()).items():
+            message = _why_not(jobs, needs, here, (here[0], needed), whole=".rewards[" not in path)
             if message is not None:
                 value = json.dumps(f"job://{needed}")
-                problems.append(Problem(file=one.file, path="spec.model.source", value=value, message=message))
+                problems.append(Problem(file=one.file, path=path, value=value, message=message))
     return problems
 
 
 def _why_not(
-    jobs: Mapping[JobName, PlannedJob], needs: Mapping[JobName, Sequence[str]], here: JobName, needed: JobName
+    jobs: Mapping[JobName, PlannedJob],
+    needs: Mapping[JobName, Sequence[str]],
+    here: JobName,
+    needed: JobName,
+    whole: bool,
 ) -> str | None:
-    """What is wrong with starting job `here` from the model of job `needed`."""
+    """What is wrong with job `here` using the model of job `needed`. `whole`: an adapter does not do."""
     if needed not in jobs:
         return (
             "is the artifact of a job that is not run here; put that job into the same file and run all of them with "
@@ -119,7 +123,7 @@ def _why_not(
     if _leads_to(needs, needed, here):
         return "is the artifact of a job that waits for this one; one of them must start from a model"
     other = jobs[needed].job.spec
-    if other.tuning.lora is not None and not any(output.merge for output in other.outputs):
+    if whole and other.tuning.lora is not None and not any(output.merge for output in other.outputs):
         return f"will be an adapter and not a whole model; give {needed[1]} an output with merge: true"
     return None
 
@@ -135,8 +139,11 @@ def missing_data(plan: RunPlan) -> list[Problem]:
 
 
 def missing_models(plan: RunPlan) -> list[Problem]:
-    """The model or the tokenizer, when it should be on this machine's disk and is not."""
+    """Models and tokenizers that should be on this machine's disk and are not."""
     sources = [("spec.model.source", plan.model.source), ("spec.model.tokenizer", plan.model.tokenizer)]
+    if plan.method.distill is not None:
+        field, teacher = "spec.method.distill.teacher", plan.method.distill.teacher
+        sources += [(f"{field}.source", teacher.source), (f"{field}.tokenizer", teacher.tokenizer)]
     return [_not_there(path, uri) for path, uri in sources if uri is not None and not _is_there(uri)]
 
 

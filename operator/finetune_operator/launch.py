@@ -1,15 +1,16 @@
 """What an attempt needs before it can start: a spec that holds, a runtime, other jobs' models, a plan, its objects.
 
 `decide` calls it when an attempt should start, and again when one that goes on lost an object. Pure: it says what to
-create, or what stands in the way. The runtime is copied into a ConfigMap with the first attempt, and the place of a
-model that another job wrote is noted on the plan: a job keeps both to its end, whatever becomes of their origins.
+create, or what stands in the way. The runtime is copied into a ConfigMap with the first attempt, and what other jobs
+wrote is noted on the plan: a job keeps both to its end, whatever becomes of their origins.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune_api.base import API_VERSION
@@ -17,6 +18,7 @@ from finetune_api.failures import Problem
 from finetune_api.job import FineTuneJob, Resolved
 from finetune_api.plan import RunPlan
 from finetune_api.problems import InvalidManifest, validate_document
+from finetune_api.progress import Artifact
 from finetune_api.runtime import FineTuneRuntime, FineTuneRuntimeSpec
 from finetune_operator import names
 from finetune_operator.conditions import Finding
@@ -34,7 +36,8 @@ from finetune_operator.kinds import (
 )
 from finetune_operator.observe import Document, Header, Observed
 from finetune_operator.planning import plan_run
-from finetune_operator.policies.dependencies import dependency_names, resolve
+from finetune_operator.policies.dependencies import dependency_paths, resolve
+from finetune_operator.raw import at
 from finetune_operator.resources.config_map import (
     plan_config_map,
     progress_config_map,
@@ -63,6 +66,8 @@ class Launch:
     """Instead of the job's, after an attempt that ran out of memory."""
     runtime_hash: str | None
     """Of the runtime that earlier attempts had."""
+    artifacts: Mapping[str, Artifact] = field(default_factory=dict)
+    """What other jobs wrote that it is planned with, by their names; `prepare` finds them."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,10 @@ def judge_spec(document: Document, header: Header) -> FineTuneJob | Finding:
     kept = {name: metadata[name] for name in ("name", "namespace", "labels", "annotations") if name in metadata}
     bare = {"apiVersion": API_VERSION, "kind": "FineTuneJob", "metadata": kept, "spec": document.get("spec")}
     try:
-        if header.name in dependency_names(document):
-            source = f"job://{header.name}"
-            raise InvalidManifest([Problem(path="spec.model.source", value=source, message="names the job itself")])
+        own = [path for path, name in dependency_paths(document).items() if name == header.name]
+        if own:
+            source, message = f"job://{header.name}", "names the job itself"
+            raise InvalidManifest([Problem(path=path, value=source, message=message) for path in own])
         return validate_document(FineTuneJob, bare)
     except InvalidManifest as invalid:
         return Finding("Valid", "False", "InvalidSpec", str(invalid))
@@ -117,20 +123,18 @@ def prepare(
     runtime = _runtime(job, seen, launch.runtime_hash)
     if isinstance(runtime, Blocked):
         return runtime
-    source = _earlier_source(seen)
-    dependencies = resolve(() if source else dependency_names(document), seen.dependencies)
+    needed = set(dependency_paths(document).values())
+    kept = _earlier_artifacts(seen)
+    dependencies = resolve(sorted(needed - kept.keys()), seen.dependencies)
     if dependencies.failed:
         finding = Finding("Failed", "True", "DependencyFailed", "\n".join(dependencies.failed))
         return Blocked(finding, failed=True)
     if dependencies.waiting:
         return Blocked(Finding("Admitted", "False", "DependencyPending", "\n".join(dependencies.waiting)))
+    artifacts = {**kept, **dependencies.artifacts}
+    launch = replace(launch, artifacts={name: artifacts[name] for name in sorted(needed)})
     try:
-        plan = plan_run(
-            _with_source(job, source) if source else job,
-            runtime,
-            artifacts=dependencies.artifacts,
-            micro_batch_size=launch.micro_batch_size,
-        )
+        plan = plan_run(job, runtime, artifacts=launch.artifacts, micro_batch_size=launch.micro_batch_size)
         if not seen.one_machine:
             check_shared_files(plan)
     except InvalidManifest as refused:
@@ -157,19 +161,17 @@ def _runtime(job: FineTuneJob, seen: Observed, recorded: str | None) -> FineTune
         return Blocked(Finding("Valid", "False", "RuntimeInvalid", message))
 
 
-def _earlier_source(seen: Observed) -> str | None:
-    """Where the model of another job was when an earlier attempt was planned."""
+def _earlier_artifacts(seen: Observed) -> dict[str, Artifact]:
+    """What other jobs had written when an earlier attempt was planned, by their names."""
     for number in sorted(seen.plans, reverse=True):
-        annotations = seen.plans[number]["metadata"].get("annotations")
-        source = annotations.get(names.MODEL_ANNOTATION) if isinstance(annotations, Mapping) else None
-        if isinstance(source, str) and source:
-            return source
-    return None
-
-
-def _with_source(job: FineTuneJob, source: str) -> FineTuneJob:
-    model = job.spec.model.model_copy(update={"source": source})
-    return job.model_copy(update={"spec": job.spec.model_copy(update={"model": model})})
+        noted = at(seen.plans[number], "metadata", "annotations", names.ARTIFACTS_ANNOTATION)
+        try:
+            found = {name: Artifact.model_validate(one) for name, one in json.loads(noted or "{}").items()}
+        except (AttributeError, RecursionError, TypeError, ValueError):  # somebody's hand
+            continue
+        if found:
+            return found
+    return {}
 
 
 def _objects(
@@ -180,7 +182,7 @@ def _objects(
     launch: Launch,
     settings: Settings,
 ) -> Prepared | Blocked:
-    wanted = sealed(list(_wanted(job, plan, runtime, seen, launch.attempt, settings)))
+    wanted = sealed(list(_wanted(job, plan, runtime, seen, launch, settings)))
     for create in wanted:
         name = create.document["metadata"]["name"]
         if (create.kind, name) in seen.foreign:
@@ -203,7 +205,7 @@ def _wanted(
     plan: RunPlan,
     runtime: FineTuneRuntime | None,
     seen: Observed,
-    attempt: int,
+    launch: Launch,
     settings: Settings,
 ) -> Iterator[Create]:
     """Every object of the attempt, the RayJob last. In which order they are made says `starts`."""
@@ -218,17 +220,18 @@ def _wanted(
     if spec.network_policy:
         yield Create(NETWORK_POLICY, network_policy(owner))
     yield Create(POD_DISRUPTION_BUDGET, pod_disruption_budget(owner))
-    yield Create(CONFIG_MAP, _annotated(plan_config_map(owner, plan, attempt), job, plan))
-    yield Create(RAY_JOB, build_rayjob(owner, job, plan, spec, attempt, settings))
+    yield Create(CONFIG_MAP, _annotated(plan_config_map(owner, plan, launch.attempt), launch.artifacts))
+    yield Create(RAY_JOB, build_rayjob(owner, job, plan, spec, launch.attempt, settings))
 
 
-def _annotated(document: Document, job: FineTuneJob, plan: RunPlan) -> Document:
-    """The plan's ConfigMap with its digest, and with where another job's model was."""
+def _annotated(document: Document, artifacts: Mapping[str, Artifact]) -> Document:
+    """The plan's ConfigMap with its digest, and with what other jobs wrote."""
     metadata = document["metadata"]
     digest = hashlib.sha256(repr(sorted(document["data"].items())).encode()).hexdigest()[:16]
     annotations = {**metadata.get("annotations", {}), names.DIGEST_ANNOTATION: digest}
-    if plan.model.source != job.spec.model.source:
-        annotations[names.MODEL_ANNOTATION] = plan.model.source
+    if artifacts:
+        noted = {name: one.to_document() for name, one in artifacts.items()}
+        annotations[names.ARTIFACTS_ANNOTATION] = json.dumps(noted, sort_keys=True)
     return {**document, "metadata": {**metadata, "annotations": annotations}}
 
 

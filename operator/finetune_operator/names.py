@@ -12,13 +12,13 @@ from typing import Any
 
 __all__ = [
     "APP",
+    "ARTIFACTS_ANNOTATION",
     "ATTEMPT_LABEL",
     "DIGEST_ANNOTATION",
     "HEAD",
     "JOB_LABEL",
     "MANAGED_BY",
     "MANAGED_BY_LABEL",
-    "MODEL_ANNOTATION",
     "NAME_LABEL",
     "RAY_CONTAINER",
     "RAY_JOB_NAME_LENGTH",
@@ -55,8 +55,8 @@ ROLE_LABEL = "finetune-operator.io/role"
 
 DIGEST_ANNOTATION = "finetune-operator.io/digest"
 """On a plan's ConfigMap: of its contents, which the operator does not keep in memory."""
-MODEL_ANNOTATION = "finetune-operator.io/model"
-"""On a plan's ConfigMap: where the model is that another job wrote."""
+ARTIFACTS_ANNOTATION = "finetune-operator.io/artifacts"
+"""On a plan's ConfigMap: what other jobs wrote that it was planned with, as JSON by their names."""
 
 HEAD = "head"
 WORKER = "worker"

@@ -27,7 +27,7 @@ from finetune_api.plan import (
 from finetune_api.problems import InvalidManifest, shorten
 from finetune_api.progress import Artifact
 from finetune_api.runtime import FineTuneRuntime, FineTuneRuntimeSpec
-from finetune_api.spec import FineTuneJobSpec, Model, Precision, Quantization
+from finetune_api.spec import Distill, FineTuneJobSpec, Grpo, Method, Model, Ppo, Precision, Quantization
 from finetune_api.uris import Scheme, parse_uri
 from finetune_operator.zero import deepspeed_config, reserved_key_problems
 
@@ -88,6 +88,7 @@ class _Planner:
         model = self._model()
         workers = self._workers()
         precision = self._precision(workers)
+        method = self._method(workers, precision)
         zero_stage = self._zero_stage(workers)
         batch = self._batch(workers)
         checkpoint = self._checkpoint()
@@ -100,7 +101,7 @@ class _Planner:
             storage=storage_of(self.job, self.runtime),
             model=model,
             data=spec.data,
-            method=spec.method,
+            method=method,
             tuning=spec.tuning,
             workers=workers,
             batch=batch,
@@ -121,22 +122,51 @@ class _Planner:
     def _model(self) -> Model:
         """The model's block, with the place of another job's model in the place of its name."""
         model = self.spec.model
-        uri = parse_uri(model.source)
+        return model.model_copy(update={"source": self._source("model.source", model.source)})
+
+    def _method(self, workers: WorkersPlan, precision: Precision) -> Method:
+        """The method's block, with places in the place of other jobs' names."""
+        method = self.spec.method
+        if method.distill is not None:
+            return method.model_copy(update={"distill": self._distill(method.distill, workers, precision)})
+        if method.online is not None:
+            return method.model_copy(update={method.chosen: self._online(method.online, method.chosen)})
+        return method
+
+    def _distill(self, distill: Distill, workers: WorkersPlan, precision: Precision) -> Distill:
+        field, teacher = "method.distill.teacher", distill.teacher
+        processes = "the process" if workers.world_size == 1 else f"each of {workers.world_size} processes"
+        self._decide(field, f"held whole in {precision}", f"{processes} needs its words; zeroStage does not split it")
+        source = self._source(f"{field}.source", teacher.source)
+        return distill.model_copy(update={"teacher": teacher.model_copy(update={"source": source})})
+
+    def _online(self, online: Ppo | Grpo, name: str) -> Ppo | Grpo:
+        rewards = []
+        for index, reward in enumerate(online.rewards):
+            if reward.model is not None:
+                field = f"method.{name}.rewards[{index}].model.source"
+                source = self._source(field, reward.model.source, whole=False)
+                model = reward.model.model_copy(update={"source": source})
+                rewards.append(reward.model_copy(update={"model": model}))
+            else:
+                rewards.append(reward)
+        return online.model_copy(update={"rewards": rewards})
+
+    def _source(self, field: str, source: str, whole: bool = True) -> str:
+        """Where a model is, if `source` names the job that wrote it. `whole`: an adapter does not do."""
+        uri = parse_uri(source)
         if uri.scheme is not Scheme.JOB or self.artifacts is None:
-            return model
+            return source
         artifact = self.artifacts.get(uri.authority)
         if artifact is None:
-            self._refuse("model.source", model.source, "names a job that has written no model yet")
-            return model
-        if artifact.kind != "model":
-            self._refuse(
-                "model.source",
-                model.source,
-                f"wrote an adapter and not a whole model; give {uri.authority} an output with merge: true",
-            )
-            return model
-        self._decide("model.source", artifact.uri, f"what {model.source} wrote")
-        return model.model_copy(update={"source": artifact.uri})
+            self._refuse(field, source, "names a job that has written no model yet")
+            return source
+        if whole and artifact.kind != "model":
+            message = f"wrote an adapter and not a whole model; give {uri.authority} an output with merge: true"
+            self._refuse(field, source, message)
+            return source
+        self._decide(field, artifact.uri, f"what {source} wrote")
+        return artifact.uri
 
     def _workers(self) -> WorkersPlan:
         asked, pool = self.spec.cluster.workers, self.runtime.workers

@@ -584,11 +584,37 @@ def test_later_attempts_need_the_other_job_no_more() -> None:
         assert plan_of(cluster, number)["model"]["source"] == "file:///runs/sft/model"
 
 
-def test_a_job_that_names_itself_is_refused() -> None:
-    cluster = Cluster({"model.source": "job://example"})
+def test_later_attempts_keep_both_the_model_and_the_teacher_that_they_began_with() -> None:
+    teacher = {"distill": {"teacher": {"source": "job://big"}}}
+    cluster = Cluster({**CHAINED, "method": teacher})
+    cluster.dependencies["sft"] = another_job("sft", DONE)
+    cluster.settle()
+    assert "job://big" in cluster.says("Admitted")
+    written = {**DONE["artifacts"][0], "uri": "file:///runs/big/model"}
+    cluster.dependencies["big"] = another_job("big", {**DONE, "artifacts": [written]})
+    cluster.settle()
+    began = plan_of(cluster, 1)
+    assert began["model"]["source"] == "file:///runs/sft/model"
+    assert began["method"]["distill"]["teacher"]["source"] == "file:///runs/big/model"
+    cluster.dependencies.clear()
+    cluster.running().report(step=1).settle()
+    break_attempt(cluster, FailureClass.PREEMPTED).wait(10).settle()
+    assert plan_of(cluster, 2)["model"] == began["model"]
+    assert plan_of(cluster, 2)["method"] == began["method"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model.source": "job://example"}, "spec.model.source"),
+        ({"method": {"distill": {"teacher": {"source": "job://example"}}}}, "spec.method.distill.teacher.source"),
+    ],
+)
+def test_a_job_that_names_itself_is_refused(changes: dict[str, Any], field: str) -> None:
+    cluster = Cluster(changes)
     cluster.settle()
     assert cluster.holds("Valid") == ("False", "InvalidSpec")
-    assert "spec.model.source: names the job itself" in cluster.says("Valid")
+    assert f"{field}: names the job itself" in cluster.says("Valid")
 
 
 # Other hands

@@ -418,6 +418,40 @@ def test_another_jobs_model_must_be_there_and_whole(artifacts: dict[str, Artifac
     assert right in problem.message
 
 
+DISTILL = {"method": {"distill": {"teacher": {"source": "job://first"}}}}
+
+
+def test_another_jobs_model_can_be_the_teacher() -> None:
+    planned = plan_run(job(DISTILL), artifacts={"first": model_artifact()})
+    assert planned.method.distill is not None
+    assert planned.method.distill.teacher.source == "file:///models/first"
+    assert decided(planned)["method.distill.teacher.source"] == ("file:///models/first", "what job://first wrote")
+
+
+def test_a_teacher_must_be_a_whole_model() -> None:
+    with pytest.raises(InvalidManifest) as refused:
+        plan_run(job(DISTILL), artifacts={"first": model_artifact(kind="adapter")})
+    [problem] = refused.value.problems
+    assert problem.path == "spec.method.distill.teacher.source"
+    assert "give first an output with merge: true" in problem.message
+
+
+def test_the_plan_says_that_every_process_holds_the_teacher() -> None:
+    value, reason = decided(plan({**DISTILL, "cluster.workers": {"replicas": 2, "gpus": 4}}))["method.distill.teacher"]
+    assert value == "held whole in bf16"
+    assert "each of 8 processes" in reason
+    assert "zeroStage does not split it" in reason
+
+
+def test_a_reward_model_may_be_another_jobs_adapter() -> None:
+    rewards = [{"metric": {"kind": "bleu"}}, {"model": {"source": "job://first"}}]
+    asked = job({"method": {"grpo": {"rewards": rewards}}})
+    planned = plan_run(asked, artifacts={"first": model_artifact(kind="adapter")})
+    assert planned.method.grpo is not None
+    assert planned.method.grpo.rewards[1].model is not None
+    assert planned.method.grpo.rewards[1].model.source == "file:///models/first"
+
+
 @pytest.mark.parametrize(("asked", "micro"), [(4, 4), (3, 2), (64, 32)])
 def test_after_out_of_memory_the_micro_batch_is_the_given_one_or_the_next_smaller_divisor(
     asked: int, micro: int

@@ -4,21 +4,22 @@ A chain (fine-tune, then a reward model from it, then PPO) is so many FineTuneJo
 waits until the one it names has written its model, and fails with that one's reason when it fails. A name that no job
 has is waited for too: `kubectl apply` of a folder creates jobs in any order.
 
-`dependency_names` is also what the handlers index jobs by, so that the end of one wakes those that wait for it.
+A model is named as the one to start from, as a teacher or as a reward. `dependency_names` is also what the handlers
+index jobs by, so that the end of one wakes those that wait for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 
 from finetune_api.progress import Artifact
-from finetune_operator.raw import at
+from finetune_operator.raw import at, items, text
 
-__all__ = ["Dependencies", "dependency_names", "resolve"]
+__all__ = ["Dependencies", "dependency_names", "dependency_paths", "resolve"]
 
 _PREFIX = "job://"
 
@@ -37,8 +38,23 @@ class Dependencies:
 
 def dependency_names(job: Any) -> tuple[str, ...]:
     """Names of the jobs whose artifacts `job`, a raw FineTuneJob, needs. Total."""
-    source = at(job, "spec", "model", "source")
-    return (source.removeprefix(_PREFIX),) if isinstance(source, str) and source.startswith(_PREFIX) else ()
+    return tuple(dict.fromkeys(dependency_paths(job).values()))
+
+
+def dependency_paths(job: Any) -> dict[str, str]:
+    """The same by the fields that name them, such as spec.method.distill.teacher.source. Total."""
+    named = {path: source.removeprefix(_PREFIX) for path, source in _sources(job) if source.startswith(_PREFIX)}
+    return {path: name for path, name in named.items() if name}
+
+
+def _sources(job: Any) -> Iterator[tuple[str, str]]:
+    """Every field that may name another job's model, and what stands there."""
+    yield "spec.model.source", text(job, "spec", "model", "source")
+    method = at(job, "spec", "method")
+    yield "spec.method.distill.teacher.source", text(method, "distill", "teacher", "source")
+    for online in ("ppo", "grpo"):
+        for index, reward in enumerate(items(at(method, online), "rewards")):
+            yield f"spec.method.{online}.rewards[{index}].model.source", text(reward, "model", "source")
 
 
 def resolve(names: Iterable[str], jobs: Mapping[str, Any]) -> Dependencies:

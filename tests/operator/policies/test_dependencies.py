@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.policies.dependencies import dependency_names, resolve
+from finetune_operator.policies.dependencies import dependency_names, dependency_paths, resolve
 from tests.factories import job_document
 from tests.operator.decide_factories import ARTIFACT, another_job
 
@@ -26,8 +26,32 @@ def test_the_jobs_that_a_job_names(source: str, names: tuple[str, ...]) -> None:
     assert dependency_names(job_document({"model.source": source})) == names
 
 
+def test_a_teacher_and_rewards_are_waited_for_like_the_model_and_each_job_once() -> None:
+    rewards = [{"model": {"source": "job://judge"}}, {"metric": {"kind": "bleu"}}, {"model": {"source": "job://sft"}}]
+    document = job_document({"model.source": "job://sft", "method": {"ppo": {"rewards": rewards}}})
+    assert dependency_names(document) == ("sft", "judge")
+    assert dependency_paths(document)["spec.method.ppo.rewards[0].model.source"] == "judge"
+    document = job_document({"method": {"distill": {"teacher": {"source": "job://big"}}}})
+    assert dependency_paths(document) == {"spec.method.distill.teacher.source": "big"}
+
+
+def test_a_setting_of_a_reward_function_that_looks_like_a_job_is_none() -> None:
+    function = {"call": "a:b", "settings": {"source": "job://sft"}}
+    assert dependency_names(job_document({"method": {"grpo": {"rewards": [{"function": function}]}}})) == ()
+
+
 @pytest.mark.parametrize(
-    "document", [None, [], {}, {"spec": None}, {"spec": {"model": []}}, {"spec": {"model": {"source": 1}}}]
+    "document",
+    [
+        None,
+        [],
+        {},
+        {"spec": None},
+        {"spec": {"model": []}},
+        {"spec": {"model": {"source": 1}}},
+        {"spec": {"method": {"ppo": {"rewards": {"0": 1}}}}},
+        {"spec": {"method": {"distill": []}}},
+    ],
 )
 def test_a_document_that_is_no_job_names_none(document: Any) -> None:
     assert dependency_names(document) == ()
