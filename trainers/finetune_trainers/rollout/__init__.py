@@ -1,0 +1,81 @@
+"""Rollout: the policy's own answers to prompts, with the probability of every token. Called by online methods.
+
+in_process   the policy's weights, in the process that trains them
+sampling     from logits to a token, pure
+row_cache    keys and values of a batch whose rows come and go
+zero3        parameters that ZeRO-3 keeps in parts, whole for a while
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["Completion", "OnProgress", "Request", "RolloutEngine", "Sampling"]
+
+OnProgress = Callable[[int, int], None]
+"""Told how many of this rank's requests are answered, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """What logits are divided by; 0 takes the likeliest token always."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability; 1 is all."""
+    top_k: int = 0
+    """Only so many of the likeliest tokens, before `top_p`; 0 is all."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to be written."""
+
+    prompt_ids: Sequence[int]
+    """At least one."""
+    seed: int
+    """At least 0, of this very sample: equal seeds give equal answers for equal weights, whatever shares the batch
+    (up to rounding, which in half precision may differ with the size of the batch)."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer."""
+
+    ids: list[int]
+    """With the end token where there is one."""
+    log_probs: list[float]
+    """Of each of `ids`, nats: in the distribution at the sampling temperature, before top-p and top-k; at temperature
+    1 where the likeliest token is taken."""
+    ended: bool
+    """False: cut at max_new_tokens."""
+
+
+class RolloutEngine(Protocol):
+    """What answers prompts with the policy as it is. All calls are collective."""
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress | None = None
+    ) -> list[Completion]:
+        """The answers in the order of `requests`, which are this rank's own; another rank may have more, or none."""
+        ...
+
+    def update_weights(self) -> None:
+        """The policy has been updated: take over its weights."""
+        ...
+
+    def sleep(self) -> None:
+        """Nothing will be asked for a while: give memory back."""
+        ...
+
+    def wake(self) -> None:
+        """Be ready again after `sleep`."""
+        ...
+
+    def close(self) -> None:
+        """End for good. May be called twice."""
+        ...

@@ -1,0 +1,76 @@
+"""Parameters that ZeRO-3 keeps in parts, whole on every rank while tokens are drawn. Called by `in_process`.
+
+A token is one forward pass, and ZeRO-3 would gather the whole model for each. Gathered once, every rank writes its
+answers at its own pace. Facts about DeepSpeed are those of 0.19.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from finetune_trainers.context import WorkerContext
+
+__all__ = ["fits_whole", "gathered", "is_split"]
+
+SHARE = 0.6
+"""Of free memory that gathered parameters may take; keys and values need the rest."""
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether ZeRO-3 holds the parameters in parts: it marks each with an id."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+def fits_whole(module: nn.Module, context: WorkerContext) -> bool:
+    """Whether every rank has the memory for the parameters in their own types. Collective."""
+    needed = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in module.parameters())
+    fits = needed <= SHARE * _free_bytes(context)
+    refusals = torch.tensor(float(not fits), device=context.device)
+    return context.all_reduce_sum(refusals).item() == 0
+
+
+def _free_bytes(context: WorkerContext) -> float:
+    """Of this rank: its device's, or an even share of this machine's."""
+    if context.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(context.device) - torch.cuda.memory_allocated(context.device)
+        return torch.cuda.mem_get_info(context.device)[0] + unused
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024 / context.local_world_size
+    return 0.0
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Whole parameters inside, and forward passes that are no collectives. Entering and leaving are."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(list(module.parameters())), _without_hooks(module):
+        yield
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """DeepSpeed's hooks set aside, which gather and release around each layer, and put back where they were.
+
+    DeepSpeed's own `unwrap_model_for_generation` makes new ones instead, and so forgets the order in which it
+    fetches parameters, and leaves one that is a collective at each forward pass.
+    """
+    tables = [hooks for part in module.modules() for hooks in (part._forward_pre_hooks, part._forward_hooks)]
+    saved = [list(hooks.items()) for hooks in tables]
+    for hooks, items in zip(tables, saved, strict=True):
+        for key, hook in items:
+            if str(getattr(hook, "__module__", "")).startswith("deepspeed."):
+                del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, items in zip(tables, saved, strict=True):
+            hooks.clear()  # the order in which hooks run is theirs again
+            hooks.update(items)
