@@ -66,6 +66,8 @@ FULL: dict[str, Any] = {"spec.tuning": {"full": {}}}
 WANDB = {"spec.tracking.wandb": {"project": "p"}}
 HUB = [{"to": "hf://a/b"}]
 POOL = {"workers.maxReplicas": 2}
+METHODS = "sft, distill, reward, dpo, kto, orpo, ppo, grpo"
+TEACHER = {"source": "hf://org/teacher"}
 
 TABLE = [
     # Kind, version, metadata.
@@ -134,8 +136,8 @@ TABLE = [
     bad("no rows", "spec.data.train[0].maxRows", 0, "must be at least 1"),
     bad("a column without a name", "spec.data.train[0].columns.prompt", "", "must not be empty"),
     # Method and tuning.
-    bad("no method", "spec.method", {}, "set exactly one of: sft, reward, dpo, kto, orpo"),
-    bad("two methods", "spec.method", {"sft": {}, "dpo": {}}, "set exactly one of: sft, reward, dpo, kto, orpo"),
+    bad("no method", "spec.method", {}, f"set exactly one of: {METHODS}"),
+    bad("two methods", "spec.method", {"sft": {}, "dpo": {}}, f"set exactly one of: {METHODS}"),
     *(
         at(
             what,
@@ -153,6 +155,38 @@ TABLE = [
             ("scores are centred backwards", "reward.centerCoefficient", -0.1, "must be at least 0"),
             ("packing of pairs", "dpo.packing", True, "known here: maxSeqLength"),
         )
+    ),
+    *(
+        at(what, f"spec.method.distill.{path}", {"spec.method": {"distill": distill}}, value, says)
+        for what, path, value, says, distill in (
+            ("no teacher", "teacher", NO_VALUE, "is required", {}),
+            ("a teacher without scheme", "teacher.source", "t", "is not a URI", {"teacher": {"source": "t"}}),
+            (
+                "a revision of a teacher's folder",
+                "teacher.revision",
+                "main",
+                "only for an hf:// source; remove it",
+                {"teacher": {"source": "file:///t", "revision": "main"}},
+            ),
+            (
+                "a divergence that does not exist",
+                "divergence",
+                "kl",
+                "must be forward-kl, reverse-kl or jsd",
+                {"teacher": TEACHER, "divergence": "kl"},
+            ),
+            ("a mixture of one kind", "beta", 0.5, "only for divergence jsd", {"teacher": TEACHER, "beta": 0.5}),
+            ("a mixture of nothing", "beta", 0, "must be above 0", {"teacher": TEACHER, "beta": 0}),
+            ("no temperature", "temperature", 0, "must be above 0", {"teacher": TEACHER, "temperature": 0}),
+            ("a teacher that does not count", "alpha", 1, "must be below 1", {"teacher": TEACHER, "alpha": 1}),
+        )
+    ),
+    at(
+        "pairs for distillation",
+        "spec.data.train",
+        {"spec.method": {"distill": {"teacher": TEACHER}}, "spec.data.train.0.format": "preference"},
+        [{"source": "hf://org/rows", "format": "preference", "weight": 1.0}],
+        "set format to auto or to one that the method learns from",
     ),
     at(
         "noise in pairs for a loss without it",

@@ -59,8 +59,15 @@ _JUDGED: dict[str, dict[str, Any]] = {
     "dpo": {"beta": 0.1, "lossType": "sigmoid", "labelSmoothing": 0.1},
     "kto": {"beta": 0.1, "desirableWeight": 1.0, "undesirableWeight": 1.33},
     "orpo": {"beta": 0.1},
+    "distill": {
+        "teacher": {"source": "file:///models/t", "tokenizer": "hf://org/t", "trustRemoteCode": False},
+        "divergence": "jsd",
+        "beta": 0.9,
+        "temperature": 2.0,
+        "alpha": 0.5,
+    },
 }
-"""Settings of the methods that learn from judged answers."""
+"""Settings of the methods beside supervised fine-tuning."""
 
 
 def _pods(choice: str) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def _models_in(annotation: Any) -> Iterator[type[Contract]]:
 
 
 _EXACTLY_ONE_TUNING = "set exactly one of: full, lora, freeze"
-_EXACTLY_ONE_METHOD = "set exactly one of: sft, reward, dpo, kto, orpo"
+_EXACTLY_ONE_METHOD = "set exactly one of: sft, distill, reward, dpo, kto, orpo, ppo, grpo"
 _EPOCHS_OR_STEPS = "set exactly one of: epochs, maxSteps"
 _MICRO_BATCH = "globalBatchSize must be a multiple of microBatchSize, which is a whole number from 1 to 65536, or auto"
 _BATCH = "training.globalBatchSize must be a multiple of microBatchSize × workers.replicas × workers.gpus"
@@ -96,6 +96,18 @@ RULE_ROWS = [
         "spec.data.eval[1].revision",
         {"data.eval": [{"source": _FILE}, {"source": _FILE, "revision": "main"}]},
     ),
+    RuleRow(
+        "Teacher",
+        "revision is only for an hf:// source; remove it",
+        "spec.method.distill.teacher.revision",
+        {"method": {"distill": {"teacher": {"source": "file:///models/t", "revision": "main"}}}},
+    ),
+    RuleRow(
+        "Distill",
+        "beta is only for divergence jsd; remove it",
+        "spec.method.distill.beta",
+        {"method": {"distill": {"teacher": {"source": "file:///models/t"}, "beta": 0.5}}},
+    ),
     RuleRow("Method", _EXACTLY_ONE_METHOD, "spec.method", {"method": {}}),
     RuleRow("Method", _EXACTLY_ONE_METHOD, "spec.method", {"method": {"sft": {}, "dpo": {}}}),
     RuleRow(
@@ -107,8 +119,8 @@ RULE_ROWS = [
     *(
         RuleRow(
             "FineTuneJobSpec",
-            "reward, dpo and orpo learn from format preference, kto from unpaired-preference, and sft from the other"
-            " formats; set format to auto or to one that the method learns from",
+            "reward, dpo and orpo learn from format preference, kto from unpaired-preference, and sft and"
+            " distill from the other formats; set format to auto or to one that the method learns from",
             f"spec.data.{part}",
             {"method": {method: {}}, f"data.{part}": [{"source": _FILE}, {"source": _FILE, "format": form}]},
         )
