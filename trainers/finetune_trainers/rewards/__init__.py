@@ -1,0 +1,79 @@
+"""What answers of the model are worth. Called by the methods that learn from their own answers.
+
+    building    the rewards of a plan, checked by the launcher and made on each worker
+    weighted    several rewards as one number
+    functions   a Python function, in a process of its own (`function_process`)
+    metrics     a comparison with the answer in the data
+    endpoint    a service
+    judge       a reward model
+
+A reward that fails for an answer does not end the run. The answer has no score by that reward's name, the failure is
+counted, and in the total the mean of the others of the same call stands in its place: whoever makes a reward fail wins
+nothing by it. A reward may also have no opinion; then it adds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+__all__ = ["Episode", "Message", "Rewards", "Scored", "Scorer", "Scores"]
+
+Message = dict[str, str]
+"""`role` and `content`."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A prompt, and what the model answered."""
+
+    prompt: list[Message]
+    completion: str
+    """Decoded, special tokens left out."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """The row's other columns, such as answer."""
+    num_tokens: int = 0
+    """Of the completion."""
+    ended: bool = True
+    """False: it was cut off."""
+
+
+class Scores(NamedTuple):
+    """What all rewards say of some episodes, in their order."""
+
+    totals: list[float]
+    """The sum of the rewards, each times its weight."""
+    by_name: dict[str, list[float | None]]
+    """None where the reward failed, or had no opinion."""
+    num_errors: dict[str, int]
+    """Episodes for which the reward failed, by its name."""
+
+
+class Rewards(Protocol):
+    """All rewards of a run."""
+
+    def score(self, episodes: Sequence[Episode]) -> Scores:
+        """This rank's own episodes; no rank waits for another. Raises UserError when a reward cannot be had."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Scored(NamedTuple):
+    """What one reward says of some episodes, in their order."""
+
+    values: list[float | None]
+    """Finite, or None where it failed or had no opinion."""
+    faults: dict[int, str]
+    """Why it failed, by the episode's place."""
+
+
+class Scorer(Protocol):
+    """One reward."""
+
+    def score(self, episodes: Sequence[Episode]) -> Scored:
+        """Raises UserError when it could score no episode whatsoever."""
+        ...
+
+    def close(self) -> None: ...
