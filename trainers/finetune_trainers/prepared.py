@@ -61,3 +61,5 @@ class PreparedRun(Contract):
     total_steps: int
     learning_rate: LearningRatePlan
     """With `peak` filled in."""
+    teacher: PreparedModel | None = None
+    """Of a distillation."""
