@@ -22,7 +22,7 @@ from finetune_trainers.errors import UserError
 from finetune_trainers.tuning import SCORE_HEAD, linear_names, lora_targets, matching, transposed
 from finetune_trainers.weights import INDEX, BrokenWeightsError, WeightFiles
 
-__all__ = ["check_folder", "check_job"]
+__all__ = ["check_folder", "check_job", "packing_fault"]
 
 SOURCE = "spec.model.source"
 
@@ -124,26 +124,27 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def _check_architecture(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:
-    """Packed documents must not see one another, which only attention that goes by the boundaries can promise."""
+    fault = packing_fault(model)
+    if fault is None:
+        return []
+    message = f"{fault}; use a model with plain causal attention"
+    return [Problem(path=SOURCE, value=plan.model.source, message=message)]
+
+
+def packing_fault(model: PreTrainedModel) -> str | None:
+    """Why `model` cannot read several documents at once, if it cannot: they must not see one another, which only
+    attention that goes by the boundaries can promise."""
     name = type(model).__name__
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
     if model._is_stateful or not kinds <= _KNOWN_LAYERS:
-        message = f"{name} has recurrent or chunked layers, which cannot keep packed documents apart"
-    elif not model._supports_attention_backend:
-        message = f"{name} brings its own attention, which cannot keep packed documents apart"
-    elif any(getattr(module, "is_causal", True) is False for module in model.modules()):
-        message = f"{name} reads in both directions"
-    elif any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
-        message = f"{name} counts positions its own way, which cannot keep packed documents apart"
-    else:
-        return []
-    return [
-        Problem(
-            path=SOURCE,
-            value=plan.model.source,
-            message=f"{message}; use a model with plain causal attention",
-        )
-    ]
+        return f"{name} has recurrent or chunked layers, which cannot keep packed documents apart"
+    if not model._supports_attention_backend:
+        return f"{name} brings its own attention, which cannot keep packed documents apart"
+    if any(getattr(module, "is_causal", True) is False for module in model.modules()):
+        return f"{name} reads in both directions"
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        return f"{name} counts positions its own way, which cannot keep packed documents apart"
+    return None
 
 
 def _check_score(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:

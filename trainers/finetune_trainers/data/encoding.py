@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
@@ -17,11 +18,11 @@ from finetune_trainers.data.template import ChatTemplate, PlainText, Renderer
 from finetune_trainers.errors import UserError
 from finetune_trainers.prepared import PreparedModel
 
-__all__ = ["TextEncoding", "load_encoding"]
+__all__ = ["TextEncoding", "load_encoding", "open_encoding"]
 
 SEPARATORS = {DataFormat.PROMPT_COMPLETION: "", DataFormat.ALPACA: "\n\n"}
-"""Between prompt and answer where there is no template. A prompt-completion row is joined as it stands. Preferences
-need a template: their prompts may be conversations."""
+"""Between prompt and answer where there is no template. A prompt-completion row is joined as it stands. Preferences and
+prompts need a template: they may be conversations."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,27 @@ class TextEncoding:
 
 def load_encoding(plan: RunPlan, model: PreparedModel) -> TextEncoding:
     """The tokenizer of `model`. Raises UserError when it is of no use for training."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        model.tokenizer_folder, local_files_only=True, trust_remote_code=plan.model.trust_remote_code
-    )
     path = "spec.model.tokenizer" if plan.model.tokenizer else "spec.model.source"
     value = plan.model.tokenizer or plan.model.source
+    tokenizer = _open(Path(model.tokenizer_folder), plan.model.trust_remote_code)
+    return _encoding(tokenizer, model.chat_template, path, value)
+
+
+def open_encoding(folder: Path, path: str, value: str) -> TextEncoding:
+    """The tokenizer in `folder` with the template that it brings. Raises UserError about `path`, where `value`
+    stands."""
+    tokenizer = _open(folder)
+    template = tokenizer.chat_template
+    return _encoding(tokenizer, template.get("default") if isinstance(template, dict) else template, path, value)
+
+
+def _open(folder: Path, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+def _encoding(tokenizer: Any, template: str | None, path: str, value: str) -> TextEncoding:
     if not tokenizer.is_fast:
         problem = Problem(path=path, value=value, message="has a tokenizer without tokenizer.json; convert it first")
         raise UserError(str(problem), [problem])
@@ -87,5 +102,5 @@ def load_encoding(plan: RunPlan, model: PreparedModel) -> TextEncoding:
         special_tokens=tokenizer.special_tokens_map,
         stop_tokens={**special, **named},
         eos_id=tokenizer.eos_token_id,
-        template=model.chat_template,
+        template=template,
     )
