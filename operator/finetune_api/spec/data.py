@@ -38,7 +38,7 @@ class Columns(Contract):
     conversations: ColumnName | None = None
     """sharegpt: the list of {from, value}."""
     prompt: ColumnName | None = None
-    """prompt-completion and both kinds of preference: what the model is given, text or a list of messages."""
+    """prompt, prompt-completion and both kinds of preference: what the model is given, text or a list of messages."""
     completion: ColumnName | None = None
     """prompt-completion: what the model should answer. unpaired-preference: what it answered."""
     instruction: ColumnName | None = None
@@ -48,7 +48,7 @@ class Columns(Contract):
     output: ColumnName | None = None
     """alpaca: the answer."""
     system: ColumnName | None = None
-    """alpaca, prompt-completion, sharegpt and both kinds of preference: a system message for the row; may be
+    """alpaca, prompt, prompt-completion, sharegpt and both kinds of preference: a system message for the row; may be
     empty."""
     text: ColumnName | None = None
     """text: the document."""
@@ -75,8 +75,8 @@ class DataSource(Contract):
     """Branch, tag or commit of an hf:// dataset."""
     format: DataFormat = DataFormat.AUTO
     """Layout of a row. `auto` reads it from the columns of the first row, among those that the method learns from:
-    reward, dpo and orpo learn from `preference`, kto from `unpaired-preference`, sft and distill from the
-    others."""
+    reward, dpo and orpo learn from `preference`, kto from `unpaired-preference`, ppo and grpo from `prompt`, sft and
+    distill from the others. Rows of `prompt` are asked and not answered; their other columns are given to rewards."""
     columns: Columns | None = None
     """Column names where they differ from the format's own."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ PAIRS = {"chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]}
 RATED = {"prompt": "one two", "completion": "three", "label": True}
 DPO: dict[str, Any] = {"method": {"dpo": {"maxSeqLength": 64}}}
 KTO: dict[str, Any] = {"method": {"kto": {"maxSeqLength": 64}}}
+ASKED = {"prompt": "one two", "answer": "three"}
+
+
+def asking(**settings: Any) -> dict[str, Any]:
+    """A job of GRPO whose prompts may have 48 tokens."""
+    rewards = [{"metric": {"kind": "exact-match"}}]
+    grpo = {"maxSeqLength": 64, "sampling": {"maxNewTokens": 16}, "rewards": rewards, **settings}
+    return {"method": {"grpo": grpo}}
 
 
 def without(column: str) -> dict[str, Any]:
@@ -578,6 +587,115 @@ CASES = [
             ("a word", "good", "is not a judgement; it"),
             ("a mark out of five", 4, "is not a judgement; it"),
         )
+    ),
+    # Questions
+    Bad(
+        "questions with answers for GRPO",
+        [{"instruction": "one", "output": "two"}],
+        "which is alpaca, and the job's method does not learn from that. Known are prompt: prompt",
+        "train.jsonl:1",
+        path="spec.data.train[0].format",
+        changes=asking(),
+    ),
+    Bad(
+        "questions alone for supervised fine-tuning",
+        [ASKED],
+        "the columns are prompt, answer, which is prompt, and the job's method does not learn from that",
+        "train.jsonl:1",
+        path="spec.data.train[0].format",
+    ),
+    Bad("a row without a question", [ASKED, {"answer": "x"}], "has no column 'prompt'", ROW_2, changes=asking()),
+    Bad("an empty question", [ASKED, {"prompt": " "}], "is empty", ROW_2, path="prompt", changes=asking()),
+    Bad(
+        "a question of no messages",
+        [ASKED, {"prompt": []}],
+        "is empty; it must hold at least a user's message",
+        ROW_2,
+        path="prompt",
+        changes=asking(),
+    ),
+    Bad(
+        "a question that is a number",
+        [ASKED, {"prompt": 7}],
+        "must be text, not a number",
+        ROW_2,
+        path="prompt",
+        value="7",
+        changes=asking(),
+    ),
+    Bad(
+        "a question that ends with its answer",
+        [ASKED, {"prompt": [USER, ASSISTANT]}],
+        "is the last message and must be the user's",
+        ROW_2,
+        path="prompt[1]",
+        value="assistant",
+        changes=asking(),
+    ),
+    Bad(
+        "a question of a system message alone",
+        [ASKED, {"prompt": [SYSTEM]}],
+        "is the last message and must be the user's",
+        ROW_2,
+        path="prompt[0]",
+        changes=asking(),
+    ),
+    Bad(
+        "two system messages for a question",
+        [ASKED, {"prompt": [SYSTEM, USER], "system": "s"}],
+        "stands beside a system message",
+        ROW_2,
+        path="system",
+        changes=asking(),
+    ),
+    Bad(
+        "a column that is no JSON beside a question",
+        {"a.parquet": parquet(prompt=["p", "q"], taken=[None, datetime(2026, 1, 1)])},
+        "holds datetime, and rewards are given every column as JSON; remove the column",
+        "a.parquet:2",
+        path="taken",
+        changes=asking() | source("a.parquet"),
+    ),
+    Bad(
+        "a question that leaves no room for an answer",
+        [ASKED, {"prompt": "one two three " * 12}],
+        "is longer than maxSeqLength 64 - sampling.maxNewTokens 16; raise maxSeqLength, or set longRows to drop",
+        ROW_2,
+        value=" tokens",
+        changes=asking(),
+    ),
+    Bad(
+        "questions that are all dropped as too long",
+        [{"prompt": "one two three " * 60}],
+        "has no row that fits into maxSeqLength 64 - sampling.maxNewTokens 16; raise maxSeqLength",
+        path=SOURCE,
+        changes=asking(longRows="drop"),
+    ),
+    Bad(
+        "a template that asks nothing",
+        [ASKED],
+        "becomes no tokens, so there is nothing to answer",
+        "train.jsonl:1",
+        template="{% if false %}{{ messages }}{% endif %}",
+        changes=asking(),
+    ),
+    Bad(
+        "a template that refuses a question",
+        [ASKED],
+        "chat template refuses the conversation: not today",
+        "train.jsonl:1",
+        template="{{ raise_exception('not today') }}",
+        changes=asking(),
+    ),
+    Bad(
+        "questions for a tokenizer without template",
+        [ASKED],
+        "brings no chat template, which data of format prompt needs; set it to chatml",
+        path="spec.model.chatTemplate",
+        value="tokenizer",
+        template=None,
+        error=UserError,
+        changes=asking(),
     ),
     # Tokens and templates
     Bad(

@@ -10,6 +10,8 @@
         sequence_trained.npy  int64 [s]    trained tokens of each sequence
         marks.npy             float32 [s]  what the data says of each sequence, where it says something: by how much
                                            the chosen answer of a pair is better; 1 for a good answer, 0 for a bad one
+        rows.jsonl            of questions, for each sequence: {"messages": […], "fields": {…}}
+        row_starts.npy        int64 [s+1]  sequence i is bytes row_starts[i]:row_starts[i + 1] of rows.jsonl
         manifest.json         figures, and size and blake3 digest of every file above
 
 `prepare` writes an entry in a folder of its own and renames it, so two processes that prepare the same data
@@ -21,7 +23,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -47,6 +49,9 @@ __all__ = [
 
 CODE_VERSION = 1
 """Counts up with every change that makes other tokens, masks or sequences out of the same rows."""
+
+
+ROWS = "rows.jsonl"
 
 
 class FileRecord(Contract):
@@ -116,6 +121,8 @@ class SourceWriter:
         self._trained = _GrowingArray(self._temporary / "trained.npy", np.dtype(np.bool_))
         self._lengths: list[NDArray[np.int64]] = []
         self._num_trained: list[NDArray[np.int64]] = []
+        self._rows = (self._temporary / ROWS).open("wb")
+        self._row_starts = [0]
 
     def __enter__(self) -> Self:
         return self
@@ -123,6 +130,7 @@ class SourceWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._tokens.file.close()
         self._trained.file.close()
+        self._rows.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
     def append(self, ids: NDArray[np.int32], trained: NDArray[np.bool_], lengths: NDArray[np.int64]) -> None:
@@ -133,6 +141,11 @@ class SourceWriter:
         upto = np.concatenate([[0], np.cumsum(trained)])
         ends = np.cumsum(lengths)
         self._num_trained.append(upto[ends] - upto[ends - lengths])
+
+    def keep(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add what is kept of rows beside their tokens; JSON, one for each sequence, in order."""
+        for row in rows:
+            self._row_starts.append(self._row_starts[-1] + self._rows.write(json.dumps(row).encode() + b"\n"))
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -152,6 +165,7 @@ class SourceWriter:
         """Complete the entry and put it in place, unless another process has done so by now."""
         self._tokens.finish()
         self._trained.finish()
+        self._rows.close()
         lengths = self.lengths
         num_trained = np.concatenate(self._num_trained)
         rows, offsets = bins
@@ -164,6 +178,11 @@ class SourceWriter:
         }
         if marks is not None:
             arrays["marks"] = marks
+        if len(self._row_starts) > 1:
+            assert len(self._row_starts) == len(offsets), "one for each sequence"
+            arrays["row_starts"] = np.array(self._row_starts, dtype=np.int64)
+        else:
+            (self._temporary / ROWS).unlink()
         for name, array in arrays.items():
             np.save(self._temporary / f"{name}.npy", array, allow_pickle=False)
         num_sequences = len(offsets) - 1
@@ -244,6 +263,9 @@ class SourceArrays:
             self.sequence_trained: NDArray[np.int64] = np.load(folder / "sequence_trained.npy", allow_pickle=False)
             marked = (folder / "marks.npy").exists()
             self.marks: NDArray[np.float32] | None = _map(folder / "marks.npy") if marked else None
+            kept = (folder / ROWS).exists()
+            self._rows = np.memmap(folder / ROWS, dtype=np.uint8, mode="r") if kept else None
+            self._row_starts: NDArray[np.int64] | None = _map(folder / "row_starts.npy") if kept else None
         except (OSError, ValueError) as error:
             raise StorageError(f"{folder} cannot be read as prepared data: {error}") from error
 
@@ -255,6 +277,14 @@ class SourceArrays:
         """[start, end) in `tokens` of each row of a sequence."""
         rows = self.bin_rows[self.bin_offsets[sequence] : self.bin_offsets[sequence + 1]]
         return [(int(self.offsets[row]), int(self.offsets[row + 1])) for row in rows]
+
+    def kept(self, sequence: int) -> dict[str, Any]:
+        """What was kept of a sequence beside its tokens, in a source of questions."""
+        assert self._rows is not None, "only questions are kept"
+        assert self._row_starts is not None, "the two files are written together"
+        start, end = self._row_starts[sequence : sequence + 2]
+        row: dict[str, Any] = json.loads(self._rows[start:end].tobytes())
+        return row
 
 
 def _map(file: Path) -> NDArray[Any]:

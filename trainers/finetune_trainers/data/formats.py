@@ -1,4 +1,4 @@
-"""From a row as it stands in a file to what the model learns from: a conversation or a document.
+"""From a row as it stands in a file to what the model learns from: a conversation, a document, answers or a question.
 
 Called by `prepare` and `prompts` for every row. A row that does not fit raises RowError with the field inside
 the row, what was found there and what would be right; nothing is guessed, mended or skipped.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from finetune_api.spec import DataFormat, DataSource
+from finetune_trainers.data.asking import read_prompt
 from finetune_trainers.data.faults import RowError, shorten
 from finetune_trainers.data.preferences import Preference, Rated, read_preference, read_rated
 from finetune_trainers.data.turns import (
@@ -44,6 +45,7 @@ REQUIRED: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.TEXT: ("text",),
     DataFormat.PREFERENCE: ("chosen", "rejected"),
     DataFormat.UNPAIRED_PREFERENCE: ("prompt", "completion", "label"),
+    DataFormat.PROMPT: ("prompt",),
 }
 OPTIONAL: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.SHAREGPT: ("system",),
@@ -51,6 +53,7 @@ OPTIONAL: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.PROMPT_COMPLETION: ("system",),
     DataFormat.PREFERENCE: ("prompt", "system", "margin"),
     DataFormat.UNPAIRED_PREFERENCE: ("system",),
+    DataFormat.PROMPT: ("system",),
 }
 SHAREGPT_ROLES = {
     "system": "system",
@@ -71,7 +74,7 @@ class RowFormat:
     """The format's own column name -> the name in the data."""
 
     def read(self, row: Any) -> Row:
-        """The row as a conversation, a document, or answers that were judged. Raises RowError."""
+        """The row as a conversation, a document, answers that were judged, or a question. Raises RowError."""
         if not isinstance(row, dict):
             raise RowError("is not an object with columns", value=shorten(row))
         for column in REQUIRED[self.format]:
@@ -195,6 +198,7 @@ _READERS: dict[DataFormat, Callable[[RowFormat, dict[str, Any]], Row]] = {
     DataFormat.TEXT: _read_text,
     DataFormat.PREFERENCE: read_preference,
     DataFormat.UNPAIRED_PREFERENCE: read_rated,
+    DataFormat.PROMPT: read_prompt,
 }
 
 

@@ -13,12 +13,12 @@ from enum import Enum, auto
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_api.spec import DataFormat, MethodSettings
+from finetune_api.spec import DataFormat, MethodSettings, OnlineMethod
 from finetune_trainers.data.faults import Faults
 from finetune_trainers.data.readers import Chunk
 from finetune_trainers.data.tokenize import EncodedRows
 
-__all__ = ["MISMATCHED", "Kept", "Limits"]
+__all__ = ["MISMATCHED", "Kept", "Limits", "in_words", "longest_row"]
 
 MISMATCHED = ""
 """The name of an answer to another prompt, which is nobody's fault: it is cut to fit."""
@@ -52,13 +52,30 @@ class _Fate(Enum):
 _Piece = tuple[int, int]
 
 
+def longest_row(settings: MethodSettings) -> int:
+    """Tokens that a row may have: a question must leave room for its answer."""
+    if isinstance(settings, OnlineMethod):
+        return settings.max_seq_length - settings.sampling.max_new_tokens
+    return settings.max_seq_length
+
+
+def in_words(settings: MethodSettings) -> str:
+    """The same for a person, by the settings that make it."""
+    if isinstance(settings, OnlineMethod):
+        return f"maxSeqLength {settings.max_seq_length} - sampling.maxNewTokens {settings.sampling.max_new_tokens}"
+    return f"maxSeqLength {settings.max_seq_length}"
+
+
 class Limits:
     """What becomes of rows that are too long or teach nothing."""
 
     def __init__(self, settings: MethodSettings, form: DataFormat, faults: Faults) -> None:
-        self._limit = settings.max_seq_length
+        self._limit = longest_row(settings)
         self._policy = settings.long_rows
+        others = "drop" if isinstance(settings, OnlineMethod) else "truncate or drop"
+        self._too_long = f"is longer than {in_words(settings)}; raise maxSeqLength, or set longRows to {others}"
         self._is_text = form is DataFormat.TEXT
+        self._is_prompt = form is DataFormat.PROMPT
         self._names = _NAMES.get(form, (None,))
         self._faults = faults
         self.num_kept = 0
@@ -75,7 +92,7 @@ class Limits:
         ends = np.cumsum(rows.lengths)
         upto = np.concatenate([[0], np.cumsum(rows.trained)])
         num_trained = upto[ends] - upto[ends - rows.lengths]
-        sound = (rows.lengths <= self._limit) & (num_trained > 0)
+        sound = (rows.lengths <= self._limit) & ((rows.lengths if self._is_prompt else num_trained) > 0)
         if sound.all():
             self.num_kept += len(indices)
             return Kept(rows.ids, rows.trained, rows.lengths, list(range(len(indices))))
@@ -132,7 +149,10 @@ class Limits:
             return _Fate.FAULTY, []
         if name == MISMATCHED:
             return _Fate.KEPT, [(start, min(end, start + self._limit))]
-        if not rows.trained[start:end].any():
+        if self._is_prompt and not length:
+            self._faults.add("becomes no tokens, so there is nothing to answer", file=place)
+            return _Fate.FAULTY, []
+        if not self._is_prompt and not rows.trained[start:end].any():
             what = "has no token that could be trained on; the answer becomes no tokens"
             self._faults.add(what, file=place, path=name)
             return _Fate.FAULTY, []
@@ -145,8 +165,7 @@ class Limits:
                 (cut, min(cut + self._limit, end)) for cut in cuts if min(cut + self._limit, end) - cut > 1
             ]
         if self._policy == "error":
-            message = f"is longer than maxSeqLength {self._limit}; raise it, or set longRows to truncate or drop"
-            self._faults.add(message, file=place, path=name, value=f"{length} tokens")
+            self._faults.add(self._too_long, file=place, path=name, value=f"{length} tokens")
             return _Fate.FAULTY, []
         if self._policy == "truncate" and rows.trained[start : start + self._limit].any():
             return _Fate.TRUNCATED, [(start, start + self._limit)]

@@ -15,19 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_api.plan import RunPlan
-from finetune_api.spec import DataFormat, DataSource
+from finetune_api.spec import DataFormat, DataSource, Supervised
 from finetune_trainers.data.cache import SourceManifest, SourceWriter, cache_key, read_manifest
 from finetune_trainers.data.encoding import load_encoding
 from finetune_trainers.data.faults import Faults, RowError
 from finetune_trainers.data.formats import Row, RowFormat, choose_format
 from finetune_trainers.data.judged import side_by_side
-from finetune_trainers.data.limits import Limits
+from finetune_trainers.data.limits import Limits, in_words, longest_row
 from finetune_trainers.data.order import sequences_per_epoch_of
 from finetune_trainers.data.packing import Bins, pack, rows_together
 from finetune_trainers.data.prompts import EvalPrompt, eval_prompts
 from finetune_trainers.data.readers import Chunk, read_chunks
 from finetune_trainers.data.sources import DataFiles, find_files
 from finetune_trainers.data.tokenize import RowTokenizer
+from finetune_trainers.data.turns import Prompt
 from finetune_trainers.errors import DataError, StorageError
 from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedSource
 
@@ -142,10 +143,10 @@ class _Preparation:
 
     def _shaping(self) -> dict[str, Any]:
         """What of the method shapes the rows: methods that learn from the same pairs share them."""
-        if self.method.sft is not None:
-            return self.method.sft.to_document()
+        if self.method.supervised is not None:
+            return self.method.supervised.model_dump(mode="json", by_alias=True, include=set(Supervised.model_fields))
         [form] = self.method.formats
-        return {"rows": form, "maxSeqLength": self.settings.max_seq_length, "longRows": self.settings.long_rows}
+        return {"rows": form, "maxSeqLength": longest_row(self.settings), "longRows": self.settings.long_rows}
 
     def _make(self, place: _Place, folder: Path) -> SourceManifest | None:
         """Read, tokenize and pack one source into `folder`; None, with faults added, when that cannot be."""
@@ -167,14 +168,16 @@ class _Preparation:
             for ((chunk, indices), of_chunk), encoded in tokenizer.encode_all(side_by_side(rows.items())):
                 kept = limits.apply(chunk, indices, encoded)
                 writer.append(kept.ids, kept.trained, kept.lengths)
-                marks += [of_chunk[item] for item in kept.items] if of_chunk is not None else []
+                said = [of_chunk[item] for item in kept.items] if of_chunk is not None else []
+                marks += [one for one in said if isinstance(one, float)]
+                writer.keep({"messages": one.messages, "fields": one.fields} for one in said if isinstance(one, Prompt))
                 self._report(chunk.share * place.files.num_bytes, f"tokenizing {place.source.source}")
             if self.faults.num_found > faults_before:
                 return None
             lengths = writer.lengths
             if len(lengths) == 0:
                 self.faults.add(
-                    f"has no row that fits into maxSeqLength {self.settings.max_seq_length}; raise it",
+                    f"has no row that fits into {in_words(self.settings)}; raise maxSeqLength",
                     path=f"{place.path}.source",
                     value=place.source.source,
                 )
@@ -189,20 +192,20 @@ class _Preparation:
             )
 
     def _tokenizer(self, form: DataFormat) -> RowTokenizer:
-        sft = self.method.sft
+        supervised = self.method.supervised
         return RowTokenizer(
             self.encoding.tokenizer,
             self.encoding.renderer(form),
             eos_id=self.encoding.eos_id,
             stop_ids=frozenset(self.encoding.stop_tokens.values()),
-            loss_on="last" if sft is None else sft.loss_on,
+            loss_on="last" if supervised is None else supervised.loss_on,
         )
 
     def _sequences(self, lengths: NDArray[np.int64], rows_each: int) -> Bins:
         """Which encoded rows make up each sequence."""
-        sft = self.method.sft
-        if sft is not None and sft.packing:
-            return pack(lengths, sft.max_seq_length, self.seed)
+        supervised = self.method.supervised
+        if supervised is not None and supervised.packing:
+            return pack(lengths, supervised.max_seq_length, self.seed)
         return rows_together(len(lengths), rows_each)
 
     def _report(self, bytes_of_source: float, message: str) -> None:

@@ -16,7 +16,7 @@ from finetune_trainers.data.formats import Row, choose_format
 from finetune_trainers.data.preferences import Preference, Rated
 from finetune_trainers.data.readers import read_chunks
 from finetune_trainers.data.sources import find_files
-from finetune_trainers.data.turns import Conversation, Document, Message
+from finetune_trainers.data.turns import Conversation, Document, Message, Prompt
 from finetune_trainers.errors import UserError
 from finetune_trainers.prepared import PreparedModel
 
@@ -83,5 +83,5 @@ def _good_answer(row: Row) -> list[Message] | None:
             return row.chosen.messages
         case Rated():
             return row.conversation.messages if row.good else None
-        case Document():
-            raise AssertionError("running text is refused before it is read")
+        case Document() | Prompt():
+            raise AssertionError("running text is refused before it is read, and rewards judge what has no answer")

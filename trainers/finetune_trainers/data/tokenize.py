@@ -1,4 +1,4 @@
-"""From conversations and documents to token ids and the mask of trained tokens. Called by `prepare`.
+"""From conversations, documents and questions to token ids and the mask of trained tokens. Called by `prepare`.
 
 The Rust tokenizer encodes a chunk of rows on all cores with Python's lock released; meanwhile this thread
 renders the next chunk. Token offsets stay on the Rust side: only the few characters where a trained part
@@ -21,7 +21,7 @@ from tokenizers import Encoding, Tokenizer
 
 from finetune_trainers.data.faults import RowError
 from finetune_trainers.data.template import Rendered, Renderer
-from finetune_trainers.data.turns import Conversation, Item
+from finetune_trainers.data.turns import Conversation, Document, Item, Prompt
 
 __all__ = ["EncodedRows", "RowTokenizer"]
 
@@ -67,7 +67,7 @@ class RowTokenizer:
         token."""
 
     def encode_all(self, batches: Iterable[tuple[Key, list[Item]]]) -> Iterator[tuple[Key, EncodedRows]]:
-        """Encode batch after batch, in order. Each batch holds conversations only or documents only."""
+        """Encode batch after batch, in order. Each batch holds items of one kind only."""
         # Off when a process has forked; then one core would do all the work.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         pending: deque[tuple[Key, list[Item], list[Rendered | RowError], Future[list[Encoding]]]] = deque()
@@ -83,20 +83,23 @@ class RowTokenizer:
     def _render(self, items: list[Item]) -> list[Rendered | RowError]:
         rendered: list[Rendered | RowError] = []
         for item in items:
-            if isinstance(item, Conversation):
-                assert self._renderer is not None, "documents need no renderer, conversations do"
-                try:
-                    rendered.append(self._renderer.render(item.messages))
-                except RowError as fault:
-                    rendered.append(fault)
-            else:
+            if isinstance(item, Document):
                 rendered.append(Rendered(item.text, []))
+                continue
+            assert self._renderer is not None, "documents need no renderer, conversations do"
+            try:
+                if isinstance(item, Prompt):
+                    rendered.append(Rendered(self._renderer.prompt(item.messages), []))
+                else:
+                    rendered.append(self._renderer.render(item.messages))
+            except RowError as fault:
+                rendered.append(fault)
         return rendered
 
     def _encode(self, items: list[Item], rendered: list[Rendered | RowError]) -> list[Encoding]:
         texts = ["" if isinstance(row, RowError) else row.text for row in rendered]
-        conversations = bool(items) and isinstance(items[0], Conversation)
-        add_special = not conversations or (self._renderer is not None and self._renderer.adds_special_tokens)
+        documents = not items or isinstance(items[0], Document)
+        add_special = documents or (self._renderer is not None and self._renderer.adds_special_tokens)
         # Not encode_batch_fast: it leaves out offsets, but took longer in every measurement (tokenizers 0.23).
         return list(self._tokenizer.encode_batch(texts, add_special_tokens=add_special))
 
@@ -119,9 +122,9 @@ class RowTokenizer:
             for item, row, encoding, start, end in zip(
                 items, rendered, encodings, starts.tolist(), ends.tolist(), strict=True
             ):
-                if not isinstance(item, Conversation):
+                if isinstance(item, Document):
                     trained[start:end] = True
-                elif isinstance(row, Rendered):
+                elif isinstance(row, Rendered) and row.spans:
                     spans = row.spans[-1:] if self._loss_on == "last" else row.spans
                     for first, last in _token_spans(encoding, spans, end - start):
                         trained[start + first : start + last] = True
@@ -130,8 +133,10 @@ class RowTokenizer:
         return key, EncodedRows(flat, trained, lengths, faults)
 
     def _ids(self, item: Item, encoding: Encoding) -> list[int]:
-        """The row's token ids, closed by a stop token."""
+        """The row's token ids, closed by a stop token; a question is left open."""
         ids: list[int] = encoding.ids
+        if isinstance(item, Prompt):
+            return ids
         if isinstance(item, Conversation):
             if not ids or ids[-1] not in self._stop_ids:
                 ids.append(self._eos_id)

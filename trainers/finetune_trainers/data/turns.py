@@ -1,4 +1,5 @@
-"""Conversations: messages in order of their roles, checked one by one. Called by `formats` and `preferences`.
+"""Conversations: messages in order of their roles, checked one by one. Called by `formats`, `preferences` and
+`asking`.
 
 What does not fit raises RowError with its place in the row.
 """
@@ -15,6 +16,7 @@ __all__ = [
     "Document",
     "Item",
     "Message",
+    "Prompt",
     "in_order",
     "kind_of",
     "list_of_turns",
@@ -45,7 +47,16 @@ class Document:
     """The next row goes on with the same document: no end-of-sequence token after this one."""
 
 
-Item: TypeAlias = Conversation | Document
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation that the user's message ends, and what else the data says of it."""
+
+    messages: list[Message]
+    fields: dict[str, Any]
+    """The row's other columns; JSON."""
+
+
+Item: TypeAlias = Conversation | Document | Prompt
 
 
 def messages_of(value: Any, name: str) -> list[Message]:
@@ -75,8 +86,9 @@ def with_system(system: str, messages: list[Message]) -> list[Message]:
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def in_order(messages: list[Message], name: str, offset: int = 0) -> list[Message]:
-    """`messages` when their roles are in order; `offset` counts those that are not in the data's list."""
+def in_order(messages: list[Message], name: str, offset: int = 0, last: str = "assistant") -> list[Message]:
+    """`messages` when their roles are in order and the `last` one is whose it must be; `offset` counts those that are
+    not in the data's list."""
     expected = "user"
     for index, message in enumerate(messages):
         role = message["role"]
@@ -86,9 +98,9 @@ def in_order(messages: list[Message], name: str, offset: int = 0) -> list[Messag
             path = f"{name}[{index - offset}]"
             raise RowError(f"{_why_not(role, expected)}", path, shorten(role))
         expected = "assistant" if role == "user" else "user"
-    if messages[-1]["role"] != "assistant":
+    if messages[-1]["role"] != last:
         path = f"{name}[{len(messages) - 1 - offset}]"
-        raise RowError("is the last message and must be the assistant's", path, shorten(messages[-1]["role"]))
+        raise RowError(f"is the last message and must be the {last}'s", path, shorten(messages[-1]["role"]))
     return messages
 
 
