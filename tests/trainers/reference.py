@@ -15,22 +15,22 @@ from typing import Any
 
 import peft
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from finetune_api.plan import RunPlan
+from finetune_api.spec import Distill
 from finetune_trainers.data.batches import Batch, TrainBatches
 from finetune_trainers.data.order import TrainOrder
 from finetune_trainers.prepared import PreparedRun
 
-__all__ = ["metrics_of", "train"]
+__all__ = ["divergence", "documents", "metrics_of", "train"]
 
 
 def train(plan: RunPlan, prepared: PreparedRun) -> list[dict[str, float]]:
     """loss and grad_norm of each step."""
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        prepared.model.folder, dtype=torch.float32, attn_implementation="eager"
-    )
+    model: nn.Module = _load(prepared.model.folder)
+    teacher = _load(prepared.teacher.folder) if prepared.teacher is not None else None
     if plan.tuning.lora is not None:
         model = _with_adapters(model, plan)
     settings = plan.optimization.adamw
@@ -47,13 +47,18 @@ def train(plan: RunPlan, prepared: PreparedRun) -> list[dict[str, float]]:
     for step, batch in enumerate(_global_batches(plan, prepared)):
         for group in optimizer.param_groups:
             group["lr"] = _rate(plan, step, prepared.total_steps)
-        loss = _mean_loss(model, batch)
+        loss = _mean_loss(model, batch, plan.method.distill, teacher)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(trained, plan.optimization.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         curve.append({"loss": loss.item(), "grad_norm": norm.item()})
     return curve
+
+
+def _load(folder: str) -> nn.Module:
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return loaded
 
 
 def _with_adapters(model: Any, plan: RunPlan) -> nn.Module:
@@ -83,19 +88,42 @@ def _global_batches(plan: RunPlan, prepared: PreparedRun) -> Iterator[Batch]:
         yield batches.step(step).micro_batches[0]
 
 
-def _documents(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def documents(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(input ids [1, T], labels [1, T]) of each document of a batch."""
     ends = batch.cu_seqlens.tolist()
     for start, end in pairwise(ends):
         yield batch.input_ids[:, start:end], batch.labels[:, start:end]
 
 
-def _mean_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+def _mean_loss(
+    model: nn.Module, batch: Batch, distill: Distill | None = None, teacher: nn.Module | None = None
+) -> torch.Tensor:
     total = torch.zeros(())
-    for input_ids, labels in _documents(batch):
-        logits = model(input_ids=input_ids).logits
-        total = total + nn.functional.cross_entropy(logits[0], labels[0], ignore_index=-100, reduction="sum")
+    for input_ids, labels in documents(batch):
+        logits = model(input_ids=input_ids).logits[0]
+        of_data = nn.functional.cross_entropy(logits, labels[0], ignore_index=-100, reduction="sum")
+        if distill is not None and teacher is not None:
+            trained = labels[0] != -100
+            with torch.no_grad():
+                taught = teacher(input_ids=input_ids).logits[0]
+            distance = divergence(logits[trained], taught[trained], distill).sum()
+            of_data = (1 - distill.alpha) * distill.temperature**2 * distance + distill.alpha * of_data
+        total = total + of_data
     return total / (batch.labels != -100).sum()
+
+
+def divergence(student: Tensor, teacher: Tensor, distill: Distill) -> Tensor:
+    """[K] of logits [K, V], with torch's own functions and whole softmaxes."""
+    s, t = ((logits / distill.temperature).log_softmax(-1) for logits in (student, teacher))
+
+    def kl(of: Tensor, to: Tensor) -> Tensor:
+        return nn.functional.kl_div(to, of, reduction="none", log_target=True).sum(-1)
+
+    if distill.divergence != "jsd":
+        return kl(t, s) if distill.divergence == "forward-kl" else kl(s, t)
+    beta = distill.beta or 0.5
+    mixed = ((1 - beta) * s.exp() + beta * t.exp()).log()
+    return beta * kl(t, mixed) + (1 - beta) * kl(s, mixed)
 
 
 def _rate(plan: RunPlan, step: int, total: int) -> float:

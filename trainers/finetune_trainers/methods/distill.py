@@ -122,10 +122,11 @@ class _TokenLosses(torch.autograd.Function):
             leaf, wide = student.float().detach().requires_grad_(wants_gradient), teacher.float()
             with torch.set_grad_enabled(wants_gradient):
                 found = _losses(leaf, wide, targets, settings)
+                total = found.sum()
             place.copy_(found.detach())
             sums += _sums(leaf.detach(), wide, targets)
             if wants_gradient:
-                student.copy_(torch.autograd.grad(found.sum(), leaf)[0])
+                student.copy_(torch.autograd.grad(total, leaf)[0])
         if wants_gradient:
             ctx.grad = logits.detach()
         ctx.mark_non_differentiable(sums)
