@@ -68,6 +68,13 @@ HUB = [{"to": "hf://a/b"}]
 POOL = {"workers.maxReplicas": 2}
 METHODS = "sft, distill, reward, dpo, kto, orpo, ppo, grpo"
 TEACHER = {"source": "hf://org/teacher"}
+METRIC: dict[str, Any] = {"metric": {"kind": "exact-match"}}
+
+
+def rewards(method: str, *listed: dict[str, Any]) -> dict[str, Any]:
+    """A method that learns from these rewards."""
+    return {"spec.method": {method: {"rewards": list(listed)}}}
+
 
 TABLE = [
     # Kind, version, metadata.
@@ -179,6 +186,123 @@ TABLE = [
             ("a mixture of nothing", "beta", 0, "must be above 0", {"teacher": TEACHER, "beta": 0}),
             ("no temperature", "temperature", 0, "must be above 0", {"teacher": TEACHER, "temperature": 0}),
             ("a teacher that does not count", "alpha", 1, "must be below 1", {"teacher": TEACHER, "alpha": 1}),
+        )
+    ),
+    at("no rewards", "spec.method.grpo.rewards", {"spec.method": {"grpo": {}}}, NO_VALUE, "is required"),
+    at("an empty list of rewards", "spec.method.ppo.rewards", rewards("ppo"), [], "must have at least 1 entry"),
+    at(
+        "two rewards of one name",
+        "spec.method.ppo.rewards",
+        rewards("ppo", METRIC | {"name": "right"}, METRIC | {"name": "right"}),
+        [{"name": "right", "weight": 1.0, "metric": {"kind": "exact-match"}}] * 2,
+        "two rewards have the same name; rename one",
+    ),
+    *(
+        at(what, f"spec.method.grpo.rewards[0]{path}", rewards("grpo", reward), value, says)
+        for what, path, value, says, reward in (
+            ("a reward of no kind", "", {"weight": 2.0}, "set exactly one of: function, metric", {"weight": 2.0}),
+            (
+                "a reward of two kinds",
+                "",
+                METRIC | {"model": {"source": "job://rm"}},
+                "set exactly one of: function, metric, http, model",
+                METRIC | {"model": {"source": "job://rm"}},
+            ),
+            (
+                "a weight of nothing",
+                ".weight",
+                0.0,
+                "weight 0 has no effect; remove the reward",
+                METRIC | {"weight": 0},
+            ),
+            ("a weight in words", ".weight", "high", "must be a number", METRIC | {"weight": "high"}),
+            ("a name with a dash", ".name", "a-b", "must match ^[a-z][a-z0-9_]*$", METRIC | {"name": "a-b"}),
+            (
+                "a metric that does not exist",
+                ".metric.kind",
+                "meteor",
+                "must be exact-match, numeric-answer, regex, token-f1, rouge-l or bleu",
+                {"metric": {"kind": "meteor"}},
+            ),
+            (
+                "a metric by its name alone",
+                ".metric",
+                "bleu",
+                "must be a mapping of keys to values",
+                {"metric": "bleu"},
+            ),
+            ("no pattern", ".metric.pattern", None, "kind regex needs pattern", {"metric": {"kind": "regex"}}),
+            (
+                "a pattern that is none",
+                ".metric.pattern",
+                "(7",
+                "is no regular expression of Python: missing )",
+                {"metric": {"kind": "regex", "pattern": "(7"}},
+            ),
+            (
+                "a pattern and a column that it is not compared with",
+                ".metric.column",
+                "answer",
+                "kind regex compares with no column; remove it",
+                {"metric": {"kind": "regex", "pattern": "7", "column": "answer"}},
+            ),
+            (
+                "a function without its module",
+                ".function.call",
+                "is_right",
+                "must be module:function, such as my_rewards.maths:is_right",
+                {"function": {"call": "is_right"}},
+            ),
+            (
+                "a function with dots for a colon",
+                ".function.call",
+                "rewards.is_right",
+                "must be module:function",
+                {"function": {"call": "rewards.is_right"}},
+            ),
+            (
+                "no time for a function",
+                ".function.timeoutSeconds",
+                0,
+                "must be above 0",
+                {"function": {"call": "a:b", "timeoutSeconds": 0}},
+            ),
+            (
+                "settings that are a list",
+                ".function.settings",
+                [1],
+                "must be a mapping of keys to values",
+                {"function": {"call": "a:b", "settings": [1]}},
+            ),
+            (
+                "a service by ftp",
+                ".http.url",
+                "ftp://judge",
+                "http://host/path or https://",
+                {"http": {"url": "ftp://judge"}},
+            ),
+            (
+                "a password in a service's address",
+                ".http.url",
+                "http://me:pw@judge/",
+                "without a user name",
+                {"http": {"url": "http://me:pw@judge/"}},
+            ),
+            (
+                "a token in the place of the variable that holds it",
+                ".http.headersFromEnv.Authorization",
+                "Bearer abc",
+                "must match ^[A-Za-z_][A-Za-z0-9_]*$",
+                {"http": {"url": "http://judge/", "headersFromEnv": {"Authorization": "Bearer abc"}}},
+            ),
+            ("a reward model without scheme", ".model.source", "rm", "is not a URI", {"model": {"source": "rm"}}),
+            (
+                "a revision of another job's reward model",
+                ".model.revision",
+                "main",
+                "only for an hf:// source; remove it",
+                {"model": {"source": "job://rm", "revision": "main"}},
+            ),
         )
     ),
     at(

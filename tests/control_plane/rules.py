@@ -96,6 +96,45 @@ RULE_ROWS = [
         "spec.data.eval[1].revision",
         {"data.eval": [{"source": _FILE}, {"source": _FILE, "revision": "main"}]},
     ),
+    *(
+        RuleRow(owner, message, f"spec.method.grpo.rewards[0]{path}", {"method": {"grpo": {"rewards": [reward]}}})
+        for owner, message, path, reward in (
+            ("RewardSource", "set exactly one of: function, metric, http, model", "", {"weight": 2.0}),
+            (
+                "RewardSource",
+                "weight 0 has no effect; remove the reward, or give it another weight",
+                ".weight",
+                {"weight": 0.0, "metric": {"kind": "bleu"}},
+            ),
+            (
+                "MetricReward",
+                "kind regex needs pattern; set it",
+                ".metric.pattern",
+                {"metric": {"kind": "regex"}},
+            ),
+            (
+                "MetricReward",
+                "kind regex compares with no column; remove it",
+                ".metric.column",
+                {"metric": {"kind": "regex", "pattern": "7", "column": "answer"}},
+            ),
+            (
+                "ModelReward",
+                "revision is only for an hf:// source; remove it",
+                ".model.revision",
+                {"model": {"source": "job://reward", "revision": "main"}},
+            ),
+        )
+    ),
+    *(
+        RuleRow(
+            owner,
+            "two rewards have the same name; rename one",
+            f"spec.method.{owner.lower()}.rewards",
+            {"method": {owner.lower(): {"rewards": [{"name": "one", "metric": {"kind": "bleu"}}] * 2}}},
+        )
+        for owner in ("Ppo", "Grpo")
+    ),
     RuleRow(
         "Teacher",
         "revision is only for an hf:// source; remove it",
