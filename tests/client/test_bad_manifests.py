@@ -209,7 +209,7 @@ TABLE = [
                 METRIC | {"model": {"source": "job://rm"}},
             ),
             (
-                "a weight of nothing",
+                "a reward that does not count",
                 ".weight",
                 0.0,
                 "weight 0 has no effect; remove the reward",
