@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -48,11 +49,28 @@ def test_a_total_is_the_sum_of_all_rewards_each_times_its_weight(in_this_thread:
     assert two.closed
 
 
-def test_where_a_reward_fails_the_mean_of_the_others_of_the_call_counts() -> None:
-    scores = WeightedRewards([named("one", Told([-6.0, "broke", -2.0]), 0.5)]).score(episodes(["a", "b", "c"]))
-    assert scores.totals == [-3.0, -2.0, -1.0]
-    assert scores.by_name == {"one": [-6.0, None, -2.0]}
-    assert scores.num_errors == {"one": 1}
+def test_where_a_reward_fails_its_mean_over_the_other_answers_counts_beside_the_other_rewards() -> None:
+    rewards = [named("one", Told([-6.0, "broke", -2.0]), 0.5), named("two", Told([1.0, 2.0, 3.0]))]
+    scores = WeightedRewards(rewards).score(episodes(["a", "b", "c"]))
+    assert scores.totals == [-3.0 + 1.0, -2.0 + 2.0, -1.0 + 3.0]
+    assert scores.by_name == {"one": [-6.0, None, -2.0], "two": [1.0, 2.0, 3.0]}
+    assert scores.num_errors == {"one": 1, "two": 0}
+
+
+def test_where_every_reward_fails_nothing_is_known_of_the_answer() -> None:
+    rewards = [named("one", Told(["broke", "broke", 1.0])), named("two", Told(["hung", None, 1.0]))]
+    first, *others = WeightedRewards(rewards).score(episodes(["a", "b", "c"])).totals
+    assert math.isnan(first)
+    assert others == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(("alone", "expected"), [(True, [0.0, 0.0]), (False, [math.nan, math.nan])])
+def test_a_call_without_any_score_says_the_same_of_all_unless_other_ranks_know_more(
+    alone: bool, expected: list[float]
+) -> None:
+    scores = WeightedRewards([named("one", Told(["broke", "broke"]))], alone).score(episodes(["a", "b"]))
+    assert scores.totals == pytest.approx(expected, nan_ok=True)
+    assert scores.num_errors == {"one": 2}
 
 
 def test_a_reward_without_opinion_adds_nothing() -> None:

@@ -7,9 +7,11 @@
     endpoint    a service
     judge       a reward model
 
-A reward that fails for an answer does not end the run. The answer has no score by that reward's name, the failure is
-counted, and in the total the mean of the others of the same call stands in its place: whoever makes a reward fail wins
-nothing by it. A reward may also have no opinion; then it adds nothing.
+A reward that fails for an answer does not end the run. The answer has no score by that reward's name, and the failure
+is counted. In the total the mean of that reward over the other answers of the call stands in its place, where another
+reward could score the answer; where none could, the total is NaN, and the answer is left out or taken as an average one
+by whoever learns. So whoever makes a reward fail wins nothing by it. A reward may also have no opinion; then it adds
+nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Scores(NamedTuple):
     """What all rewards say of some episodes, in their order."""
 
     totals: list[float]
-    """The sum of the rewards, each times its weight."""
+    """The sum of the rewards, each times its weight. NaN where every reward failed; but 0 for all where that would be
+    all that a run knows of its answers, until `WeightedRewards` loses its patience."""
     by_name: dict[str, list[float | None]]
     """None where the reward failed, or had no opinion."""
     num_errors: dict[str, int]

@@ -56,7 +56,7 @@ def build_rewards(
             with suppress(Exception):  # what is told is why there are no rewards
                 one.scorer.close()
         raise
-    return WeightedRewards(built)
+    return WeightedRewards(built, alone=context.world_size == 1)
 
 
 def _scorer(reward: RewardSource, field: str, plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> Scorer:

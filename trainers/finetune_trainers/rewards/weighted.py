@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -41,8 +42,10 @@ class NamedScorer:
 class WeightedRewards:
     """The `Rewards` of a run."""
 
-    def __init__(self, rewards: Sequence[NamedScorer]) -> None:
+    def __init__(self, rewards: Sequence[NamedScorer], alone: bool = True) -> None:
+        """`alone`: no other rank has answers that a reward may know something of."""
         self._rewards = list(rewards)
+        self._alone = alone
         num_elsewhere = sum(not reward.in_this_thread for reward in rewards)
         self._pool = ThreadPoolExecutor(max(num_elsewhere, 1), thread_name_prefix="rewards")
 
@@ -58,11 +61,11 @@ class WeightedRewards:
             future.result() if future is not None else reward.scorer.score(episodes)
             for reward, future in zip(self._rewards, asked, strict=True)
         ]
-        totals = [0.0] * len(episodes)
         for reward, scored in zip(self._rewards, found, strict=True):
             _judge(reward, scored, episodes)
-            for index, value in enumerate(_counted(scored)):
-                totals[index] += reward.weight * value
+        totals = _totals([reward.weight for reward in self._rewards], found)
+        if self._alone and all(map(math.isnan, totals)):
+            totals = [0.0] * len(totals)
         return Scores(
             totals,
             {reward.name: scored.values for reward, scored in zip(self._rewards, found, strict=True)},
@@ -74,6 +77,17 @@ class WeightedRewards:
         for reward in self._rewards:
             reward.scorer.close()
         self._pool.shutdown()
+
+
+def _totals(weights: Sequence[float], found: Sequence[Scored]) -> list[float]:
+    """The weighted sum for each episode; NaN where every reward failed."""
+    counted = [_counted(scored) for scored in found]
+    return [
+        math.nan
+        if all(index in scored.faults for scored in found)
+        else sum(weight * values[index] for weight, values in zip(weights, counted, strict=True))
+        for index in range(len(counted[0]))
+    ]
 
 
 def _counted(scored: Scored) -> list[float]:
