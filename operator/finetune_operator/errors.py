@@ -49,6 +49,8 @@ class ApiError(ClusterError):
         self.reason = reason
         self.message = message
         self.retry_after = retry_after
+        self.causes: list[tuple[str, str]] = []
+        """Of an object that breaks rules: each field, and what is wrong with it."""
 
 
 class Forbidden(ApiError):

@@ -11,6 +11,7 @@ import typer
 
 from finetune_client.cli.ckpt.commands import ckpt
 from finetune_client.cli.exits import EPILOG
+from finetune_client.cli.jobs.commands import jobs
 from finetune_client.cli.options import Output, OutputOption
 
 __all__ = ["app"]
@@ -220,6 +221,7 @@ def chat(
 
 
 app.add_typer(ckpt, name="ckpt")
+app.add_typer(jobs)
 
 
 @app.command(epilog=EPILOG)

@@ -7,15 +7,21 @@ The numbers are those of `finetune_api.failures` and `finetune_api.checkpoints`,
 from __future__ import annotations
 
 __all__ = [
+    "ABSENT",
     "CKPT_EPILOG",
     "CKPT_MEANINGS",
     "DAMAGED",
+    "DENIED",
     "EPILOG",
     "INVALID",
     "IN_USE",
+    "JOBS_EPILOG",
+    "JOBS_MEANINGS",
     "MEANINGS",
+    "NOT_INSTALLED",
     "OK",
     "SUSPENDED",
+    "UNREACHABLE",
 ]
 
 OK = 0
@@ -24,6 +30,10 @@ SUSPENDED = 75
 """EX_TEMPFAIL: not done, and to be taken up again."""
 DAMAGED = 20
 IN_USE = 21
+UNREACHABLE = 22
+DENIED = 23
+NOT_INSTALLED = 24
+ABSENT = 25
 
 MEANINGS = {
     OK: "done",
@@ -57,3 +67,20 @@ CKPT_MEANINGS = {
 """Of `finetune ckpt`."""
 
 CKPT_EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in CKPT_MEANINGS.items()) + "."
+
+JOBS_MEANINGS = {
+    OK: "done",
+    1: "unknown failure, or a server refused",
+    INVALID: "the job or the command line is not valid",
+    UNREACHABLE: "nothing answers there",
+    DENIED: "you may not do that there",
+    NOT_INSTALLED: "finetune-operator is not installed there",
+    ABSENT: "there is no such job, or no log of it",
+    130: "stopped by Ctrl-C or a signal; the job goes on",
+}
+"""Of the commands for jobs that run elsewhere."""
+
+JOBS_EPILOG = (
+    "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in JOBS_MEANINGS.items()) + ". "
+    "submit --wait and watch end as finetune run does: 0, the class of the failure (1 to 12), or 75 when suspended."
+)

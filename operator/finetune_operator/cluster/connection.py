@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -35,6 +35,8 @@ _CONNECTIONS = 100  # HTTP/1.1: a request has one to itself, a watch for as long
 _CONNECT_SECONDS = 10.0
 _LOGIN_SECONDS = 10.0  # between two attempts to log in anew
 _READ_AT_ONCE = 1 << 18
+_CHANNELS = "v4.channel.k8s.io"
+"""How a command's streams share one WebSocket: the first byte of each message says whose it is."""
 _LONGEST_MESSAGE = 2000
 _log = logging.getLogger(__name__)
 
@@ -102,6 +104,29 @@ class Connection:
                 if rest:
                     parts.append(rest)
 
+    async def output(self, path: str, query: Sequence[tuple[str, str]]) -> AsyncGenerator[tuple[int, bytes]]:
+        """What a command in a container prints, piece by piece: 1 and stdout, 2 and stderr, 3 and the end.
+
+        `path` is a pod's exec, which the server answers over a WebSocket.
+        """
+        headers = await self._login.headers()
+        try:
+            async with self._session.ws_connect(
+                self.host + path,
+                params=query,
+                protocols=(_CHANNELS,),
+                headers=headers,
+                max_msg_size=0,
+                **self._login.options(),
+            ) as socket:
+                async for message in socket:
+                    if message.type is aiohttp.WSMsgType.BINARY and message.data:
+                        yield message.data[0], message.data[1:]
+        except aiohttp.WSServerHandshakeError as error:
+            raise api_error(error.status, HTTPStatus(error.status).phrase, f"GET {path} was refused") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise Unreachable(f"GET {path}: {str(error) or 'no answer in time'}") from error
+
     @asynccontextmanager
     async def _answered(
         self,
@@ -155,7 +180,8 @@ class _Login:
     async def load(self) -> None:
         """Raises Unusable."""
         where = str(self._file) if self._file else "the pod's service account"
-        if self._file is not None and not self._file.is_file():
+        # $KUBECONFIG may name several files, which the client merges.
+        if self._file is not None and not any(Path(one).is_file() for one in str(self._file).split(os.pathsep)):
             raise Unusable(f"{self._file} is not there; name a kubeconfig with --kubeconfig or $KUBECONFIG")
         configuration: Any = Configuration()
         client: Any = config  # it has no types
@@ -247,7 +273,11 @@ def _refusal(response: aiohttp.ClientResponse, text: bytes) -> ApiError:
         status = None
     status = status if isinstance(status, dict) else {"message": text.decode(errors="replace").strip()}
     message = str(status.get("message") or response.reason)[:_LONGEST_MESSAGE]
-    return api_error(response.status, str(status.get("reason") or response.reason), message, _retry_after(response))
+    error = api_error(response.status, str(status.get("reason") or response.reason), message, _retry_after(response))
+    details = status.get("details")
+    causes = details.get("causes") if isinstance(details, dict) else None
+    error.causes = [(str(one.get("field", "")), str(one.get("message", ""))) for one in causes or ()]
+    return error
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float | None:

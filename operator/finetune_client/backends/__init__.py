@@ -1,0 +1,1 @@
+"""Where jobs run, one module each; `client` chooses one and imports no other."""

@@ -1,0 +1,313 @@
+"""Submitting jobs and following them, from Python: one set of verbs, wherever the jobs run.
+
+    from finetune_client import Client
+
+    with Client() as client:                       # the cluster that kubectl would speak to
+        job = client.submit("job.yaml")
+        for status in job.watch():
+            print(status.phase, status.progress)
+        print(job.artifacts())
+
+`AsyncClient` is the same with `await`. A client may be thrown away at any time: jobs go on, and `client.job(NAME)`
+takes one up again. Errors are those of `finetune_client.errors`, and InvalidManifest for a job that is not right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from finetune_api.failures import Problem
+from finetune_api.job import Status
+from finetune_api.problems import InvalidManifest
+from finetune_api.progress import Artifact
+from finetune_client.advice import Advice, advice_for
+from finetune_client.backends.protocol import Backend
+from finetune_client.documents import Handed, Submission, check_namespace, handed_over
+from finetune_client.errors import Unreachable
+from finetune_client.portal import Portal
+from finetune_client.views import JobEvent, JobView, LogChoice, LogLine
+from finetune_operator.kinds import Key
+
+__all__ = ["AsyncClient", "AsyncJob", "Client", "Description", "Job"]
+
+
+@dataclass(frozen=True)
+class Description:
+    """All that is known of a job."""
+
+    view: JobView
+    advice: Advice
+    events: Sequence[JobEvent]
+
+
+class AsyncClient:
+    """Speaks to one place that runs jobs. Use it as a context, or `close` it."""
+
+    def __init__(
+        self,
+        *,
+        namespace: str | None = None,
+        context: str | None = None,
+        kubeconfig: Path | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        """A Kubernetes cluster, by kubeconfig, context and namespace as kubectl has them, or a `backend`."""
+        self._namespace, self._context, self._kubeconfig = namespace, context, kubeconfig
+        self._backend = backend
+
+    async def backend(self) -> Backend:
+        """What the client speaks to. Raises Unreachable where nothing says where that is."""
+        if self._backend is None:
+            try:
+                from finetune_client.backends.kubernetes import KubernetesBackend
+            except ModuleNotFoundError as error:
+                message = f"speaking to a cluster needs a package that is not installed ({error.name}); "
+                raise Unreachable(message + "pip install 'finetune-operator[client,operator]'") from error
+            self._backend = await KubernetesBackend.open(self._namespace, self._context, self._kubeconfig)
+        return self._backend
+
+    async def submit(self, job: Submission, *, dry_run: bool = False) -> AsyncJob:
+        """Hand over one job: a model, plain values, or a file that holds it. `dry_run` has it judged and no more.
+
+        Raises InvalidManifest, whoever finds the fault.
+        """
+        handed = handed_over(job)
+        if len(handed.jobs) != 1:
+            names = ", ".join(one.metadata.name for one in handed.jobs)
+            message = f"holds {len(handed.jobs)} jobs ({names}); hand them over with submit_all"
+            raise InvalidManifest([Problem(file=str(job), message=message)])
+        [one] = await self._submit(handed, dry_run)
+        return one
+
+    async def submit_all(self, files: Sequence[Path] | Handed, *, dry_run: bool = False) -> list[AsyncJob]:
+        """Hand over every job in these files or folders; nothing is, when this machine finds anything wrong."""
+        return await self._submit(files if isinstance(files, Handed) else handed_over(files), dry_run)
+
+    async def job(self, name: str, namespace: str | None = None) -> AsyncJob:
+        """A job that was submitted before, by whomever. Nothing is asked yet."""
+        backend = await self.backend()
+        return AsyncJob(backend, Key(namespace or backend.namespace, name))
+
+    async def list(self, *, all_namespaces: bool = False) -> list[JobView]:
+        """All jobs, by name."""
+        backend = await self.backend()
+        return await backend.list(None if all_namespaces else backend.namespace)
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        if self._backend is not None:
+            backend, self._backend = self._backend, None
+            await backend.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _submit(self, handed: Handed, dry_run: bool) -> list[AsyncJob]:
+        for one in handed.jobs:
+            check_namespace(one, self._namespace)
+        backend = await self.backend()
+        views = [await backend.submit(one, handed.runtimes, dry_run) for one in handed.jobs]
+        return [AsyncJob(backend, Key(view.namespace, view.name), view) for view in views]
+
+
+class AsyncJob:
+    """One submitted job."""
+
+    def __init__(self, backend: Backend, key: Key, submitted: JobView | None = None) -> None:
+        """Made by a client."""
+        self._backend = backend
+        self.key = key
+        self.submitted = submitted
+        """The job as it was accepted, when this handle comes from submitting it."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.key.name
+
+    @property
+    def namespace(self) -> str:
+        """Where it is."""
+        return self.key.namespace
+
+    async def view(self) -> JobView:
+        """The job as it is now. Raises NoSuchJob."""
+        return await self._backend.get(self.key)
+
+    async def status(self) -> Status:
+        """What has become of it."""
+        return (await self.view()).status
+
+    async def views(self) -> AsyncGenerator[JobView]:
+        """The job as it is now and after every change, until it has succeeded or failed for good."""
+        async with aclosing(self._backend.watch(self.key)) as seen:
+            async for view in seen:
+                yield view
+                if view.is_over:
+                    return
+
+    async def watch(self) -> AsyncGenerator[Status]:
+        """Its status now and after every change, until it has succeeded or failed for good."""
+        async with aclosing(self.views()) as seen:
+            async for view in seen:
+                yield view.status
+
+    async def wait(self) -> Status:
+        """Its status once nothing more will come of it by itself: ended, suspended, or refused as it is written."""
+        async with aclosing(self._backend.watch(self.key)) as seen:
+            async for view in seen:
+                if view.is_settled:
+                    return view.status
+        raise AssertionError("a watch ends with an error or with the one who watches")
+
+    def logs(
+        self, *, follow: bool = False, attempt: int | None = None, everyone: bool = False
+    ) -> AsyncGenerator[LogLine]:
+        """What rank 0 of the newest attempt wrote so far, and with `follow` what it will. Raises NoLog."""
+        return self._backend.logs(self.key, LogChoice(attempt, everyone), follow)
+
+    async def suspend(self) -> Status:
+        """Have it save a checkpoint and give back its machines."""
+        return (await self._backend.suspend(self.key, True)).status
+
+    async def resume(self) -> Status:
+        """Let it go on, from its newest checkpoint."""
+        return (await self._backend.suspend(self.key, False)).status
+
+    async def cancel(self) -> None:
+        """End it and remove it; artifacts and checkpoints stay."""
+        await self._backend.cancel(self.key)
+
+    async def artifacts(self) -> list[Artifact]:
+        """The trained models that it has written so far."""
+        return (await self.view()).artifacts
+
+    async def describe(self) -> Description:
+        """All that is known of it, and what to do next."""
+        view = await self.view()
+        return Description(view, advice_for(view), await self._backend.events(self.key))
+
+
+class Client:
+    """`AsyncClient` for code that does not await: the same verbs, in the same order, with the same errors.
+
+    It has a thread with an event loop of its own, so it works in notebooks too. For use by one thread at a time.
+    """
+
+    def __init__(
+        self,
+        *,
+        namespace: str | None = None,
+        context: str | None = None,
+        kubeconfig: Path | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        """See AsyncClient."""
+        self._async = AsyncClient(namespace=namespace, context=context, kubeconfig=kubeconfig, backend=backend)
+        self._portal = Portal()
+
+    def submit(self, job: Submission, *, dry_run: bool = False) -> Job:
+        """Hand over one job: a model, plain values, or a file that holds it. Raises InvalidManifest."""
+        return Job(self._portal, self._portal.call(self._async.submit(job, dry_run=dry_run)))
+
+    def submit_all(self, files: Sequence[Path] | Handed, *, dry_run: bool = False) -> list[Job]:
+        """Hand over every job in these files or folders; nothing is, when this machine finds anything wrong."""
+        return [Job(self._portal, one) for one in self._portal.call(self._async.submit_all(files, dry_run=dry_run))]
+
+    def job(self, name: str, namespace: str | None = None) -> Job:
+        """A job that was submitted before. Nothing is asked yet."""
+        return Job(self._portal, self._portal.call(self._async.job(name, namespace)))
+
+    def list(self, *, all_namespaces: bool = False) -> list[JobView]:
+        """All jobs, by name."""
+        return self._portal.call(self._async.list(all_namespaces=all_namespaces))
+
+    def close(self) -> None:
+        """Let go of connections."""
+        if not self._portal.is_closed:
+            self._portal.call(self._async.close())
+            self._portal.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Job:
+    """`AsyncJob` for code that does not await."""
+
+    def __init__(self, portal: Portal, job: AsyncJob) -> None:
+        """Made by a client."""
+        self._portal = portal
+        self._job = job
+        self.key = job.key
+        self.submitted = job.submitted
+        """The job as it was accepted, when this handle comes from submitting it."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.key.name
+
+    @property
+    def namespace(self) -> str:
+        """Where it is."""
+        return self.key.namespace
+
+    def view(self) -> JobView:
+        """The job as it is now. Raises NoSuchJob."""
+        return self._portal.call(self._job.view())
+
+    def status(self) -> Status:
+        """What has become of it."""
+        return self._portal.call(self._job.status())
+
+    def views(self) -> Iterator[JobView]:
+        """The job as it is now and after every change, until it has succeeded or failed for good."""
+        return self._portal.iterate(self._job.views())
+
+    def watch(self) -> Iterator[Status]:
+        """Its status now and after every change, until it has succeeded or failed for good."""
+        return self._portal.iterate(self._job.watch())
+
+    def wait(self) -> Status:
+        """Its status once nothing more will come of it by itself: ended, suspended, or refused as it is written."""
+        return self._portal.call(self._job.wait())
+
+    def logs(self, *, follow: bool = False, attempt: int | None = None, everyone: bool = False) -> Iterator[LogLine]:
+        """What rank 0 of the newest attempt wrote so far, and with `follow` what it will. Raises NoLog."""
+        return self._portal.iterate(self._job.logs(follow=follow, attempt=attempt, everyone=everyone))
+
+    def suspend(self) -> Status:
+        """Have it save a checkpoint and give back its machines."""
+        return self._portal.call(self._job.suspend())
+
+    def resume(self) -> Status:
+        """Let it go on, from its newest checkpoint."""
+        return self._portal.call(self._job.resume())
+
+    def cancel(self) -> None:
+        """End it and remove it; artifacts and checkpoints stay."""
+        self._portal.call(self._job.cancel())
+
+    def artifacts(self) -> list[Artifact]:
+        """The trained models that it has written so far."""
+        return self._portal.call(self._job.artifacts())
+
+    def describe(self) -> Description:
+        """All that is known of it, and what to do next."""
+        return self._portal.call(self._job.describe())
