@@ -65,9 +65,55 @@ _JUDGED: dict[str, dict[str, Any]] = {
         "beta": 0.9,
         "temperature": 2.0,
         "alpha": 0.5,
+        "packing": False,
+        "teacherAnswers": {"maxNewTokens": 64, "temperature": 0.7, "topP": 0.9},
     },
 }
 """Settings of the methods beside supervised fine-tuning."""
+
+_REWARDS: dict[str, dict[str, Any]] = {
+    "function": {"call": "my_rewards.maths:is_right", "timeoutSeconds": 30.0, "settings": {"a": {"b": 1}}},
+    "metric": {"kind": "token-f1", "column": "answer", "pattern": "answer: (.*)"},
+    "http": {
+        "url": "http://judge.team:8080/score",
+        "timeoutSeconds": 30.0,
+        "retries": 2,
+        "batchSize": 16,
+        "headersFromEnv": {"Authorization": "JUDGE_AUTHORIZATION"},
+    },
+    "model": {"source": "hf://org/reward", "revision": "main", "calibrated": True},
+}
+_ROLLOUTS: dict[str, Any] = {
+    "sampling": {"maxNewTokens": 64, "temperature": 0.9, "topP": 0.9, "topK": 50},
+    "miniBatches": 2,
+    "passes": 2,
+    "clipLow": 0.2,
+    "clipHigh": 0.28,
+    "missingEosPenalty": 1.0,
+    "maxKl": 1.0,
+}
+_ONLINE: dict[str, dict[str, Any]] = {
+    "ppo": {
+        "gamma": 0.99,
+        "gaeLambda": 0.95,
+        "kl": {"coefficient": 0.1, "target": 6.0, "horizon": 1000},
+        "critic": {"learningRate": 1e-4, "warmupIterations": 2, "coefficient": 0.5, "clip": 0.2},
+        "whitenAdvantages": False,
+        "normalizeRewards": True,
+        "rewardClip": 5.0,
+        "dualClip": 3.0,
+        "stopKl": 0.1,
+    },
+    "grpo": {
+        "groupSize": 4,
+        "baseline": "rloo",
+        "aggregation": "constant",
+        "klCoefficient": 0.01,
+        "dynamicSampling": 2,
+        "overlongBuffer": 16,
+    },
+}
+"""Settings of the methods that learn from the model's own answers, beside those that both have."""
 
 
 def _pods(choice: str) -> dict[str, Any]:
@@ -187,6 +233,23 @@ EXAMPLES = {
     **{
         f"job with {method}": job_document({"method": {method: {"maxSeqLength": 512, "longRows": "drop"} | settings}})
         for method, settings in _JUDGED.items()
+    },
+    **{
+        f"job with {method} by {kind}": job_document(
+            {
+                "method": {
+                    method: {
+                        "maxSeqLength": 512,
+                        "longRows": "drop",
+                        "rewards": [{"name": "judge", "weight": 0.5, kind: reward}],
+                        **_ROLLOUTS,
+                        **settings,
+                    }
+                }
+            }
+        )
+        for method, settings in _ONLINE.items()
+        for kind, reward in _REWARDS.items()
     },
     "job with full": job_document({"tuning": {"full": {}}, "cluster.pods": _pods("config map")}),
     "runtime": runtime_document(

@@ -102,7 +102,7 @@ def test_failures_are_told_once_of_each_kind(caplog: pytest.LogCaptureFixture) -
 
 
 def test_more_than_half_failing_call_after_call_ends_the_run_and_says_all() -> None:
-    mostly = ["broke", "broke", 1.0]
+    mostly: list[float | str | None] = ["broke", "broke", 1.0]
     rewards = WeightedRewards([named("one", Told(*[mostly] * MAX_BAD_CALLS))])
     for _ in range(MAX_BAD_CALLS - 1):
         rewards.score(episodes(["a", "b", "c"]))
@@ -118,7 +118,7 @@ def test_more_than_half_failing_call_after_call_ends_the_run_and_says_all() -> N
 
 @pytest.mark.parametrize("better", [["broke", 1.0], [1.0, 1.0]], ids=["half", "none"])
 def test_a_better_call_in_between_begins_the_count_anew(better: list[float | str | None]) -> None:
-    bad = ["broke", "broke"]
+    bad: list[float | str | None] = ["broke", "broke"]
     calls = [*[bad] * (MAX_BAD_CALLS - 1), better, *[bad] * (MAX_BAD_CALLS - 1)]
     rewards = WeightedRewards([named("one", Told(*calls))])
     for _ in calls:
