@@ -667,7 +667,7 @@ CASES = [
     Bad(
         "questions that are all dropped as too long",
         [{"prompt": "one two three " * 60}],
-        "has no row that fits into maxSeqLength 64 - sampling.maxNewTokens 16; raise maxSeqLength",
+        "has no row that fits into maxSeqLength 64 - sampling.maxNewTokens 16",
         path=SOURCE,
         changes=asking(longRows="drop"),
     ),

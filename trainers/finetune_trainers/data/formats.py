@@ -55,6 +55,7 @@ OPTIONAL: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.UNPAIRED_PREFERENCE: ("system",),
     DataFormat.PROMPT: ("system",),
 }
+ANSWERED = frozenset(REQUIRED) - {DataFormat.PROMPT}
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -102,7 +103,7 @@ class RowFormat:
         return required_text(value, name)
 
 
-def choose_format(source: DataSource, first_row: Any, known: Collection[DataFormat] = frozenset(REQUIRED)) -> RowFormat:
+def choose_format(source: DataSource, first_row: Any, known: Collection[DataFormat] = ANSWERED) -> RowFormat:
     """The format of `source`: the one it names, or the only one of `known` whose columns are in `first_row`.
 
     Raises RowError; its path, if any, is a field of the source (`format`, `columns.text`).

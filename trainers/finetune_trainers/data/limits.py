@@ -72,8 +72,11 @@ class Limits:
     def __init__(self, settings: MethodSettings, form: DataFormat, faults: Faults) -> None:
         self._limit = longest_row(settings)
         self._policy = settings.long_rows
-        others = "drop" if isinstance(settings, OnlineMethod) else "truncate or drop"
-        self._too_long = f"is longer than {in_words(settings)}; raise maxSeqLength, or set longRows to {others}"
+        asked = isinstance(settings, OnlineMethod)
+        mend = (
+            "raise maxSeqLength, or set longRows to drop" if asked else "raise it, or set longRows to truncate or drop"
+        )
+        self._too_long = f"is longer than {in_words(settings)}; {mend}"
         self._is_text = form is DataFormat.TEXT
         self._is_prompt = form is DataFormat.PROMPT
         self._names = _NAMES.get(form, (None,))

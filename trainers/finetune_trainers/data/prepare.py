@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,7 +144,8 @@ class _Preparation:
     def _shaping(self) -> dict[str, Any]:
         """What of the method shapes the rows: methods that learn from the same pairs share them."""
         if self.method.supervised is not None:
-            return self.method.supervised.model_dump(mode="json", by_alias=True, include=set(Supervised.model_fields))
+            shape = self.method.supervised.model_dump(mode="json", by_alias=True, include=set(Supervised.model_fields))
+            return {**shape, "lossOn": self._loss_on}
         [form] = self.method.formats
         return {"rows": form, "maxSeqLength": longest_row(self.settings), "longRows": self.settings.long_rows}
 
@@ -177,7 +178,7 @@ class _Preparation:
             lengths = writer.lengths
             if len(lengths) == 0:
                 self.faults.add(
-                    f"has no row that fits into {in_words(self.settings)}; raise maxSeqLength",
+                    f"has no row that fits into {in_words(self.settings)}; raise it",
                     path=f"{place.path}.source",
                     value=place.source.source,
                 )
@@ -192,14 +193,21 @@ class _Preparation:
             )
 
     def _tokenizer(self, form: DataFormat) -> RowTokenizer:
-        supervised = self.method.supervised
         return RowTokenizer(
             self.encoding.tokenizer,
             self.encoding.renderer(form),
             eos_id=self.encoding.eos_id,
             stop_ids=frozenset(self.encoding.stop_tokens.values()),
-            loss_on="last" if supervised is None else supervised.loss_on,
+            loss_on=self._loss_on,
         )
+
+    @property
+    def _loss_on(self) -> Literal["assistant", "all", "last"]:
+        """A teacher writes the last answer of a conversation anew."""
+        supervised, distill = self.method.supervised, self.method.distill
+        if supervised is None or (distill is not None and distill.teacher_answers is not None):
+            return "last"
+        return supervised.loss_on
 
     def _sequences(self, lengths: NDArray[np.int64], rows_each: int) -> Bins:
         """Which encoded rows make up each sequence."""
