@@ -144,6 +144,10 @@ def missing_models(plan: RunPlan) -> list[Problem]:
     if plan.method.distill is not None:
         field, teacher = "spec.method.distill.teacher", plan.method.distill.teacher
         sources += [(f"{field}.source", teacher.source), (f"{field}.tokenizer", teacher.tokenizer)]
+    if plan.method.online is not None:
+        field = f"spec.method.{plan.method.chosen}.rewards"
+        rewards = enumerate(plan.method.online.rewards)
+        sources += [(f"{field}[{at}].model.source", one.model.source) for at, one in rewards if one.model is not None]
     return [_not_there(path, uri) for path, uri in sources if uri is not None and not _is_there(uri)]
 
 

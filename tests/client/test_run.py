@@ -175,6 +175,16 @@ def test_a_model_that_is_not_there_is_the_jobs_fault(finetune: Any, write_job: A
     assert "spec.model.source" in done.stderr
 
 
+def test_a_reward_model_that_is_not_there_is_named_by_its_place(finetune: Any, write_job: Any, tmp_path: Path) -> None:
+    rewards = [{"metric": {"kind": "bleu"}}, {"model": {"source": "file:///no/such/reward"}}]
+    job = write_job({"spec.method": {"grpo": {"rewards": rewards}}, "spec.training.globalBatchSize": 8})
+    done = finetune("run", job, "--workdir", tmp_path / "run", "-o", "json")
+    assert done.code == 2
+    [problem] = done.document["failureDetails"]["problems"]
+    assert problem["path"] == "spec.method.grpo.rewards[1].model.source"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_holds_a_run_is_refused(finetune: Any, write_job: Any, tmp_path: Path) -> None:
     finetune("run", write_job(), "--workdir", tmp_path / "run")
     outcome = (tmp_path / "run" / "outcome.json").read_bytes()
