@@ -24,6 +24,7 @@ _AFTER_FAILURE = {
     FailureClass.DATA_ERROR: "Correct the data (finetune validate FILE --data checks every row), then: {cancel}, and "
     "finetune submit FILE",
     FailureClass.NON_FINITE_LOSS: "Try a smaller training.learningRate, or training.precision fp32, under a new name",
+    FailureClass.KL_DIVERGED: "Try a smaller training.learningRate or a higher KL coefficient, under a new name",
     FailureClass.OUT_OF_MEMORY: "Try a smaller training.microBatchSize or method maxSeqLength, or a higher "
     "deepspeed.zeroStage, under a new name",
     FailureClass.STORAGE_ERROR: "See to it that the storage is there, writable and not full, then submit the job again",

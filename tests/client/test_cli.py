@@ -14,11 +14,14 @@ import yaml
 from finetune_api.failures import EXIT_CODES, INTERRUPTED
 from finetune_api.plan import RunPlan
 from finetune_client import runner
-from finetune_client.cli.exits import MEANINGS, OK, SUSPENDED
+from finetune_client.cli.exits import JOBS_MEANINGS, MEANINGS, OK, SUSPENDED
 from tests.client.conftest import FAKE_TRAINER
 from tests.factories import runtime_document
 
 COMMANDS = ["validate", "plan", "run", "export", "chat", "version"]
+JOBS_COMMANDS = [
+    *("submit", "get", "list", "watch", "logs", "suspend", "resume", "cancel", "artifacts", "describe"),
+]
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "peft", "finetune_trainers"}
 NETWORK = {"kubernetes", "aiohttp"}
 
@@ -69,9 +72,19 @@ def test_the_help_of_every_command_has_two_examples_and_the_exit_codes(finetune:
     assert all(f"{code} {meaning}" in flat for code, meaning in MEANINGS.items())
 
 
+@pytest.mark.parametrize("command", JOBS_COMMANDS)
+def test_the_help_of_every_command_for_jobs_elsewhere_has_two_examples_and_the_exit_codes(
+    finetune: Any, command: str
+) -> None:
+    text = finetune(command, "--help").stdout
+    assert text.count(f"  finetune {command}") >= 2
+    flat = " ".join(text.split())
+    assert all(f"{code} {meaning}" in flat for code, meaning in JOBS_MEANINGS.items())
+
+
 def test_the_help_lists_the_commands_and_the_exit_codes(finetune: Any) -> None:
     text = " ".join(finetune("--help").stdout.split())
-    assert all(command in text for command in COMMANDS)
+    assert all(command in text for command in [*COMMANDS, *JOBS_COMMANDS])
     assert all(f"{code} {meaning}" in text for code, meaning in MEANINGS.items())
 
 

@@ -82,5 +82,5 @@ JOBS_MEANINGS = {
 
 JOBS_EPILOG = (
     "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in JOBS_MEANINGS.items()) + ". "
-    "submit --wait and watch end as finetune run does: 0, the class of the failure (1 to 12), or 75 when suspended."
+    "submit --wait and watch end as finetune run does: by the class of the failure, or 75 when suspended."
 )
