@@ -24,6 +24,8 @@ class FailureClass(StrEnum):
     """The data is missing, empty or malformed: a person must change it."""
     NON_FINITE_LOSS = "NonFiniteLoss"
     """The loss or the gradient became NaN or infinite; the last update was not made."""
+    KL_DIVERGED = "KLDiverged"
+    """The model strayed farther from its reference than method's maxKl allows; nothing was learned from that."""
     OUT_OF_MEMORY = "OutOfMemory"
     """A worker ran out of device or host memory."""
     STORAGE_ERROR = "StorageError"
@@ -57,8 +59,9 @@ EXIT_CODES: dict[FailureClass, int] = {
     FailureClass.HANG: 10,
     FailureClass.DEADLINE_EXCEEDED: 11,
     FailureClass.DEPENDENCY_FAILED: 12,
+    FailureClass.KL_DIVERGED: 13,
 }
-"""Of the trainers, and of `finetune run`; the trainers themselves end with the codes up to 6."""
+"""Of the trainers, and of `finetune run`; the trainers themselves end with the codes up to 6, and with 13."""
 INTERRUPTED = 130
 """Exit code of a run that a person or the platform stopped: 128 + SIGINT, as shells have it."""
 

@@ -7,8 +7,9 @@ Full tuning takes a tenth of it, so that what was learned is refined and not ove
 of full tuning: the optimal ratio was found to be near ten and nearly independent of the model's size (Schulman et al.
 2025, "LoRA Without Regret").
 
-DPO, KTO and ORPO move a model that has been trained already, by how it differs from itself, and take a tenth of that:
-DPO's own 1e-6 (Rafailov et al. 2023, arXiv 2305.18290) for models of some billions of parameters.
+DPO, KTO, ORPO, PPO and GRPO move a model that has been trained already, by how it differs from itself, and take a tenth
+of that: DPO's own 1e-6 (Rafailov et al. 2023, arXiv 2305.18290) for models of some billions of parameters, which GRPO's
+authors use too (Shao et al. 2024, arXiv 2402.03300).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def auto_learning_rate(num_parameters: int, tuning: Tuning, method: Method | Non
     """The peak learning rate for a model of `num_parameters`, rounded to two digits, and why. `method` None: sft."""
     pretraining = _interpolate(float(num_parameters))
     size = _readable(num_parameters)
-    gentle = method is not None and (method.dpo or method.kto or method.orpo) is not None
+    gentle = method is not None and (method.dpo or method.kto or method.orpo or method.online) is not None
     part, why = (10, f"; {method.chosen} takes a tenth of that") if gentle and method is not None else (1, "")
     if tuning.lora is not None:
         rate = _round(pretraining / part)

@@ -82,6 +82,10 @@ class EvalSummary(Contract):
     """Before the first optimizer step."""
     loss_after: float | None = None
     """Of the model in the artifact: the best one under early stopping, otherwise the last."""
+    reward_before: float | None = None
+    """Mean reward before the first step, of a method that maximises one; the loss is then its negative."""
+    reward_after: float | None = None
+    """Of the model in the artifact."""
 
 
 class Artifact(Contract):

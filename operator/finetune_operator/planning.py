@@ -202,7 +202,8 @@ class _Planner:
         return asked
 
     def _zero_stage(self, workers: WorkersPlan) -> int:
-        asked, lora = self.spec.deepspeed, self.spec.tuning.lora
+        spec = self.spec
+        asked, lora = spec.deepspeed, spec.tuning.lora
         stage, reason = asked.zero_stage, ""
         if stage is None and self.runtime.zero_stage is not None:
             stage, reason = self.runtime.zero_stage, f"runtime {self._runtime_name()}"
@@ -214,6 +215,8 @@ class _Planner:
             stage, reason = 2, "adapters are small; splitting the frozen base would only cost communication"
         elif stage is None:
             stage, reason = 3, "all training state is split over the workers"
+            if spec.method.online is not None and spec.method.online.needs_reference:
+                stage, reason = 2, "every worker holds the model and its reference whole; the rest is split over them"
         assert stage is not None
         if reason:
             self._decide("deepspeed.zeroStage", stage, reason)
@@ -227,6 +230,14 @@ class _Planner:
             self._refuse("deepspeed.zeroStage", stage, "cannot split a quantized base; set it to 2 or less")
         if stage == 0 and spec.deepspeed.offload.optimizer == "cpu":
             self._refuse("deepspeed.offload.optimizer", "cpu", "needs zeroStage 1, 2 or 3; set deepspeed.zeroStage")
+        online = spec.method.online
+        if stage == 3 and online is not None and online.needs_reference and spec.tuning.lora is None:
+            self._refuse(
+                "deepspeed.zeroStage",
+                stage,
+                f"cannot hold the reference of method.{spec.method.chosen}, which is a second model with full tuning;"
+                " set it to 2 or less, or use tuning.lora",
+            )
 
     def _batch(self, workers: WorkersPlan) -> BatchPlan:
         total, world = self.spec.training.global_batch_size, workers.world_size

@@ -79,7 +79,9 @@ class DeepSpeedEngine:
         self._precision = plan.precision
         self._world_size = context.world_size
         self._is_writer = context.rank == 0
-        self.groups = param_groups(tuned.model, plan.optimization.adamw.weight_decay, opening_fractions(tuned))
+        self.groups = param_groups(
+            tuned.model, plan.optimization.adamw.weight_decay, opening_fractions(tuned), tuned.rate_scales
+        )
         # torch's fused AdamW keeps up with DeepSpeed's own on GPU and CPU, and is compiled already
         self.adamw = torch.optim.AdamW(**adamw_arguments(self.groups, plan.optimization.adamw), fused=True)
         self.ds, *_ = deepspeed.initialize(model=tuned.model, optimizer=self.adamw, config=engine_config(plan))
@@ -93,7 +95,8 @@ class DeepSpeedEngine:
             if not self.is_open[index] and done >= group.opens_at:
                 self.is_open[index] = True
                 _restart_bias_correction(self._states(index))
-            self.adamw.param_groups[index]["lr"] = learning_rate if self.is_open[index] else 0.0
+            rate = learning_rate * group.rate_scale
+            self.adamw.param_groups[index]["lr"] = rate if self.is_open[index] else 0.0
             for param in group.params:
                 param.requires_grad_(self.is_open[index])
 

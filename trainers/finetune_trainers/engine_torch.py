@@ -30,7 +30,9 @@ class TorchEngine:
     def __init__(self, tuned: TunedModel, plan: RunPlan, context: WorkerContext) -> None:
         self.module: nn.Module = tuned.model
         self.device = context.device
-        self.groups = param_groups(self.module, plan.optimization.adamw.weight_decay, opening_fractions(tuned))
+        self.groups = param_groups(
+            self.module, plan.optimization.adamw.weight_decay, opening_fractions(tuned), tuned.rate_scales
+        )
         self._params = [param for group in self.groups for param in group.params]
         _use_fp32(self._params)
         self.adamw = torch.optim.AdamW(**adamw_arguments(self.groups, plan.optimization.adamw), fused=True)
@@ -41,7 +43,7 @@ class TorchEngine:
 
     def begin_step(self, learning_rate: float, done: float) -> None:
         for group, settings in zip(self.groups, self.adamw.param_groups, strict=True):
-            settings["lr"] = learning_rate
+            settings["lr"] = learning_rate * group.rate_scale
             for param in group.params:
                 param.requires_grad_(done >= group.opens_at)
 

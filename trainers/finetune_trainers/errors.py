@@ -4,6 +4,7 @@
       ├── UserError              the job asks for something that cannot be
       ├── DataError              rows or files of data that cannot be used
       ├── NonFiniteLossError     the loss or gradient is NaN or infinite; raised before the update
+      ├── KLDivergedError        the model strayed too far from its reference
       ├── OutOfMemoryError       a worker ran out of the device's or the machine's memory
       └── StorageError           files that cannot be read or written
 
@@ -20,6 +21,7 @@ from finetune_api.failures import Failure, FailureClass, Problem
 
 __all__ = [
     "DataError",
+    "KLDivergedError",
     "NonFiniteLossError",
     "OutOfMemoryError",
     "StorageError",
@@ -60,6 +62,10 @@ class DataError(TrainerError):
 
 class NonFiniteLossError(TrainerError):
     failure_class = FailureClass.NON_FINITE_LOSS
+
+
+class KLDivergedError(TrainerError):
+    failure_class = FailureClass.KL_DIVERGED
 
 
 class OutOfMemoryError(TrainerError):

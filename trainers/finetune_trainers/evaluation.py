@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from finetune_trainers.context import WorkerContext
     from finetune_trainers.data.prompts import EvalPrompt
 
-__all__ = ["EarlyStop", "Verdict", "evaluate", "evaluate_generation", "evaluating", "finite_loss"]
+__all__ = ["EarlyStop", "Verdict", "evaluate", "end_token_ids", "evaluate_generation", "evaluating", "finite_loss"]
 
 LOGITS_ROWS = 512
 """Rows of logits taken to fp32 at a time: 100 MB for a vocabulary of 50,000."""
@@ -157,7 +157,7 @@ def _answers(
     context: WorkerContext,
 ) -> list[str]:
     """The answers to one batch of prompts, padded on the left so that all of them end where generation begins."""
-    end_ids = _end_token_ids(module, tokenizer)
+    end_ids = end_token_ids(module, tokenizer)
     padding_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(end_ids), 0)
     longest = max(len(ids) for ids in prompt_ids)  # P
     padded = [[padding_id] * (longest - len(ids)) + ids for ids in prompt_ids]
@@ -193,7 +193,7 @@ def _greedy(max_new_tokens: int, end_ids: list[int], padding_id: int) -> Any:
     )
 
 
-def _end_token_ids(module: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(module: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the tokenizer's, and those that the model's own generation settings add."""
     configured = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     of_model = configured if isinstance(configured, list) else [configured]

@@ -38,7 +38,8 @@ class Intents:
 
     def intent(self, fence: Fence, step: int, metrics: dict[str, float], now: datetime) -> Intent:
         """Of the state as it is, after `step` optimizer steps."""
-        plan, consumed = self._plan, step * self._plan.batch.global_batch_size
+        plan = self._plan
+        consumed = step * plan.batch.global_batch_size // plan.method.uses_per_row
         epoch, cursor = divmod(consumed, self._prepared.sequences_per_epoch)
         lora = plan.tuning.lora
         return Intent(

@@ -65,11 +65,13 @@ def check(plan: RunPlan, workdir: Path, cache: Path) -> Outcome:
 
 
 def count_steps(plan: RunPlan, sequences_per_epoch: int) -> int:
-    """Optimizer steps of the whole run. The last step of the last epoch may be a small one."""
+    """Optimizer steps of the whole run. The last step of the last epoch may be a small one; the last iteration of
+    rollouts is a whole one, and goes on with the first prompts of another epoch."""
     if plan.optimization.max_steps is not None:
         return plan.optimization.max_steps
-    epochs = plan.optimization.epochs or 1
-    return max(1, math.ceil(epochs * sequences_per_epoch / plan.batch.global_batch_size))
+    uses = (plan.optimization.epochs or 1) * sequences_per_epoch * plan.method.uses_per_row
+    iteration = plan.method.steps_per_iteration
+    return max(1, math.ceil(uses / (plan.batch.global_batch_size * iteration))) * iteration
 
 
 def _concluded(launch: _Launch, work: Callable[[_Launch], Outcome]) -> Outcome:
@@ -153,19 +155,40 @@ class _Launch:
 
         check_outputs(self.plan)
         check_trackers(self.plan)
+        self._check_rewards()
         with self._timed(Stage.CHECKING_MODEL):
             model = self._check_model()
+            teacher = self._check_teacher(model)
         with self._timed(Stage.PREPARING_DATA):
             data = self._prepare_data(model)
-        prepared = self._settle(model, data)
+        prepared = self._settle(model, data, teacher)
         (self.workdir / "prepared.json").write_text(prepared.model_dump_json(by_alias=True, indent=2) + "\n")
         return prepared
+
+    def _check_rewards(self) -> None:
+        method = self.plan.method
+        if method.online is None:
+            return
+        from finetune_trainers.rewards.building import check_rewards
+
+        problems = check_rewards(method.online.rewards, f"spec.method.{method.chosen}.rewards")
+        if problems:
+            raise UserError("; ".join(str(problem) for problem in problems), problems)
 
     def _check_model(self) -> PreparedModel:
         from finetune_trainers.models import prepare_model  # brings torch and transformers
 
         return prepare_model(
             self.plan, self.cache, lambda percent, text: self.report(Stage.CHECKING_MODEL, percent, text)
+        )
+
+    def _check_teacher(self, model: PreparedModel) -> PreparedModel | None:
+        if self.plan.method.distill is None:
+            return None
+        from finetune_trainers.teacher import prepare_teacher
+
+        return prepare_teacher(
+            self.plan, model, self.cache, lambda percent, text: self.report(Stage.CHECKING_MODEL, percent, text)
         )
 
     def _prepare_data(self, model: PreparedModel) -> PreparedData:
@@ -178,7 +201,7 @@ class _Launch:
             eval_prompts(self.plan, model, limit=1)  # refuses data without questions before a worker starts
         return data
 
-    def _settle(self, model: PreparedModel, data: PreparedData) -> PreparedRun:
+    def _settle(self, model: PreparedModel, data: PreparedData, teacher: PreparedModel | None) -> PreparedRun:
         from finetune_trainers.data.order import sequences_per_epoch_of
 
         rate = self.plan.optimization.learning_rate
@@ -192,6 +215,7 @@ class _Launch:
             sequences_per_epoch=sequences,
             total_steps=count_steps(self.plan, sequences),
             learning_rate=rate,
+            teacher=teacher,
         )
 
     def _publish(self, artifact: Artifact | None, model: PreparedModel) -> list[Artifact]:

@@ -64,6 +64,8 @@ class LoopMemory(Contract):
     num_without_improvement: int = 0
     """Evaluations since the best one."""
     metrics: dict[str, float] = Field(default_factory=dict)
+    method: dict[str, Any] = Field(default_factory=dict)
+    """What the method remembers, as it gave it."""
     loss_scale: float | None = None
     """Of fp16; filled in by whoever saves."""
 
@@ -143,7 +145,8 @@ class Loop:
     ) -> None:
         """`trackers` on rank 0 only; `best` exactly when the plan stops early."""
         self._optimization = plan.optimization
-        self._global_batch_size = plan.batch.global_batch_size
+        self._rows_per_step = plan.batch.global_batch_size / plan.method.uses_per_row
+        self._iteration = plan.method.steps_per_iteration
         self._prepared = prepared
         self._total = prepared.total_steps
         self._engine = engine
@@ -179,7 +182,7 @@ class Loop:
             figures = self._timed_step(step)
             result.step, self._evaluated = step + 1, False
             self._log(figures)
-            if self._stop_requested and result.step < self._total:
+            if self._stop_requested and self._is_between_iterations and result.step < self._total:
                 result.cancelled = True
                 break
             if self._evaluation_is_due() and self._evaluate():
@@ -195,6 +198,7 @@ class Loop:
         self.result.best_step, self.result.eval = memory.best_step, memory.eval
         self.result.metrics = dict(memory.metrics)
         self._num_trained_tokens, self._evaluated = memory.num_trained_tokens, memory.evaluated
+        self._method.load_state(memory.method)
         if self._early_stop is not None:
             self._early_stop.num_without_improvement = memory.num_without_improvement
             self._early_stop.best_loss = math.inf if memory.best_loss is None else memory.best_loss
@@ -215,7 +219,13 @@ class Loop:
             best_loss=best_loss if math.isfinite(best_loss) else None,
             num_without_improvement=stop.num_without_improvement if stop is not None else 0,
             metrics={name: value for name, value in self.result.metrics.items() if math.isfinite(value)},
+            method=self._method.state(),
         )
+
+    @property
+    def _is_between_iterations(self) -> bool:
+        """Where a method that learns several steps from the same rollouts can be left, and gone on with."""
+        return self.result.step % self._iteration == 0
 
     def _save(self, ended: bool) -> None:
         """What a step's end, or the end of training, has to do with checkpoints."""
@@ -270,7 +280,7 @@ class Loop:
         if not math.isfinite(loss):
             raise NonFiniteLossError(_non_finite(f"the loss is {loss}", step), step=step)
         try:
-            grad_norm = self._engine.step()
+            grad_norm = None if batches.is_left_out else self._engine.step()
         except NonFiniteLossError as error:
             raise NonFiniteLossError(_non_finite(error.message, step), step=step) from error
         self._num_trained_tokens += batches.num_trained_tokens
@@ -307,13 +317,14 @@ class Loop:
     @property
     def _epoch(self) -> float:
         """Passes over the data done. The last step of the last epoch may be a small one: it completes the pass."""
-        passes = self.result.step * self._global_batch_size / self._prepared.sequences_per_epoch
+        passes = self.result.step * self._rows_per_step / self._prepared.sequences_per_epoch
         return min(passes, self._optimization.epochs or math.inf)
 
     def _evaluations(self, plan: RunPlan) -> list[int]:
         """The numbers of steps done at which the model is evaluated, in order; the one before the first is not here."""
         every = plan.evaluation.every_steps or self._total
-        ends = epoch_ends(self._total, self._prepared.sequences_per_epoch, self._global_batch_size)
+        uses = self._prepared.sequences_per_epoch * plan.method.uses_per_row
+        ends = epoch_ends(self._total, uses, plan.batch.global_batch_size)
         return sorted({*range(every, self._total, every), *ends, self._total})
 
     def _evaluation_is_due(self) -> bool:
@@ -338,21 +349,22 @@ class Loop:
         if self._trackers is not None:
             self._trackers.log(step, figures)
         self._report(Stage.TRAINING, urgent=True)
-        return self._judge(step, figures["eval_loss"])
+        return self._judge(step, figures["eval_loss"], figures.get("eval_reward"))
 
-    def _judge(self, step: int, loss: float) -> bool:
+    def _judge(self, step: int, loss: float, reward: float | None) -> bool:
         if step == 0:
-            self.result.eval = EvalSummary(loss_before=loss)
+            self.result.eval = EvalSummary(loss_before=loss, reward_before=reward)
             return False
-        before = self.result.eval.loss_before if self.result.eval is not None else None
+        before = self.result.eval or EvalSummary()
+        after = before.model_copy(update={"loss_after": loss, "reward_after": reward})
         if self._early_stop is None or self._best is None:
-            self.result.eval = EvalSummary(loss_before=before, loss_after=loss)
+            self.result.eval = after
             return False
         verdict = self._early_stop.update(loss)
         if verdict.improved:
             self._best.save(step)
             self.result.best_step = step
-            self.result.eval = EvalSummary(loss_before=before, loss_after=loss)
+            self.result.eval = after
         return verdict.stop
 
 

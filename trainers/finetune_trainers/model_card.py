@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from finetune_api.plan import RunPlan
 from finetune_api.progress import EvalSummary
-from finetune_api.spec import Tuning
+from finetune_api.spec import Supervised, Tuning
 from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedSource
 
 __all__ = ["CardFacts", "model_card"]
@@ -123,13 +123,14 @@ def _settings(plan: RunPlan, prepared: PreparedModel, facts: CardFacts) -> Itera
     rate, adamw = optimization.learning_rate, optimization.adamw
     yield "parameters of the base", f"{prepared.num_parameters:,}"
     yield "blake3 of the base's weights", f"`{prepared.digest}`"
-    if plan.method.sft is not None:
-        sft = plan.method.sft
-        yield "sequence length", f"{sft.max_seq_length}, {'packed' if sft.packing else 'one row each'}"
-        yield "loss on", sft.loss_on
-    else:
-        for name, value in plan.method.settings.to_document().items():
-            yield f"{plan.method.chosen}.{name}", str(value)
+    supervised = plan.method.supervised
+    if supervised is not None:
+        yield "sequence length", f"{supervised.max_seq_length}, {'packed' if supervised.packing else 'one row each'}"
+        yield "loss on", supervised.loss_on
+    told = set(Supervised.model_fields) if supervised is not None else set()
+    for name, value in plan.method.settings.model_dump(mode="json", by_alias=True, exclude=told).items():
+        if value is not None:
+            yield f"{plan.method.chosen}.{name}", str(value["source"]) if name == "teacher" else str(value)
     yield "optimizer steps", f"{facts.steps} ({facts.epochs:.2f} epochs)"
     yield f"{plan.method.counted} per step", str(batch.global_batch_size)
     yield "peak learning rate", f"{facts.learning_rate:g}, {rate.schedule}, warm-up {rate.warmup_fraction:.0%}"
@@ -142,9 +143,14 @@ def _settings(plan: RunPlan, prepared: PreparedModel, facts: CardFacts) -> Itera
 
 def _figures(facts: CardFacts) -> Iterable[tuple[str, str]]:
     if facts.eval is not None:
-        for name, value in (("before", facts.eval.loss_before), ("after", facts.eval.loss_after)):
+        for name, value in (
+            ("evaluation loss before", facts.eval.loss_before),
+            ("evaluation loss after", facts.eval.loss_after),
+            ("reward before", facts.eval.reward_before),
+            ("reward after", facts.eval.reward_after),
+        ):
             if value is not None:
-                yield f"evaluation loss {name}", f"{value:.4f}"
+                yield name, f"{value:.4f}"
     for name, value in sorted(facts.metrics.items()):
         yield name, f"{value:.6g}"
 

@@ -20,11 +20,13 @@ __all__ = ["ParamGroup", "adamw_arguments", "lr_at", "param_groups"]
 
 @dataclass
 class ParamGroup:
-    """Parameters that share weight decay and the moment at which they start to learn."""
+    """Parameters that share weight decay, the moment at which they start to learn, and how fast they do."""
 
     weight_decay: float
     opens_at: float
     """Fraction of the steps after which the group learns; 0 for those that learn from the start."""
+    rate_scale: float = 1.0
+    """What the learning rate is multiplied with."""
     names: list[str] = field(default_factory=list)
     params: list[nn.Parameter] = field(default_factory=list)
 
@@ -48,23 +50,28 @@ def lr_at(step: int, total: int, plan: LearningRatePlan) -> float:
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float, opens_at: Mapping[str, float] | None = None
+    model: nn.Module,
+    weight_decay: float,
+    opens_at: Mapping[str, float] | None = None,
+    rate_scales: Mapping[str, float] | None = None,
 ) -> list[ParamGroup]:
-    """The trainable parameters of `model`, grouped by (opening, decay), in the model's order.
+    """The trainable parameters of `model`, grouped by (opening, decay, rate), in the model's order.
 
     Biases and normalisation weights (every parameter with fewer than two dimensions) are not decayed.
     `opens_at` gives the fraction of the steps at which a parameter starts to learn; absent names: at once.
+    `rate_scales` gives what its learning rate is multiplied with; absent names: 1.
     """
-    groups: dict[tuple[float, bool], ParamGroup] = {}
+    groups: dict[tuple[float, bool, float], ParamGroup] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
         opens = (opens_at or {}).get(name, 0.0)
         decayed = _num_dimensions(param) >= 2
-        group = groups.setdefault((opens, decayed), ParamGroup(weight_decay if decayed else 0.0, opens))
+        scale = (rate_scales or {}).get(name, 1.0)
+        group = groups.setdefault((opens, decayed, scale), ParamGroup(weight_decay if decayed else 0.0, opens, scale))
         group.names.append(name)
         group.params.append(param)
-    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], not key[1]))]
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], not key[1], key[2]))]
 
 
 def _num_dimensions(param: nn.Parameter) -> int:

@@ -1,7 +1,8 @@
 """When the next checkpoint is due. Rank 0 asks before the end of every step; `saving` tells the other ranks.
 
-With a number of steps, at its multiples. With `auto`, by what saving was seen to cost: so far apart that training
-stands still for no more than the plan allows, and that one is written before the next begins. Time is passed in.
+With a number of steps, at its multiples, or at the end of the iteration that they lie in. With `auto`, by what saving
+was seen to cost: so far apart that training stands still for no more than the plan allows, and that one is written
+before the next begins. Time is passed in.
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ _ROOM = 1.25
 class SaveInterval:
     """Of one attempt."""
 
-    def __init__(self, settings: CheckpointPlan, clock: Callable[[], float]) -> None:
+    def __init__(self, settings: CheckpointPlan, clock: Callable[[], float], iteration: int = 1) -> None:
+        """`iteration`: optimizer steps after which the training can be left; one is due after none in between."""
         self._every_steps, self._auto, self._clock = settings.every_steps, settings.interval, clock
+        self._iteration = iteration
         self._saved_at = clock()
         self._blocked_seconds = 0.0
         self._flush_seconds = 0.0
 
     def is_due(self, step: int) -> bool:
         """After `step` optimizer steps?"""
+        if step % self._iteration:
+            return False
         if self._every_steps is not None:
-            return step % self._every_steps == 0
+            return step // self._every_steps > (step - self._iteration) // self._every_steps
         return self._auto is not None and self._clock() - self._saved_at >= self.seconds
 
     @property

@@ -109,7 +109,8 @@ class Checkpoints:
         self._intents = Intents(plan, settings, prepared, self._state, context.world_size)
         self._uri = settings.uri or f"file://{workdir.absolute() / _FOLDER}"
         self._pvc_root = os.environ.get("FINETUNE_PVC_ROOT", "/mnt/pvc")
-        self._interval = SaveInterval(settings, clock)
+        self._iteration = plan.method.steps_per_iteration
+        self._interval = SaveInterval(settings, clock, self._iteration)
         self._storage: Storage | None = None
         self._fence: Fence | None = None
         self._flushes: Flushes | None = None
@@ -187,7 +188,7 @@ class Checkpoints:
             failed=float(bool(flushes.failures)),
             superseded=float(flushes.superseded is not None),
             writing=float(flushes.is_writing),
-            preempted=float(self._preemption() is not None),
+            preempted=float(step % self._iteration == 0 and self._preemption() is not None),
         )
 
     def _preemption(self) -> object | None:

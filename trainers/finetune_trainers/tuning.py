@@ -7,9 +7,9 @@ whatever its own random state.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -53,6 +53,15 @@ class TunedModel:
     """Parameters that learn at some time; an optimizer is made for these. A tied parameter has one name."""
     unfreeze: UnfreezeSchedule | None = None
     """Those among them that do not learn from the first step."""
+    rate_scales: Mapping[str, float] = field(default_factory=dict)
+    """By name, what the learning rate is multiplied with; 1 for all others."""
+    helpers: frozenset[str] = frozenset()
+    """Those among `trainable` that serve training alone, such as a critic: they are no part of the artifact."""
+
+    @property
+    def exported(self) -> list[str]:
+        """Those among `trainable` that the artifact has."""
+        return [name for name in self.trainable if name not in self.helpers]
 
 
 def apply_tuning(model: nn.Module, plan: RunPlan) -> TunedModel:

@@ -68,7 +68,7 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
     evaluator = _Evaluator(plan, prepared, method, engine, context, trackers)
     best = None
     if plan.evaluation.early_stopping is not None:
-        best = BestParameters(workdir / "best", engine, tuned.trainable, context)
+        best = BestParameters(workdir / "best", engine, tuned.exported, context)
     loop = Loop(
         plan,
         prepared,
@@ -101,6 +101,7 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
             trackers.close(result)
         if checkpoints is not None:
             checkpoints.close()
+        method.close()
         engine.close()
     seconds = {
         Stage.LOADING_MODEL: loaded_at - started_at,
@@ -122,6 +123,10 @@ def load(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> tuple[
     model = load_model(prepared.model, plan, context.device, zero3_config)
     model.train()
     tuned = apply_tuning(model, plan)
+    if plan.method.ppo is not None:
+        from finetune_trainers.online.critic import add_critic
+
+        tuned = add_critic(tuned, plan.method.ppo, plan, prepared, context.device, zero3_config)
     return tuned, build_engine(tuned, plan, context)
 
 
@@ -164,8 +169,10 @@ class _Evaluator:
                 self._engine.module, self._tokenizer, self._prompts, self._generation, self._context
             )
             figures |= answers
-            if self._trackers is not None:
-                self._trackers.log_samples(step, samples)
+        else:
+            samples = self._method.samples()
+        if self._trackers is not None and samples:
+            self._trackers.log_samples(step, samples)
         self.by_step[step] = figures
         return figures
 
@@ -190,7 +197,7 @@ def _tensors(
     Collective: every rank must run it to its end.
     """
     if best is None or training.best_step is None or training.best_step == training.step:
-        return engine.parameters(frozenset(tuned.trainable))
+        return engine.parameters(frozenset(tuned.exported))
     return best.read()
 
 

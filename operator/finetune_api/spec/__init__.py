@@ -38,7 +38,7 @@ from finetune_api.spec.rewards import (
     RewardSource,
     reward_names,
 )
-from finetune_api.spec.supervised import Distill, LongRows, Sft, Supervised, Teacher
+from finetune_api.spec.supervised import Distill, LongRows, Sft, Supervised, Teacher, TeacherAnswers
 from finetune_api.spec.training import EarlyStopping, GenerationEval, OptimizerSettings, Precision, Training
 from finetune_api.spec.tuning import Freeze, Full, Lora, Quantization, Tuning, UnfreezeStep
 
@@ -98,6 +98,7 @@ __all__ = [
     "Sft",
     "Supervised",
     "Teacher",
+    "TeacherAnswers",
     "TensorBoardTracking",
     "Toleration",
     "Topology",
@@ -116,6 +117,12 @@ def _formats_fit(part: str, spec: FineTuneJobSpec) -> bool:
     """Whether the method learns from the formats that `part` of the data names."""
     sources: list[DataSource] = getattr(spec.data, part)
     return all(source.format in {DataFormat.AUTO, *spec.method.formats} for source in sources)
+
+
+def _answers_can_be_written(part: str, spec: FineTuneJobSpec) -> bool:
+    """Whether `part` of the data has answers, where a teacher writes them anew."""
+    distill, sources = spec.method.distill, getattr(spec.data, part)
+    return distill is None or distill.teacher_answers is None or all(one.format != "text" for one in sources)
 
 
 class FineTuneJobSpec(Contract):
@@ -185,6 +192,17 @@ class FineTuneJobSpec(Contract):
             message="evaluation is asked for and data.eval is empty; add a source to data.eval",
             holds=lambda s: bool(s.data.eval) or not s._wants_evaluation(),
             field="data.eval",
+        ),
+        *(
+            Rule(
+                cel="!has(self.method.distill) || !has(self.method.distill.teacherAnswers)"
+                f" || self.data.{part}.all(d, d.format != 'text')",
+                message="format text has no answers that a teacher could write anew; use another format, or remove"
+                " teacherAnswers",
+                holds=partial(_answers_can_be_written, part),
+                field=f"data.{part}",
+            )
+            for part in ("train", "eval")
         ),
         *(
             Rule(

@@ -138,7 +138,10 @@ class Method(Choice):
     def formats(self) -> frozenset[DataFormat]:
         """The formats of data that it learns from, `auto` left out."""
         if self.supervised is not None:
-            return frozenset(DataFormat) - {DataFormat.AUTO, *_NOT_TO_IMITATE}
+            without = (
+                {DataFormat.TEXT} if self.distill is not None and self.distill.teacher_answers is not None else set()
+            )
+            return frozenset(DataFormat) - {DataFormat.AUTO, *_NOT_TO_IMITATE} - without
         if self.online is not None:
             return frozenset({DataFormat.PROMPT})
         return frozenset({DataFormat.UNPAIRED_PREFERENCE if self.kto is not None else DataFormat.PREFERENCE})
@@ -152,6 +155,11 @@ class Method(Choice):
     def uses_per_row(self) -> int:
         """How often a row of the data is in a step's globalBatchSize before the next row's turn."""
         return 1 if self.online is None else self.online.rollouts_per_prompt * self.online.passes
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Optimizer steps after which the run can be left and gone on with."""
+        return 1 if self.online is None else self.online.steps_per_iteration
 
     @property
     def counted(self) -> str:

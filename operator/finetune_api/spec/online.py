@@ -77,6 +77,11 @@ class OnlineMethod(Contract):
         return 1
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the model before training is asked about rollouts."""
+        return True
+
+    @property
     def steps_per_iteration(self) -> int:
         """Optimizer steps that learn from the same rollouts."""
         return self.mini_batches * self.passes
@@ -191,3 +196,7 @@ class Grpo(OnlineMethod):
     @property
     def rollouts_per_prompt(self) -> int:
         return self.group_size
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coefficient > 0 or self.max_kl > 0

@@ -9,7 +9,7 @@ from pydantic import Field
 from finetune_api.base import Contract, Rule
 from finetune_api.spec.fields import ModelUri, TokenizerUri, only_for_hub
 
-__all__ = ["Distill", "LongRows", "MaxSeqLength", "Sft", "Supervised", "Teacher"]
+__all__ = ["Distill", "LongRows", "MaxSeqLength", "Sft", "Supervised", "Teacher", "TeacherAnswers"]
 
 MaxSeqLength = Annotated[int, Field(ge=16, le=1_048_576)]
 LongRows: TypeAlias = Literal["error", "truncate", "drop"]
@@ -50,6 +50,17 @@ class Teacher(Contract):
     rules = (only_for_hub("revision", "remove it"),)
 
 
+class TeacherAnswers(Contract):
+    """How the teacher writes the answers that are learned from."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=131_072)] = 512
+    """Longest answer; a longer one is cut there, and at maxSeqLength."""
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """0 takes the likeliest token always; 1 draws from the teacher's own probabilities."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+
+
 class Distill(Supervised):
     """Distillation: learn to give each next token the probability that a teacher gives it, on the texts in the data
     (Hinton et al. 2015, arXiv 1503.02531). The loss is a mean over trained tokens of
@@ -65,8 +76,14 @@ class Distill(Supervised):
     """For divergence jsd: the teacher's share of the mixture that both are compared with. Left out: 0.5."""
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Both models' logits are divided by it: above 1 unlikely tokens count for more."""
-    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Weight of the cross-entropy of the data itself; 0 learns from the teacher alone."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Weight of the cross-entropy of the answers themselves; 0 learns from the teacher's probabilities alone, 1, beside
+    teacherAnswers, from the answers that it wrote alone."""
+    teacher_answers: TeacherAnswers | None = None
+    """The teacher writes the last answer of each training row anew, once and before the first step, and it is learned
+    from in the place of the data's: with alpha 1 this is sequence-level distillation (Kim and Rush 2016, arXiv
+    1606.07947). Steps are counted before the answers are written, so packing must be false. Left out: the answers in
+    the data. Evaluation data keeps its answers."""
 
     rules = (
         Rule(
@@ -74,6 +91,24 @@ class Distill(Supervised):
             message="beta is only for divergence jsd; remove it",
             holds=lambda m: m.beta is None or m.divergence == "jsd",
             field="beta",
+        ),
+        Rule(
+            cel="self.alpha < 1.0 || has(self.teacherAnswers)",
+            message="alpha 1 learns nothing from the teacher; lower it, set teacherAnswers, or use method.sft",
+            holds=lambda m: m.alpha < 1 or m.teacher_answers is not None,
+            field="alpha",
+        ),
+        Rule(
+            cel="!has(self.teacherAnswers) || !self.packing",
+            message="teacherAnswers needs packing false, since steps are counted before the answers are written",
+            holds=lambda m: m.teacher_answers is None or not m.packing,
+            field="packing",
+        ),
+        Rule(
+            cel="!has(self.teacherAnswers) || self.lossOn == 'assistant'",
+            message="teacherAnswers trains on the answers that are written alone; set lossOn to assistant",
+            holds=lambda m: m.teacher_answers is None or m.loss_on == "assistant",
+            field="lossOn",
         ),
     )
 

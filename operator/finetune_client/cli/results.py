@@ -29,6 +29,7 @@ _HEADLINES = {
     FailureClass.USER_ERROR: "The job cannot be run as it is written (UserError)",
     FailureClass.DATA_ERROR: "The data cannot be used (DataError)",
     FailureClass.NON_FINITE_LOSS: "The loss became NaN or infinite (NonFiniteLoss)",
+    FailureClass.KL_DIVERGED: "The model strayed too far from its reference (KLDiverged)",
     FailureClass.OUT_OF_MEMORY: "Memory ran out (OutOfMemory)",
     FailureClass.STORAGE_ERROR: "Files could not be read or written (StorageError)",
     FailureClass.START_TIMEOUT: "The trainers did not start in time (StartTimeout)",
@@ -85,7 +86,7 @@ def as_document(ending: Ending) -> dict[str, Any]:
         **dict.fromkeys(_STATUS_KEYS),
         **ending.status.to_document(),
         "failureDetails": outcome.failure.to_document() if outcome.failure else None,
-        "eval": {"lossBefore": summary.loss_before, "lossAfter": summary.loss_after},
+        "eval": {"lossBefore": summary.loss_before, "lossAfter": summary.loss_after, **_rewards(summary)},
         "artifact": outcome.artifacts[0].uri if outcome.artifacts else None,
         "seconds": outcome.seconds,
         "workdir": str(ending.workdir) if ending.workdir else None,
@@ -146,9 +147,19 @@ def _succeeded(ending: Ending) -> list[str]:
     return lines
 
 
+def _rewards(summary: EvalSummary) -> dict[str, float | None]:
+    """Of methods that maximise one."""
+    if summary.reward_after is None and summary.reward_before is None:
+        return {}
+    return {"rewardBefore": summary.reward_before, "rewardAfter": summary.reward_after}
+
+
 def _evaluation(summary: EvalSummary | None) -> list[str]:
     if summary is None or summary.loss_after is None:
         return []
+    if summary.reward_after is not None:
+        before = "" if summary.reward_before is None else f"{summary.reward_before:.4f} -> "
+        return [f"  {'reward':<10} {before}{summary.reward_after:.4f}"]
     if summary.loss_before is None:
         return [f"  {'eval loss':<10} {summary.loss_after:.4f}"]
     change = 100 * (summary.loss_after - summary.loss_before) / summary.loss_before if summary.loss_before else 0.0

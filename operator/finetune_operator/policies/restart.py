@@ -34,6 +34,7 @@ DEFAULT_ACTIONS: dict[FailureClass, Action] = {
     FailureClass.USER_ERROR: Action.FAIL,
     FailureClass.DATA_ERROR: Action.FAIL,
     FailureClass.NON_FINITE_LOSS: Action.FAIL,
+    FailureClass.KL_DIVERGED: Action.FAIL,
     FailureClass.DEPENDENCY_FAILED: Action.FAIL,
     FailureClass.DEADLINE_EXCEEDED: Action.FAIL,
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from finetune_trainers.data.cache import SourceArrays
 from finetune_trainers.data.order import TrainOrder
 from finetune_trainers.prepared import PreparedData, PreparedSource
 
-__all__ = ["IGNORED", "Batch", "StepBatches", "TrainBatches", "batches_in_order", "eval_batches"]
+__all__ = ["IGNORED", "Batch", "StepBatches", "TrainBatches", "batches_in_order", "dummy_batch", "eval_batches"]
 
 IGNORED = -100
 """Label of a position that is not trained; torch's cross-entropy skips it."""
@@ -53,7 +54,7 @@ class Batch:
     references: Tensor | None = None
     """float32 [slots, rows of a sequence]: log-probabilities by the reference model, where a method has one."""
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> Self:
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
@@ -77,6 +78,8 @@ class StepBatches:
     """Of the whole global batch, trained or not."""
     num_sequences: int | None = None
     """Of the whole global batch, where each counts the same in the loss; None: each trained token does."""
+    is_left_out: bool = False
+    """The method learns nothing in this step: there are no micro-batches, and no update is made."""
 
     @property
     def divisor(self) -> int:
@@ -157,7 +160,7 @@ def _batch_of(sources: Sequence[SourceArrays], slots: Sequence[tuple[int, int]],
         (sources[source], start, end) for source, seq in slots for start, end in sources[source].rows_of(seq)[rows]
     ]
     if not parts:
-        return _dummy_batch()
+        return dummy_batch()
     lengths = [end - start for _, start, end in parts]
     ids = np.concatenate([arrays.tokens[start:end] for arrays, start, end in parts]).astype(np.int64)
     trained = np.concatenate([arrays.trained[start:end] for arrays, start, end in parts])
@@ -183,7 +186,7 @@ def _marks(sources: Sequence[SourceArrays], slots: Sequence[tuple[int, int]]) ->
     return torch.tensor([float(one[seq]) for one, (_, seq) in zip(marks, slots, strict=True) if one is not None])
 
 
-def _dummy_batch() -> Batch:
+def dummy_batch() -> Batch:
     """One token without a label, for a rank that has nothing left but must take part in the forward pass."""
     return Batch(
         input_ids=torch.zeros((1, 1), dtype=torch.int64),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -42,3 +42,17 @@ class Method(Protocol):
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         """Figures of the evaluation data, eval_loss among them. Collective, the same on every rank."""
         ...
+
+    def samples(self) -> list[dict[str, Any]]:
+        """What the model wrote in the last evaluation, for people to read: on rank 0, at least."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """What the method would need to know, beside the model, if it went on in another process: JSON, small."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+
+    def close(self) -> None:
+        """The training is over. May be called twice."""

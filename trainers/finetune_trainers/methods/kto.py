@@ -17,7 +17,7 @@ from finetune_api.spec import Kto as KtoSettings
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.data.batches import Batch, StepBatches, TrainBatches
 from finetune_trainers.evaluation import evaluating
-from finetune_trainers.methods import BatchLoss
+from finetune_trainers.methods import BatchLoss, Method
 from finetune_trainers.methods.log_probs import answers
 from finetune_trainers.methods.references import References
 from finetune_trainers.methods.sequences import evaluate_sequences
@@ -29,7 +29,7 @@ MATCHED, MISMATCHED = slice(0, 1), slice(1, 2)
 """Which of a sequence's documents: the answer to the prompt, the answer to another one."""
 
 
-class Kto:
+class Kto(Method):
     """The method as the loop sees it."""
 
     num_sums = 8

@@ -18,7 +18,7 @@ from finetune_api.spec import Dpo as DpoSettings
 from finetune_api.spec import Orpo as OrpoSettings
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.data.batches import Batch, StepBatches, TrainBatches
-from finetune_trainers.methods import BatchLoss
+from finetune_trainers.methods import BatchLoss, Method
 from finetune_trainers.methods.log_probs import answers
 from finetune_trainers.methods.references import References
 from finetune_trainers.methods.sequences import PAIR_SUMS, evaluate_sequences, pair_figures, pair_sums, pairs
@@ -27,7 +27,7 @@ from finetune_trainers.rl.preference_losses import dpo_loss, orpo_loss
 __all__ = ["Dpo", "Orpo"]
 
 
-class Dpo:
+class Dpo(Method):
     """Direct preference optimisation: raise the odds of chosen over rejected answers beyond the reference's."""
 
     num_sums = PAIR_SUMS + 2
@@ -76,7 +76,7 @@ class Dpo:
         return evaluate_sequences(self, module, batches, self._context)
 
 
-class Orpo:
+class Orpo(Method):
     """Odds ratio preference optimisation: learn the chosen answer, and push its odds above the rejected one's."""
 
     num_sums = PAIR_SUMS + 3

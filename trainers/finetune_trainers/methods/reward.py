@@ -19,7 +19,7 @@ from finetune_api.base import Contract
 from finetune_api.spec import Reward as RewardSettings
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.data.batches import Batch, StepBatches, TrainBatches
-from finetune_trainers.methods import BatchLoss
+from finetune_trainers.methods import BatchLoss, Method
 from finetune_trainers.methods.sequences import PAIR_SUMS, evaluate_sequences, pair_figures, pair_sums, pairs
 from finetune_trainers.rl.preference_losses import reward_loss
 from finetune_trainers.score_head import scores
@@ -49,7 +49,7 @@ class Calibration(Contract):
         return cls(mean=mean, scale=scale if scale > 0 else 1.0, squash=squash, measured_on=measured_on)
 
 
-class Reward:
+class Reward(Method):
     """The method as the loop sees it."""
 
     num_sums = PAIR_SUMS + 1

@@ -16,13 +16,13 @@ from finetune_trainers.attention import forward_kwargs
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.data.batches import IGNORED, Batch, StepBatches, TrainBatches
 from finetune_trainers.evaluation import evaluate
-from finetune_trainers.methods import BatchLoss
+from finetune_trainers.methods import BatchLoss, Method
 from finetune_trainers.methods.log_probs import token_log_probs
 
 __all__ = ["Sft", "sum_nll"]
 
 
-class Sft:
+class Sft(Method):
     """The method as the loop sees it."""
 
     num_sums = 0

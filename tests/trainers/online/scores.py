@@ -1,0 +1,10 @@
+"""Rewards of the tests: functions as users write them."""
+
+from __future__ import annotations
+
+__all__ = ["many_letters"]
+
+
+def many_letters(prompts: list[str], completions: list[str], letter: str) -> list[float]:
+    """The share of `letter` in each answer: something that a model of a few thousand weights can learn."""
+    return [completion.count(letter) / max(len(completion), 1) for completion in completions]

@@ -1,0 +1,216 @@
+"""Learning from what the model itself writes, end to end: rollouts, rewards, steps, figures, artifact, going on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune_api.failures import FailureClass
+from finetune_api.plan import RunPlan
+from finetune_trainers.checkpoint.listing import listed
+from finetune_trainers.checkpoint.storage.opening import open_storage
+from finetune_trainers.context import SingleProcessContext
+from finetune_trainers.data.batches import IGNORED
+from finetune_trainers.engine import Engine
+from finetune_trainers.methods import Method
+from finetune_trainers.methods.building import build_method
+from finetune_trainers.online.episodes import Experience
+from finetune_trainers.ray_workers import RayWorkers
+from finetune_trainers.worker import load
+from tests.trainers.judged_world import zero
+from tests.trainers.online.online_world import COMMON, LORA, METHODS, OnlineWorld
+from tests.trainers.parity_group import train_all
+
+ROOT = Path(__file__).parents[3]
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
+
+
+@pytest.fixture(scope="module")
+def online(tmp_path_factory: pytest.TempPathFactory) -> OnlineWorld:
+    return OnlineWorld.at(tmp_path_factory.mktemp("online"))
+
+
+@pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_a_policy_learns_to_write_what_is_rewarded(
+    method: str, tuning: dict[str, Any], online: OnlineWorld, tmp_path: Path
+) -> None:
+    steps = {"training.maxSteps": 24, "training.learningRate": 0.02 if tuning else 0.003}
+    outcome = online.train(online.plan(method, steps | tuning), tmp_path / "run")
+    rewards = online.curve(tmp_path / "run", "reward")
+    assert sum(rewards[-4:]) > 2 * sum(rewards[:4])
+    assert outcome.eval is not None
+    assert outcome.eval.reward_before is not None
+    assert outcome.eval.reward_after is not None
+    assert outcome.eval.reward_after > outcome.eval.reward_before
+    assert outcome.eval.loss_after == -outcome.eval.reward_after
+
+
+def begun(plan: RunPlan, online: OnlineWorld, workdir: Path) -> tuple[Method, Engine]:
+    """A method before its first step, as a worker has it."""
+    prepared = online.world.prepare(plan, workdir)
+    context = SingleProcessContext(plan, workdir)
+    _, engine = load(plan, prepared, context)
+    method = build_method(plan, prepared, engine.module, context)
+    engine.begin_step(0.0, 0.0)
+    return method, engine
+
+
+def documents(batch: Experience) -> list[tuple[list[int], list[int], Tensor]]:
+    """(prompt, answer, advantages of the answer's tokens) of each rollout of a batch."""
+    found, seen = [], 0
+    assert batch.advantages is not None
+    for start, end in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
+        ids, num = batch.input_ids[0, start:end].tolist(), int((batch.labels[0, start:end] != IGNORED).sum())
+        found.append((ids[:-num], ids[-num:], batch.advantages[seen : seen + num]))
+        seen += num
+    return found
+
+
+def log_probs(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
+    logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return logits.gather(1, torch.tensor(answer)[:, None])[:, 0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_the_first_step_has_the_gradient_of_the_formula(aggregation: str, online: OnlineWorld, tmp_path: Path) -> None:
+    settings = METHODS["grpo"]["grpo"] | {"aggregation": aggregation}
+    plan = online.plan("grpo", {"method": {"grpo": settings}})
+    method, engine = begun(plan, online, tmp_path)
+    batches = method.step(0)
+    method.close()
+    for batch in batches.micro_batches:
+        engine.backward(method.loss(engine.module, batch).total, batches.divisor)
+
+    model = AutoModelForCausalLM.from_pretrained(online.world.model)
+    tokenizer = AutoTokenizer.from_pretrained(online.world.model)
+    rollouts = [one for batch in batches.micro_batches for one in documents(batch)]
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer, _ in rollouts]
+    rewards = [text.count("e") / max(len(text), 1) for text in texts]
+    groups = defaultdict(list)
+    for (prompt, _, _), reward in zip(rollouts, rewards, strict=True):
+        groups[tuple(prompt)].append(reward)
+    assert {len(group) % 4 for group in groups.values()} == {0}
+    num_tokens = sum(len(answer) for _, answer, _ in rollouts)
+    loss = torch.zeros(())
+    for (prompt, answer, advantages), reward in zip(rollouts, rewards, strict=True):
+        group = torch.tensor(groups[tuple(prompt)])
+        advantage = (reward - group.mean()) / (group.std() + 1e-4)
+        assert advantages == pytest.approx(advantage.expand(len(answer)), abs=1e-5)
+        gains = advantage * log_probs(model, prompt, answer)
+        divisor = {"token": num_tokens, "sequence": 16 * len(answer), "constant": 16 * 12}[aggregation]
+        loss = loss - gains.sum() / divisor
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        found = engine.module.get_parameter(name).grad
+        torch.testing.assert_close(found, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_before_the_critic_has_learned_tokens_are_worth_what_the_reward_leaves_them(
+    online: OnlineWorld, tmp_path: Path
+) -> None:
+    settings = METHODS["ppo"]["ppo"] | {"whitenAdvantages": False, "gaeLambda": 0.9, "missingEosPenalty": 0.5}
+    method, _ = begun(online.plan("ppo", {"method": {"ppo": settings}} | LORA), online, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(online.world.model)
+    batches = method.step(0)
+    method.close()
+    for batch in batches.micro_batches:
+        assert isinstance(batch, Experience)
+        assert batch.old_values is not None
+        assert not batch.old_values.any()
+        for _, answer, advantages in documents(batch):
+            text = tokenizer.decode(answer, skip_special_tokens=True)
+            ended = answer[-1] == tokenizer.eos_token_id
+            reward = text.count("e") / max(len(text), 1) - (0.0 if ended else 0.5)
+            wanted = [reward * 0.9**left for left in reversed(range(len(answer)))]
+            assert advantages.tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("way", ["torch", "torch, lora", "zero 2", "zero 3, lora"])
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_two_and_two_iterations_are_four_to_the_bit(method: str, way: str, online: OnlineWorld, tmp_path: Path) -> None:
+    ways = {"torch": {}, "torch, lora": LORA, "zero 2": zero(2), "zero 3, lora": zero(3) | LORA}
+    adaptive = {"target": 0.5, "coefficient": 0.1, "horizon": 100}
+    settings = {
+        "grpo": METHODS["grpo"]["grpo"] | {"passes": 2, "klCoefficient": 0.1, "dynamicSampling": 2},
+        "ppo": METHODS["ppo"]["ppo"] | {"passes": 1, "kl": adaptive, "normalizeRewards": True},
+    }
+    changes = {
+        "method": {method: settings[method]},
+        "training.maxSteps": 8,
+        "checkpoint": {"everySteps": 3, "keepLast": 8},
+        **ways[way],
+    }
+    plan = online.plan(method, changes, evaluated=False)
+    assert plan.checkpoint is not None
+    checkpoints = {"uri": f"file://{tmp_path}/checkpoints"}
+    plan = plan.model_copy(update={"checkpoint": plan.checkpoint.model_copy(update=checkpoints)})
+    online.train(plan, tmp_path / "whole")
+    storage = open_storage(checkpoints["uri"])
+    saved = sorted(checkpoint.step for checkpoint in listed(storage))
+    assert saved == [4, 6], "due after 3 and 6, and taken between iterations"
+    for checkpoint, listing in listed(storage).items():
+        if checkpoint.step == 6:
+            storage.delete(list(listing.sizes))
+    online.train(plan, tmp_path / "rest")
+    for figure in ("loss", "reward", "grad_norm"):
+        assert online.curve(tmp_path / "rest", figure) == online.curve(tmp_path / "whole", figure)[4:]
+    whole, rest = online.artifact(tmp_path / "whole"), online.artifact(tmp_path / "rest")
+    assert whole.keys() == rest.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(rest[name], tensor), name
+
+
+def test_two_workers_learn_what_one_learns(
+    online: OnlineWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rollout is the same, whoever writes it; so are the steps, but for the order in which sums are taken."""
+    two = {"cluster": {"workers": {"replicas": 2, "cpus": 1}}, "training.maxSteps": 6}
+    plans = {method: online.plan(method, two | zero(2) | LORA) for method in METHODS}
+    for method, plan in plans.items():
+        (tmp_path / "two" / method).mkdir(parents=True)
+        prepared = online.world.prepare(plan, tmp_path / "two" / method)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
+    with RayWorkers(plans["grpo"], train_all) as ray:
+        ray.run(prepared, tmp_path / "two", lambda future: future.result())
+    for method in METHODS:
+        online.train(online.plan(method, {"training.maxSteps": 6} | zero(2) | LORA), tmp_path / method)
+        for figure in ("reward", "response_length"):
+            one, both = (online.curve(folder, figure) for folder in (tmp_path / method, tmp_path / "two" / method))
+            assert both == pytest.approx(one, abs=1e-4), (method, figure)
+
+
+def test_a_policy_that_strays_too_far_ends_the_run_before_it_learns_more(online: OnlineWorld, tmp_path: Path) -> None:
+    settings = COMMON | {"groupSize": 4, "maxKl": 1e-3}
+    steps = {"training.maxSteps": 20, "training.learningRate": 0.05}
+    outcome = online.world.train(online.plan("grpo", {"method": {"grpo": settings}} | steps), tmp_path / "run")
+    assert outcome.failure is not None
+    assert outcome.failure.failure_class is FailureClass.KL_DIVERGED
+    assert "maxKl" in outcome.failure.message
+
+
+def test_the_artifact_of_ppo_is_the_policy_alone(online: OnlineWorld, tmp_path: Path) -> None:
+    online.train(online.plan("ppo", {"training.maxSteps": 4} | LORA), tmp_path / "run")
+    names = online.artifact(tmp_path / "run")
+    assert names
+    assert not [name for name in names if "critic" in name or "value" in name]
+    config = json.loads((tmp_path / "run/artifact/adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM"
+
+
+def test_steps_beyond_the_stop_of_an_iteration_change_nothing(online: OnlineWorld, tmp_path: Path) -> None:
+    settings = METHODS["ppo"]["ppo"] | {"passes": 4, "miniBatches": 1, "stopKl": 1e-9}
+    steps = {"training.maxSteps": 4, "training.learningRate": 0.01}
+    online.train(online.plan("ppo", {"method": {"ppo": settings}} | steps), tmp_path / "run")
+    norms = [figures.get("grad_norm") for figures in online.figures(tmp_path / "run") if "loss" in figures]
+    assert norms[0] is not None
+    assert norms[2:] == [None, None]

@@ -1,0 +1,158 @@
+"""Answers that a teacher writes in the place of the data's, once and before the first step. Called by `building`.
+
+Each rank writes its part of all answers. They are kept in the cache beside the rows that they answer, named by all that
+decides them, so a later attempt, on whatever workers, finds the very same rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+from torch import nn
+
+from finetune_api.plan import RunPlan
+from finetune_api.progress import Stage
+from finetune_trainers.context import WorkerContext
+from finetune_trainers.data.cache import SourceArrays, SourceManifest, SourceWriter, read_manifest
+from finetune_trainers.data.packing import rows_together
+from finetune_trainers.evaluation import end_token_ids
+from finetune_trainers.models import load_tokenizer
+from finetune_trainers.prepared import PreparedRun, PreparedSource
+from finetune_trainers.rollout import Request, Sampling
+from finetune_trainers.rollout.in_process import InProcessEngine
+
+__all__ = ["with_teacher_answers"]
+
+CODE_VERSION = 1
+"""Counts up with every change that gives other answers for the same teacher and rows."""
+WRITTEN_AT_ONCE = 64
+"""Answers that a rank writes together."""
+
+
+class _Question(NamedTuple):
+    row: int
+    """In its source."""
+    ids: NDArray[np.int32]
+
+
+class _Answer(NamedTuple):
+    place: int
+    """Of its question among all."""
+    ids: NDArray[np.int32]
+    ended: bool
+
+
+def with_teacher_answers(
+    plan: RunPlan, prepared: PreparedRun, teacher: nn.Module, context: WorkerContext
+) -> PreparedRun:
+    """`prepared` with the teacher's answers in the place of the training rows' last ones. Collective.
+
+    The rows stay as many and in the same order. Raises StorageError when the cache cannot be used.
+    """
+    folders = [Path(source.folder).with_name(_key(source, plan, prepared)) for source in prepared.data.train]
+    known = context.broadcast_object([read_manifest(one) for one in folders] if context.rank == 0 else None)
+    assert known is not None
+    missing = [index for index, manifest in enumerate(known) if manifest is None]
+    if missing:
+        sources = [SourceArrays(Path(prepared.data.train[index].folder)) for index in missing]
+        asked = [_Question(row, _prompt(arrays, row)) for arrays in sources for row in range(arrays.num_sequences)]
+        parts = context.all_gather_object(_written(asked, plan, prepared, teacher, context))
+        if context.rank == 0:
+            answers = sorted((answer for part in parts for answer in part), key=lambda answer: answer.place)
+            for index, arrays in zip(missing, sources, strict=True):
+                own, answers = answers[: arrays.num_sequences], answers[arrays.num_sequences :]
+                questions, asked = asked[: len(own)], asked[len(own) :]
+                known[index] = _publish(folders[index], questions, own, plan)
+    made = context.broadcast_object(known)
+    train = [
+        source.model_copy(update={"folder": str(folder), **_figures(manifest)})
+        for source, folder, manifest in zip(prepared.data.train, folders, made, strict=True)
+        if manifest is not None
+    ]
+    return prepared.model_copy(update={"data": prepared.data.model_copy(update={"train": train})})
+
+
+def _key(source: PreparedSource, plan: RunPlan, prepared: PreparedRun) -> str:
+    assert plan.method.distill is not None
+    assert plan.method.distill.teacher_answers is not None
+    assert prepared.teacher is not None
+    facts = {
+        "version": CODE_VERSION,
+        "rows": Path(source.folder).name,
+        "teacher": prepared.teacher.digest,
+        "sampling": plan.method.distill.teacher_answers.to_document(),
+        "seed": plan.optimization.seed,
+        "precision": plan.precision,
+        "device": plan.workers.device,
+    }
+    return blake3(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _prompt(arrays: SourceArrays, row: int) -> NDArray[np.int32]:
+    """What comes before the row's answer, which is all that is trained in it."""
+    [(start, end)] = arrays.rows_of(row)
+    return arrays.tokens[start : start + int(np.argmax(arrays.trained[start:end]))]
+
+
+def _written(
+    asked: Sequence[_Question], plan: RunPlan, prepared: PreparedRun, teacher: nn.Module, context: WorkerContext
+) -> list[_Answer]:
+    """This rank's part of the answers: it takes turns with the others."""
+    assert plan.method.distill is not None
+    settings = plan.method.distill.teacher_answers
+    assert settings is not None
+    tokenizer = load_tokenizer(prepared.model, plan.model.trust_remote_code)
+    engine = InProcessEngine(
+        teacher, tokenizer.pad_token_id, end_token_ids(teacher, tokenizer), context, batch_size=WRITTEN_AT_ONCE
+    )
+    places = range(context.rank, len(asked), context.world_size)
+    requests = [Request(asked[place].ids.tolist(), _seed(plan.optimization.seed, asked[place].row)) for place in places]
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
+
+    def tell(done: int, total: int) -> None:
+        message = f"The teacher has written {done} of {total} answers"
+        context.report(Stage.LOADING_MODEL, percent=100.0 * done / max(total, 1), message=message)
+
+    completions = engine.generate(requests, sampling, tell)
+    engine.close()
+    return [
+        _Answer(place, np.array(one.ids, dtype=np.int32), one.ended)
+        for place, one in zip(places, completions, strict=True)
+    ]
+
+
+def _seed(seed: int, row: int) -> int:
+    """Of one answer: the same in whatever process it is written."""
+    return int(np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _publish(folder: Path, questions: Sequence[_Question], answers: Sequence[_Answer], plan: RunPlan) -> SourceManifest:
+    limit = plan.method.settings.max_seq_length
+    num_cut = 0
+    with SourceWriter(folder) as writer:
+        for question, answer in zip(questions, answers, strict=True):
+            ids = np.concatenate([question.ids, answer.ids])[:limit]
+            num_cut += not answer.ended or len(ids) < len(question.ids) + len(answer.ids)
+            trained = np.arange(len(ids)) >= len(question.ids)
+            writer.append(ids, trained, np.array([len(ids)], dtype=np.int64))
+        return writer.publish(
+            rows_together(len(answers), 1),
+            capacity=limit,
+            num_rows=len(answers),
+            num_rows_dropped=0,
+            notes=[f"{num_cut} of {len(answers)} answers of the teacher were cut"],
+        )
+
+
+def _figures(manifest: SourceManifest) -> dict[str, float]:
+    return {
+        "num_tokens": manifest.num_tokens,
+        "num_trained_tokens": manifest.num_trained_tokens,
+        "packing_efficiency": manifest.packing_efficiency,
+    }

@@ -1,0 +1,72 @@
+"""An online method, from a plan. Called by `methods.building` when the model is in its engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from finetune_api.plan import RunPlan
+from finetune_api.spec import OnlineMethod
+from finetune_trainers.context import WorkerContext
+from finetune_trainers.data.questions import Questions
+from finetune_trainers.evaluation import end_token_ids
+from finetune_trainers.methods import Method
+from finetune_trainers.models import DTYPES, load_model, load_tokenizer
+from finetune_trainers.online.grpo import Grpo
+from finetune_trainers.online.method import Parts
+from finetune_trainers.online.models import Models
+from finetune_trainers.online.ppo import Ppo
+from finetune_trainers.prepared import PreparedRun
+from finetune_trainers.rewards.building import build_rewards
+from finetune_trainers.rollout.in_process import InProcessEngine
+
+__all__ = ["build_online"]
+
+WRITTEN_AT_ONCE = 64
+"""Rollouts that a rank writes together."""
+
+
+def build_online(plan: RunPlan, prepared: PreparedRun, module: nn.Module, context: WorkerContext) -> Method:
+    """`module` is the engine's. Collective. Raises UserError when a reward cannot be had."""
+    method = plan.method
+    settings = method.online
+    assert settings is not None, "another method"
+    tokenizer = load_tokenizer(prepared.model, plan.model.trust_remote_code)
+    parts = Parts(
+        models=Models(module, _reference(plan, prepared, settings, context), settings.sampling.temperature),
+        engine=InProcessEngine(
+            module,
+            tokenizer.pad_token_id,
+            end_token_ids(module, tokenizer),
+            context,
+            batch_size=WRITTEN_AT_ONCE,
+            autocast=_autocast(plan),
+        ),
+        rewards=build_rewards(settings.rewards, plan, prepared, context),
+        questions=Questions(prepared.data.train, plan.optimization.seed),
+        eval_questions=list(Questions(prepared.data.eval, plan.optimization.seed)),
+        tokenizer=tokenizer,
+        batch=plan.batch,
+        seed=plan.optimization.seed,
+        context=context,
+    )
+    if method.grpo is not None:
+        return Grpo(method.grpo, parts)
+    assert method.ppo is not None
+    return Ppo(method.ppo, parts)
+
+
+def _reference(
+    plan: RunPlan, prepared: PreparedRun, settings: OnlineMethod, context: WorkerContext
+) -> nn.Module | None:
+    """The model as it was before training: with LoRA it is in the policy already."""
+    if plan.tuning.lora is not None or not settings.needs_reference:
+        return None
+    frozen = load_model(prepared.model, plan, context.device)
+    return nn.Module.to(frozen, DTYPES[plan.precision]).requires_grad_(False).eval()
+
+
+def _autocast(plan: RunPlan) -> torch.dtype | None:
+    """What the torch engine's forward computes in."""
+    dtype = DTYPES[plan.precision]
+    return dtype if plan.deepspeed.engine == "torch" and dtype is not torch.float32 else None

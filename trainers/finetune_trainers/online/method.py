@@ -1,0 +1,347 @@
+"""What PPO and GRPO have in common: an iteration, and the optimizer steps that learn from it.
+
+    ask         the next prompts of the stream
+    write       rollouts, shared out over the ranks, then known to all of them
+    score       their rewards
+    judge       what policy, reference and critic say of every token
+    weigh       advantages: the part in which the methods differ
+    learn       miniBatches × passes optimizer steps
+
+All of it happens when the loop asks for the first step of an iteration.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from finetune_api.plan import BatchPlan
+from finetune_api.progress import Stage
+from finetune_api.spec import OnlineMethod
+from finetune_trainers.context import WorkerContext
+from finetune_trainers.data.batches import StepBatches
+from finetune_trainers.data.questions import Question, Questions
+from finetune_trainers.errors import DataError, KLDivergedError
+from finetune_trainers.evaluation import evaluating
+from finetune_trainers.methods import Method
+from finetune_trainers.online.episodes import Rollout, Said, in_forward_passes, own_parts, packed, shuffled
+from finetune_trainers.online.models import Models
+from finetune_trainers.rewards import Episode, Rewards
+from finetune_trainers.rollout import Request, RolloutEngine, Sampling
+
+__all__ = ["Asked", "Judged", "Online", "Parts"]
+
+_SAMPLES = 16
+"""Answers of an evaluation that are kept for people to read."""
+
+
+class Asked(NamedTuple):
+    """Which models an iteration asks about its tokens, beside the reward."""
+
+    policy: bool
+    reference: bool
+    critic: bool
+
+
+class Judged(NamedTuple):
+    """What models say of an answer's tokens: fp32 [n] each, on the CPU; None where they were not asked."""
+
+    log_probs: Tensor | None
+    reference: Tensor | None
+    values: Tensor | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a method is made of, on one rank."""
+
+    models: Models
+    engine: RolloutEngine
+    rewards: Rewards
+    questions: Questions
+    """The training prompts, an endless stream."""
+    eval_questions: Sequence[Question]
+    tokenizer: PreTrainedTokenizerBase
+    batch: BatchPlan
+    seed: int
+    context: WorkerContext
+
+
+@dataclass(frozen=True)
+class _Iteration:
+    number: int
+    rollouts: list[Rollout]
+    said: list[Said]
+    figures: dict[str, float]
+
+
+class Online(Method):
+    """A method of which `weigh`, `loss` and `_figures` are left to be said."""
+
+    def __init__(self, settings: OnlineMethod, parts: Parts, asked: Asked) -> None:
+        self._settings, self._parts, self._asked = settings, parts, asked
+        self._context = parts.context
+        self._sampling = Sampling(
+            max_new_tokens=settings.sampling.max_new_tokens,
+            temperature=settings.sampling.temperature,
+            top_p=settings.sampling.top_p,
+            top_k=settings.sampling.top_k,
+        )
+        self._iteration: _Iteration | None = None
+        self._cursor = 0
+        """Prompts of the stream that were asked."""
+        self._seconds: dict[str, float] = {}
+        self._samples: list[dict[str, Any]] = []
+
+    @property
+    def num_rollouts(self) -> int:
+        """Of an iteration."""
+        return self._parts.batch.global_batch_size * self._settings.mini_batches
+
+    # ---- the loop's questions
+
+    def step(self, step: int) -> StepBatches:
+        number, within = divmod(step, self._settings.steps_per_iteration)
+        if self._iteration is None or self._iteration.number != number:
+            self._iteration = None  # its memory is wanted
+            self._iteration = self._iterate(number)
+        part, mini_batch = divmod(within, self._settings.mini_batches)
+        if within and self._is_to_stop():
+            return StepBatches([], num_trained_tokens=0, num_tokens=0, is_left_out=True)
+        return self._batches(self._iteration, part, mini_batch)
+
+    def _batches(self, iteration: _Iteration, part: int, mini_batch: int) -> StepBatches:
+        size = self._parts.batch.global_batch_size
+        order = shuffled(len(iteration.rollouts), self._parts.seed, iteration.number, part)
+        chosen = order[mini_batch * size : (mini_batch + 1) * size]
+        rollouts, said = iteration.rollouts, iteration.said
+        return StepBatches(
+            micro_batches=[
+                packed([rollouts[index] for index in mine], [said[index] for index in mine])
+                for mine in own_parts(chosen, self._parts.batch, self._context.rank)
+            ],
+            num_trained_tokens=sum(len(rollouts[index].ids) for index in chosen),
+            num_tokens=sum(rollouts[index].num_tokens for index in chosen),
+            num_sequences=None if self._counts_tokens else len(chosen),
+        )
+
+    def figures(self, sums: Sequence[float]) -> dict[str, float]:
+        of_iteration = self._iteration.figures if self._iteration is not None else {}
+        return {**of_iteration, **self._figures(sums)}
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        greedy = Sampling(max_new_tokens=self._sampling.max_new_tokens, temperature=0.0)
+        asked = [(question, index, 0) for index, question in enumerate(self._parts.eval_questions)]
+        if not asked:
+            raise DataError("the evaluation data has no rows")
+        rollouts = self._rollouts(asked, greedy)
+        self._samples = [_for_people(rollout) for rollout in rollouts[:_SAMPLES]]
+        found = _reward_figures(rollouts)
+        return {"eval_loss": -found["reward"], **{f"eval_{name}": value for name, value in found.items()}}
+
+    def samples(self) -> list[dict[str, Any]]:
+        return self._samples
+
+    def state(self) -> dict[str, Any]:
+        return {"cursor": self._cursor}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._cursor = int(state.get("cursor", 0))
+
+    def close(self) -> None:
+        self._parts.rewards.close()
+        self._parts.engine.close()
+
+    # ---- what the methods say
+
+    _counts_tokens = True
+    """The loss is a mean over tokens; otherwise over rollouts."""
+
+    @abstractmethod
+    def _weigh(self, rollouts: list[Rollout], judged: list[Judged]) -> tuple[list[Said], dict[str, float]]:
+        """What is learned from each token, and figures of the iteration. The same on every rank."""
+
+    @abstractmethod
+    def _figures(self, sums: Sequence[float]) -> dict[str, float]:
+        """Of one optimizer step, of what `loss` counted."""
+
+    def _is_to_stop(self) -> bool:
+        """Whether the rest of the iteration's steps is to be left out. The same on every rank."""
+        return False
+
+    def _is_worth_learning(self, group: Sequence[Rollout]) -> bool:
+        """Whether a prompt's rollouts teach anything; prompts are asked until enough do."""
+        return True
+
+    _more_rounds = 0
+    """How often prompts are asked anew for want of some that are worth learning."""
+
+    # ---- an iteration
+
+    def _iterate(self, number: int) -> _Iteration:
+        self._seconds = {}
+        self._parts.engine.update_weights()
+        rollouts, kept = self._collected()
+        with self._timed("judge"):
+            judged = self._judged(rollouts)
+        figures = {**_reward_figures(rollouts), **_distance(rollouts, judged)}
+        self._check_distance(figures)
+        said, of_method = self._weigh(rollouts, judged)
+        seconds = {f"seconds/{phase}": value for phase, value in self._seconds.items()}
+        return _Iteration(number, rollouts, said, {**figures, **kept, **of_method, **seconds})
+
+    def _collected(self) -> tuple[list[Rollout], dict[str, float]]:
+        """The rollouts of an iteration, in whole groups; and how many groups were asked for each that is kept."""
+        wanted = self.num_rollouts // self._settings.rollouts_per_prompt
+        good: list[list[Rollout]] = []
+        others: list[list[Rollout]] = []
+        num_asked = 0
+        for _ in range(1 + self._more_rounds):
+            groups = self._groups(wanted)
+            num_asked += wanted
+            good += [group for group in groups if self._is_worth_learning(group)]
+            others += [group for group in groups if not self._is_worth_learning(group)]
+            if len(good) >= wanted:
+                break
+        kept = [*good, *others][:wanted]
+        rollouts = [rollout for group in kept for rollout in group]
+        figures = {"prompts_asked": float(num_asked)} if self._more_rounds else {}
+        return rollouts, figures
+
+    def _groups(self, num: int) -> list[list[Rollout]]:
+        """The answers to the next `num` prompts."""
+        each = self._settings.rollouts_per_prompt
+        asked = [
+            (self._parts.questions.at(position), position, sample)
+            for position in range(self._cursor, self._cursor + num)
+            for sample in range(each)
+        ]
+        self._cursor += num
+        rollouts = self._rollouts(asked, self._sampling)
+        return [rollouts[start : start + each] for start in range(0, len(rollouts), each)]
+
+    def _rollouts(self, asked: Sequence[tuple[Question, int, int]], sampling: Sampling) -> list[Rollout]:
+        """The answers to (question, its place, number of the sample), in that order. Collective."""
+        rank, world = self._context.rank, self._context.world_size
+        mine = range(rank, len(asked), world)
+        with self._timed("generate"):
+            requests = [
+                Request(question.ids, _seed(self._parts.seed, place, sample))
+                for question, place, sample in asked[rank::world]
+            ]
+            completions = self._parts.engine.generate(requests, sampling, self._tell_of_writing)
+        texts = [self._parts.tokenizer.decode(one.ids, skip_special_tokens=True) for one in completions]
+        with self._timed("score"):
+            scores = self._parts.rewards.score(
+                [
+                    Episode(asked[index][0].messages, text, asked[index][0].fields, len(one.ids), one.ended)
+                    for index, one, text in zip(mine, completions, texts, strict=True)
+                ]
+            )
+        found = [
+            Rollout(
+                question=asked[index][0],
+                group=asked[index][1],
+                ids=one.ids,
+                ended=one.ended,
+                text=texts[place],
+                reward=scores.totals[place] - (0.0 if one.ended else self._settings.missing_eos_penalty),
+                by_name={name: values[place] for name, values in scores.by_name.items()},
+            )
+            for place, (index, one) in enumerate(zip(mine, completions, strict=True))
+        ]
+        everybodys = self._context.all_gather_object(found)
+        return [everybodys[index % world][index // world] for index in range(len(asked))]
+
+    def _judged(self, rollouts: list[Rollout]) -> list[Judged]:
+        """What the models say of every token. Each rank asks about its part."""
+        if not any(self._asked):
+            return [Judged(None, None, None)] * len(rollouts)
+        found: dict[int, Judged] = {}
+        models, context = self._parts.models, self._context
+        size = self._parts.batch.micro_batch_size
+        with evaluating(models.policy), torch.no_grad():
+            for mine in in_forward_passes(rollouts, context.rank, context.world_size, size):
+                batch = packed([rollouts[index] for index in mine]).to(context.device)
+                lengths = [len(rollouts[index].ids) for index in mine]
+                of_policy = models.stats(batch).log_probs if self._asked.policy else None
+                of_reference = models.reference_stats(batch).log_probs if self._asked.reference else None
+                of_critic = models.values(batch) if self._asked.critic else None
+                parts = zip(*(_split(said, lengths) for said in (of_policy, of_reference, of_critic)), strict=True)
+                found.update({index: Judged(*part) for index, part in zip(mine, parts, strict=True)})
+        for others in context.all_gather_object(found):
+            found.update(others)
+        return [found[index] for index in range(len(rollouts))]
+
+    def _check_distance(self, figures: Mapping[str, float]) -> None:
+        limit, kl = self._settings.max_kl, figures.get("kl", 0.0)
+        if limit and not kl <= limit:
+            raise KLDivergedError(
+                f"the model is {kl:.4g} nats a token from its reference, and maxKl allows {limit:g}; nothing was"
+                " learned from these rollouts. Lower spec.training.learningRate, raise the coefficient of the"
+                " distance, or raise maxKl"
+            )
+
+    def _tell_of_writing(self, num_done: int, num: int) -> None:
+        self._context.report(Stage.TRAINING, message=f"writing rollouts: {num_done} of {num}")
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+def _split(said: Tensor | None, lengths: list[int]) -> Sequence[Tensor | None]:
+    return [None] * len(lengths) if said is None else said.float().cpu().split(lengths)
+
+
+def _seed(seed: int, position: int, sample: int) -> int:
+    """Of one rollout: different for each, and the same in whatever process it is written."""
+    return int(np.random.SeedSequence([seed, position, sample]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _reward_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Means over `rollouts`, of the rewards that could be had."""
+    totals = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    known = totals[~totals.isnan()]
+    if not len(known):
+        raise DataError("no rollout could be given a reward")
+    figures = {
+        "reward": float(known.mean()),
+        "reward_std": float(known.std()) if len(known) > 1 else 0.0,
+        "response_length": sum(len(rollout.ids) for rollout in rollouts) / len(rollouts),
+        "cut_off": sum(not rollout.ended for rollout in rollouts) / len(rollouts),
+    }
+    names = dict.fromkeys(name for rollout in rollouts for name in rollout.by_name)
+    for name in names if len(names) > 1 else ():
+        values = [value for rollout in rollouts if (value := rollout.by_name[name]) is not None]
+        figures[f"reward/{name}"] = math.fsum(values) / len(values) if values else math.nan
+    return figures
+
+
+def _distance(rollouts: Sequence[Rollout], judged: Sequence[Judged]) -> dict[str, float]:
+    """Mean of log p - log p_ref over all tokens, where both were asked: an estimate of the KL divergence."""
+    totals = [
+        float((one.log_probs - one.reference).double().sum())
+        for one in judged
+        if one.log_probs is not None and one.reference is not None
+    ]
+    return {"kl": math.fsum(totals) / max(sum(len(rollout.ids) for rollout in rollouts), 1)} if totals else {}
+
+
+def _for_people(rollout: Rollout) -> dict[str, Any]:
+    prompt = "\n".join(f"{message['role']}: {message['content']}" for message in rollout.question.messages)
+    return {"prompt": prompt, "answer": rollout.text, "reward": rollout.reward, "ended": rollout.ended}

@@ -1,0 +1,48 @@
+"""What policy, reference and critic say of the tokens of a batch. Called by the online methods.
+
+K  tokens that the policy chose, of all documents of a micro-batch, in order
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from finetune_trainers.attention import forward_kwargs
+from finetune_trainers.data.batches import IGNORED, Batch
+from finetune_trainers.methods.log_probs import TokenStats, token_stats
+from finetune_trainers.online.adapters import Adapters
+
+__all__ = ["Models"]
+
+
+class Models:
+    """The models of one rank. Calls are collective where parameters are split over ranks."""
+
+    def __init__(self, policy: nn.Module, reference: nn.Module | None, temperature: float) -> None:
+        """`policy` is the engine's module, and the critic where it has one. `reference` is a frozen model; None: the
+        policy without its adapters. Log-probabilities are those at `temperature`."""
+        self.policy, self._reference, self._temperature = policy, reference, temperature
+        self._adapters = Adapters(policy)
+
+    def stats(self, batch: Batch) -> TokenStats:
+        """The policy's, with a gradient where one is wanted."""
+        return self._stats(self.policy, batch)
+
+    def reference_stats(self, batch: Batch) -> TokenStats:
+        """The reference's. Called without gradient."""
+        if self._reference is not None:
+            return self._stats(self._reference, batch)
+        with self._adapters.base_alone():
+            return self._stats(self.policy, batch)
+
+    def values(self, batch: Batch) -> Tensor:
+        """fp32 [K]: the critic's, before each of the tokens was chosen."""
+        kwargs = forward_kwargs(batch)
+        found: Tensor = self.policy(input_ids=batch.input_ids, values_at=kwargs.pop("logits_to_keep"), **kwargs)
+        return found
+
+    def _stats(self, module: nn.Module, batch: Batch) -> TokenStats:
+        output: Any = module(input_ids=batch.input_ids, **forward_kwargs(batch))
+        return token_stats(output.logits[0], batch.labels[batch.labels != IGNORED], self._temperature)
