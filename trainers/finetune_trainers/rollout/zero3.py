@@ -19,6 +19,7 @@ __all__ = ["fits_whole", "gathered", "is_split"]
 
 SHARE = 0.6
 """Of free memory that gathered parameters may take; keys and values need the rest."""
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def is_split(module: nn.Module) -> bool:
@@ -39,11 +40,24 @@ def _free_bytes(context: WorkerContext) -> float:
     if context.device.type == "cuda":
         unused = torch.cuda.memory_reserved(context.device) - torch.cuda.memory_allocated(context.device)
         return torch.cuda.mem_get_info(context.device)[0] + unused
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) * 1024 / context.local_world_size
-    return 0.0
+    return min(_of_machine(), _of_container()) / context.local_world_size
+
+
+def _of_machine() -> float:
+    """Bytes that the kernel could give to programs."""
+    figures = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(figures["MemAvailable"].split()[0]) * 1024.0
+
+
+def _of_container() -> float:
+    """Bytes below the limit of this container (cgroup v2), what only caches files not counted; else infinite."""
+    try:
+        limit = int(_CGROUP.joinpath("memory.max").read_text())  # "max" is no number
+        used = int(_CGROUP.joinpath("memory.current").read_text())
+        stat = dict(line.split() for line in _CGROUP.joinpath("memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return float("inf")
+    return float(limit - used + int(stat["inactive_file"]))
 
 
 @contextmanager

@@ -1,0 +1,50 @@
+"""Two gloo ranks with a real ZeRO-3 engine and unequal work write what one process with the whole model writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.trainers.rollout.writers import PROMPTS, engine_for, policy, requests_for
+from tests.trainers.rollout.zero3_writer import DRAWN, END_IDS, shares
+
+pytestmark = pytest.mark.ray
+
+
+def test_ranks_with_more_work_less_or_none_write_the_answers_of_one_process(tmp_path: Path) -> None:
+    wanted = engine_for(policy(tmp_path / "whole"), END_IDS).generate(requests_for(PROMPTS), DRAWN)
+    assert len({len(answer.ids) for answer in wanted}) > 2, "answers of one length would not show a rank that waits"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.trainers.rollout.zero3_writer", str(tmp_path)],
+            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert len(found) == 6
+        for call, answers in found.items():
+            own = shares()[int(call.split()[1]) * 2 + rank]
+            assert len(answers) == len(own)
+            for index, answer in zip(own, answers, strict=True):
+                assert (answer["ids"], answer["ended"]) == (wanted[index].ids, wanted[index].ended)
+                assert answer["log_probs"] == pytest.approx(wanted[index].log_probs, abs=1e-4)
