@@ -36,6 +36,8 @@ class Service:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.replies: list[Reply] = []
+        self.disliked: str | None = None
+        """A request with this answer has no reply but 500."""
         self.over = threading.Event()
         service = self
 
@@ -45,7 +47,10 @@ class Service:
                 service.requests.append(asked)
                 service.headers.append(dict(self.headers))
                 scores = {"scores": [len(text) for text in asked["completions"]]}
-                self._reply(service.replies.pop(0) if service.replies else Reply(body=json.dumps(scores).encode()))
+                if service.disliked in asked["completions"]:
+                    self._reply(Reply(500, b"no GPU"))
+                else:
+                    self._reply(service.replies.pop(0) if service.replies else Reply(body=json.dumps(scores).encode()))
 
             def do_GET(self) -> None:
                 raise AssertionError("nothing is asked for by GET")
@@ -143,10 +148,10 @@ def test_a_service_that_says_when_is_asked_then(service: Service, make: Make, wa
 
 
 def test_only_the_answers_of_a_request_without_scores_are_without(service: Service, make: Make) -> None:
-    service.replies = [Reply(500, b"no GPU")]
-    scored = make(retries=0, batch_size=1).score(episodes(["a", "b", "c"]))
-    assert sorted(scored.values, key=str) == [1.0, 1.0, None]
-    assert list(scored.faults.values()) == ["the service answers 500 Internal Server Error: no GPU"]
+    service.disliked = "ccc"
+    scored = make(retries=0, batch_size=2).score(episodes(["a", "bb", "ccc", "dddd", "eeeee"]))
+    assert scored.values == [1.0, 2.0, None, None, 5.0]
+    assert scored.faults == dict.fromkeys([2, 3], "the service answers 500 Internal Server Error: no GPU")
 
 
 @pytest.mark.parametrize(
