@@ -25,7 +25,6 @@ __all__ = [
 
 MetricKind: TypeAlias = Literal["exact-match", "numeric-answer", "regex", "token-f1", "rouge-l", "bleu"]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
-HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$", max_length=128)]
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
 
 _MAX_NAME_LENGTH = 40
@@ -37,6 +36,16 @@ def _regular_expression(text: str) -> str:
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"is no regular expression of Python: {error}") from None
     return text
+
+
+def _header_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9-]+", text):
+        raise ValueError("is no name of a header; use letters, digits and dashes")
+    return text
+
+
+# A pattern of keys is nothing that a CRD can state.
+HeaderName = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_header_name)]
 
 
 class FunctionReward(Contract):
