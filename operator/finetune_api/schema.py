@@ -92,7 +92,7 @@ class _PlainDumper(yaml.SafeDumper):
         return True
 
     def represent_schema(self, data: Schema) -> yaml.Node:
-        """A mapping that holds none has a line of its own."""
+        """A field without fields of its own, or a rule."""
         return self.represent_mapping("tag:yaml.org,2002:map", data.items(), flow_style=_is_flat(data))
 
 
@@ -100,6 +100,8 @@ _PlainDumper.add_representer(dict, _PlainDumper.represent_schema)
 
 
 def _is_flat(data: Schema) -> bool:
+    if not data.keys() & {"type", "rule"}:
+        return False
     lists = [value for value in data.values() if isinstance(value, list)]
     nested = [*data.values(), *(item for items in lists for item in items)]
     return not any(isinstance(value, dict) for value in nested)

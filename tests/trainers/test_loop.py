@@ -17,7 +17,7 @@ from finetune_api.progress import SavedCheckpoint, Stage
 from finetune_trainers.data.batches import Batch, StepBatches
 from finetune_trainers.errors import NonFiniteLossError
 from finetune_trainers.loop import Loop, LoopMemory, LoopResult, SaveNews, epoch_ends
-from finetune_trainers.methods import BatchLoss
+from finetune_trainers.methods import BatchLoss, Method
 from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedRun
 from tests.trainers.factories import tiny_plan
 
@@ -57,7 +57,7 @@ class CountingEngine:
         return None
 
 
-class Losses:
+class Losses(Method):
     """A method whose steps have two micro-batches and the given mean losses."""
 
     num_sums = 1

@@ -18,7 +18,7 @@ from finetune_api.plan import RunPlan
 from finetune_trainers.checkpoint.listing import listed
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.context import SingleProcessContext
-from finetune_trainers.data.batches import IGNORED
+from finetune_trainers.data.batches import IGNORED, Batch
 from finetune_trainers.engine import Engine
 from finetune_trainers.methods import Method
 from finetune_trainers.methods.building import build_method
@@ -65,9 +65,10 @@ def begun(plan: RunPlan, online: OnlineWorld, workdir: Path) -> tuple[Method, En
     return method, engine
 
 
-def documents(batch: Experience) -> list[tuple[list[int], list[int], Tensor]]:
+def documents(batch: Batch) -> list[tuple[list[int], list[int], Tensor]]:
     """(prompt, answer, advantages of the answer's tokens) of each rollout of a batch."""
     found, seen = [], 0
+    assert isinstance(batch, Experience)
     assert batch.advantages is not None
     for start, end in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
         ids, num = batch.input_ids[0, start:end].tolist(), int((batch.labels[0, start:end] != IGNORED).sum())
@@ -109,7 +110,7 @@ def test_the_first_step_has_the_gradient_of_the_formula(aggregation: str, online
         gains = advantage * log_probs(model, prompt, answer)
         divisor = {"token": num_tokens, "sequence": 16 * len(answer), "constant": 16 * 12}[aggregation]
         loss = loss - gains.sum() / divisor
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         found = engine.module.get_parameter(name).grad
         torch.testing.assert_close(found, parameter.grad, atol=1e-6, rtol=1e-4)
@@ -176,9 +177,11 @@ def test_two_workers_learn_what_one_learns(
     """Every rollout is the same, whoever writes it; so are the steps, but for the order in which sums are taken."""
     two = {"cluster": {"workers": {"replicas": 2, "cpus": 1}}, "training.maxSteps": 6}
     plans = {method: online.plan(method, two | zero(2) | LORA) for method in METHODS}
+    prepared = None
     for method, plan in plans.items():
         (tmp_path / "two" / method).mkdir(parents=True)
         prepared = online.world.prepare(plan, tmp_path / "two" / method)
+    assert prepared is not None
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
     with RayWorkers(plans["grpo"], train_all) as ray:
         ray.run(prepared, tmp_path / "two", lambda future: future.result())

@@ -62,8 +62,8 @@ def _reference(
     """The model as it was before training: with LoRA it is in the policy already."""
     if plan.tuning.lora is not None or not settings.needs_reference:
         return None
-    frozen = load_model(prepared.model, plan, context.device)
-    return nn.Module.to(frozen, DTYPES[plan.precision]).requires_grad_(False).eval()
+    frozen: nn.Module = load_model(prepared.model, plan, context.device)
+    return frozen.to(DTYPES[plan.precision]).requires_grad_(False).eval()
 
 
 def _autocast(plan: RunPlan) -> torch.dtype | None:

@@ -48,7 +48,9 @@ class Grpo(Online):
         old = batch.old_log_probs if batch.old_log_probs is not None else new.detach()
         mask = torch.ones_like(new, dtype=torch.bool)[None]
         found = ppo_policy_loss(
-            *(tensor[None] for tensor in (new, old, batch.advantages)),
+            new[None],
+            old[None],
+            batch.advantages[None],
             mask,
             clip_low=self._grpo.clip_low,
             clip_high=self._grpo.clip_high,

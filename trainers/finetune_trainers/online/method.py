@@ -240,7 +240,7 @@ class Online(Method):
                 for question, place, sample in asked[rank::world]
             ]
             completions = self._parts.engine.generate(requests, sampling, self._tell_of_writing)
-        texts = [self._parts.tokenizer.decode(one.ids, skip_special_tokens=True) for one in completions]
+        texts = [str(self._parts.tokenizer.decode(one.ids, skip_special_tokens=True)) for one in completions]
         with self._timed("score"):
             scores = self._parts.rewards.score(
                 [
@@ -305,7 +305,7 @@ class Online(Method):
 
 
 def _split(said: Tensor | None, lengths: list[int]) -> Sequence[Tensor | None]:
-    return [None] * len(lengths) if said is None else said.float().cpu().split(lengths)
+    return [None] * len(lengths) if said is None else torch.split(said.float().cpu(), lengths)
 
 
 def _seed(seed: int, position: int, sample: int) -> int:

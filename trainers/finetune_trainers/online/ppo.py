@@ -49,24 +49,29 @@ class Ppo(Online):
         if not new.numel():
             sums = torch.zeros(self.num_sums, dtype=torch.float64, device=new.device)
             return BatchLoss(new.sum() + values.sum(), sums)
-        known = (batch.old_log_probs, batch.advantages, batch.old_values, batch.returns)
-        old, advantages, old_values, returns = (tensor[None] for tensor in known if tensor is not None)
+        assert batch.old_log_probs is not None
+        assert batch.advantages is not None
+        assert batch.old_values is not None
+        assert batch.returns is not None
         mask = torch.ones_like(new, dtype=torch.bool)[None]
         policy = ppo_policy_loss(
             new[None],
-            old,
-            advantages,
+            batch.old_log_probs[None],
+            batch.advantages[None],
             mask,
             clip_low=self._ppo.clip_low,
             clip_high=self._ppo.clip_high,
             dual_clip=self._ppo.dual_clip,
         )
-        critic = value_loss(values[None], old_values, returns, mask, clip=self._ppo.critic.clip or None)
+        critic = value_loss(
+            values[None], batch.old_values[None], batch.returns[None], mask, clip=self._ppo.critic.clip or None
+        )
         count = new.new_tensor(float(new.numel()))
         of_critic = critic.losses.sum()
-        sums = [policy.clipfrac * count, policy.approx_kl * count, said.entropy.sum(), of_critic, policy.losses.sum()]
+        of_tokens = [policy.clipfrac * count, policy.approx_kl * count, said.entropy.sum()]
         total = policy.losses.sum() + self._ppo.critic.coefficient * of_critic
-        return BatchLoss(total, torch.stack([*sums, count]).detach().double())
+        sums = torch.stack([*of_tokens, of_critic, policy.losses.sum(), count])
+        return BatchLoss(total, sums.detach().double())
 
     def _figures(self, sums: Sequence[float]) -> dict[str, float]:
         *totals, count = sums
