@@ -57,6 +57,20 @@ def always_raises(completions: list[str]) -> list[float]:
     raise KeyError("never")
 
 
+def raises_for_short(completions: list[str], least: int) -> list[float]:
+    if any(len(text) < least for text in completions):
+        raise ValueError("too short")
+    return [float(len(text)) for text in completions]
+
+
+def hangs_once(completions: list[str], folder: str) -> list[float]:
+    """Over the lives of its processes."""
+    if not Path(folder, "hung").exists():
+        Path(folder, "hung").touch()
+        forever.wait()
+    return [1.0 + len(text) for text in completions]
+
+
 def hangs_for_bad(completions: list[str]) -> list[float]:
     if "bad" in completions:
         forever.wait()

@@ -1,0 +1,103 @@
+"""Rewards in the runs that learn from them: what goes wrong with one is seen, counted, and ends nothing too early."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.failures import FailureClass
+from finetune_api.plan import RunPlan
+from tests.trainers.judged_world import JudgedWorld
+from tests.trainers.online.online_world import OnlineWorld
+from tests.trainers.rewards.worlds import MODULE
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
+
+
+@pytest.fixture(scope="module")
+def online(tmp_path_factory: pytest.TempPathFactory) -> OnlineWorld:
+    return OnlineWorld.at(tmp_path_factory.mktemp("online"))
+
+
+def grpo(online: OnlineWorld, *rewards: dict[str, Any], steps: int = 3) -> RunPlan:
+    method = {"grpo": {"maxSeqLength": 64, "sampling": {"maxNewTokens": 8}, "groupSize": 4, "rewards": list(rewards)}}
+    changes = {
+        "method": method,
+        "training.maxSteps": steps,
+        "training.globalBatchSize": 8,
+        "training.microBatchSize": 8,
+    }
+    return online.plan("grpo", changes, evaluated=False)
+
+
+def function(name: str, **fields: Any) -> dict[str, Any]:
+    return {"function": {"call": f"{MODULE}:{name}", **fields}}
+
+
+def test_a_policy_learns_from_rewards_of_every_kind_at_once(online: OnlineWorld, tmp_path: Path) -> None:
+    judged = JudgedWorld.at(tmp_path / "judged")
+    judged.train(judged.plan("reward", {"training.maxSteps": 2}), tmp_path / "judge")
+    plan = grpo(
+        online,
+        function("length") | {"weight": 0.1},
+        {"metric": {"kind": "rouge-l"}, "weight": 3.0},
+        {"name": "has_a", "metric": {"kind": "regex", "pattern": "a"}},
+        {"model": {"source": (tmp_path / "judge" / "artifact").as_uri()}, "weight": -2.0},
+    )
+    online.train(plan, tmp_path / "run")
+    weights = {"length": 0.1, "rouge_l": 3.0, "has_a": 1.0, "model": -2.0}
+    for figures in online.figures(tmp_path / "run"):
+        parts = sum(weight * figures[f"reward/{name}"] for name, weight in weights.items())
+        assert figures["reward"] == pytest.approx(parts, rel=1e-4)
+
+
+def test_a_function_that_hangs_once_costs_one_iteration_its_lesson(
+    online: OnlineWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"folder": str(tmp_path)}
+    with caplog.at_level(logging.WARNING):
+        online.train(grpo(online, function("hangs_once", timeoutSeconds=2, settings=settings)), tmp_path / "run")
+    rewards = online.curve(tmp_path / "run", "reward")
+    assert rewards[0] == 0.0
+    assert all(math.isfinite(reward) and reward > 0 for reward in rewards[1:])
+    assert "Reward hangs_once: 8 of 8 answers have no score: it took longer than 2 s" in caplog.messages
+
+
+def test_a_function_that_fails_for_some_answers_ends_nothing(online: OnlineWorld, tmp_path: Path) -> None:
+    online.train(grpo(online, function("raises_for_short", settings={"least": 12})), tmp_path / "run")
+    assert all(math.isfinite(loss) for loss in online.curve(tmp_path / "run", "loss"))
+
+
+def test_a_function_that_always_fails_ends_the_run_as_the_users_mistake(online: OnlineWorld, tmp_path: Path) -> None:
+    outcome = online.world.train(grpo(online, function("always_raises"), steps=20), tmp_path / "run")
+    assert outcome.failure is not None
+    assert outcome.failure.failure_class is FailureClass.USER_ERROR
+    assert outcome.failure.message.startswith(
+        "spec.method.grpo.rewards[0].function: gave no score to 8 of 8 answers, and to most in 3 calls in a row:"
+        " KeyError: 'never' (sample_rewards.py:"
+    )
+
+
+def test_a_column_that_the_data_lacks_ends_the_run_with_those_that_it_has(online: OnlineWorld, tmp_path: Path) -> None:
+    plan = grpo(online, {"metric": {"kind": "bleu", "column": "solution"}})
+    outcome = online.world.train(plan, tmp_path / "run")
+    assert outcome.failure is not None
+    assert outcome.failure.failure_class is FailureClass.USER_ERROR
+    assert "spec.method.grpo.rewards[0].metric.column: is no column of the rows; they have: answer" in (
+        outcome.failure.message
+    )
+
+
+def test_rewards_that_cannot_be_had_are_all_told_before_anything_is_loaded(online: OnlineWorld, tmp_path: Path) -> None:
+    plan = grpo(online, function("no_such"), {"model": {"source": online.world.model.as_uri()}})
+    outcome = online.world.train(plan, tmp_path / "run")
+    assert outcome.failure is not None
+    assert [problem.path for problem in outcome.failure.problems] == [
+        "spec.method.grpo.rewards[0].function.call",
+        "spec.method.grpo.rewards[1].model.source",
+    ]
+    assert not (tmp_path / "run" / "prepared.json").exists()
