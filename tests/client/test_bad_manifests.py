@@ -185,7 +185,21 @@ TABLE = [
             ("a mixture of one kind", "beta", 0.5, "only for divergence jsd", {"teacher": TEACHER, "beta": 0.5}),
             ("a mixture of nothing", "beta", 0, "must be above 0", {"teacher": TEACHER, "beta": 0}),
             ("no temperature", "temperature", 0, "must be above 0", {"teacher": TEACHER, "temperature": 0}),
-            ("a teacher that does not count", "alpha", 1, "must be below 1", {"teacher": TEACHER, "alpha": 1}),
+            ("a teacher that does not count", "alpha", 1.0, "set teacherAnswers", {"teacher": TEACHER, "alpha": 1.0}),
+            (
+                "answers that are packed before they are written",
+                "packing",
+                True,
+                "needs packing false",
+                {"teacher": TEACHER, "packing": True, "teacherAnswers": {}},
+            ),
+            (
+                "answers of no tokens",
+                "teacherAnswers.maxNewTokens",
+                0,
+                "must be at least 1",
+                {"teacher": TEACHER, "packing": False, "teacherAnswers": {"maxNewTokens": 0}},
+            ),
         )
     ),
     at("no rewards", "spec.method.grpo.rewards", {"spec.method": {"grpo": {}}}, NO_VALUE, "is required"),

@@ -147,6 +147,45 @@ RULE_ROWS = [
         "spec.method.distill.beta",
         {"method": {"distill": {"teacher": {"source": "file:///models/t"}, "beta": 0.5}}},
     ),
+    *(
+        RuleRow(
+            "Distill",
+            message,
+            f"spec.method.distill.{field}",
+            {"method": {"distill": {"teacher": {"source": "file:///models/t"}, **distill}}},
+        )
+        for field, message, distill in (
+            (
+                "alpha",
+                "alpha 1 learns nothing from the teacher; lower it, set teacherAnswers, or use method.sft",
+                {"alpha": 1},
+            ),
+            (
+                "packing",
+                "teacherAnswers needs packing false, since steps are counted before the answers are written",
+                {"teacherAnswers": {}},
+            ),
+            (
+                "lossOn",
+                "teacherAnswers trains on the answers that are written alone; set lossOn to assistant",
+                {"teacherAnswers": {}, "packing": False, "lossOn": "all"},
+            ),
+        )
+    ),
+    *(
+        RuleRow(
+            "FineTuneJobSpec",
+            "format text has no answers that a teacher could write anew; use another format, or remove teacherAnswers",
+            f"spec.data.{part}",
+            {
+                "method": {
+                    "distill": {"teacher": {"source": "file:///m"}, "packing": False, "teacherAnswers": {}, "alpha": 1}
+                },
+                f"data.{part}": [{"source": _FILE, "format": "text"}],
+            },
+        )
+        for part in ("train", "eval")
+    ),
     RuleRow("Method", _EXACTLY_ONE_METHOD, "spec.method", {"method": {}}),
     RuleRow("Method", _EXACTLY_ONE_METHOD, "spec.method", {"method": {"sft": {}, "dpo": {}}}),
     RuleRow(
