@@ -1,4 +1,4 @@
-"""What a person is told of a model that learned from judged answers: how it judges now, and what to type next."""
+"""What a person is told of a model that learned from judged answers or from a teacher, and what to type next."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ def test_the_share_of_right_pairs_and_the_margin_stand_below_the_loss() -> None:
 def test_without_pairs_there_is_a_margin_alone_and_without_judgements_nothing() -> None:
     assert "judgement  reward margin -0.5000" in told("kto", {"eval_rewards/margins": -0.5})
     assert "judgement" not in told("sft", {"eval_loss": 1.0})
+
+
+def test_a_distilled_model_is_told_with_how_near_it_came_to_its_teacher() -> None:
+    said = "teacher    the same token at 75% of places, 0.1250 nats away"
+    assert said in told("sft", {"eval_kl": 0.125, "eval_token_agreement": 0.75})
+    assert "teacher" not in told("sft", {"eval_kl": 0.125})
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

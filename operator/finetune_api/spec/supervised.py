@@ -82,8 +82,8 @@ class Distill(Supervised):
     teacher_answers: TeacherAnswers | None = None
     """The teacher writes the last answer of each training row anew, once and before the first step, and it is learned
     from in the place of the data's: with alpha 1 this is sequence-level distillation (Kim and Rush 2016, arXiv
-    1606.07947). Steps are counted before the answers are written, so packing must be false. Left out: the answers in
-    the data. Evaluation data keeps its answers."""
+    1606.07947). It is asked in the model's own chat template. Steps are counted before the answers are written, so
+    packing must be false. Left out: the answers in the data. Evaluation data keeps its answers."""
 
     rules = (
         Rule(

@@ -128,7 +128,7 @@ def _succeeded(ending: Ending) -> list[str]:
     outcome = ending.outcome
     early = " (stopped early: the evaluation loss no longer fell)" if outcome.stopped_early else ""
     lines = [f"Done {_after(ending)}{early}."]
-    lines += [*_evaluation(outcome.eval), *_preference(outcome.metrics)]
+    lines += [*_evaluation(outcome.eval), *_preference(outcome.metrics), *_teaching(outcome.metrics)]
     lines += [
         f"  {'artifact':<10} {artifact.uri} ({artifact.kind}, {size(artifact.bytes)})" for artifact in outcome.artifacts
     ]
@@ -173,6 +173,14 @@ def _preference(metrics: Mapping[str, float]) -> list[str]:
         return []
     right = "" if accuracy is None else f"{accuracy:.0%} of the evaluation pairs right, "
     return [f"  {'judgement':<10} {right}reward margin {margin:+.4f}"]
+
+
+def _teaching(metrics: Mapping[str, float]) -> list[str]:
+    """How near a distilled model came to its teacher, on the evaluation data."""
+    kl, agreement = metrics.get("eval_kl"), metrics.get("eval_token_agreement")
+    if kl is None or agreement is None:
+        return []
+    return [f"  {'teacher':<10} the same token at {agreement:.0%} of places, {kl:.4f} nats away"]
 
 
 def _failed(ending: Ending) -> list[str]:
