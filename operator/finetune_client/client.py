@@ -54,22 +54,64 @@ class AsyncClient:
         namespace: str | None = None,
         context: str | None = None,
         kubeconfig: Path | None = None,
-        backend: Backend | None = None,
+        ray: str | None = None,
+        local: bool = False,
+        workdir: str | None = None,
     ) -> None:
-        """A Kubernetes cluster, by kubeconfig, context and namespace as kubectl has them, or a `backend`."""
+        """A Kubernetes cluster, by kubeconfig, context and namespace as kubectl has them; or a Ray cluster; or `local`.
+
+        `ray` is a dashboard's address, http://HEAD:8265, or Ray Client's, ray://HEAD:10001; `local` is this machine,
+        in the background. `workdir` is a folder there for the runs' files.
+        """
         self._namespace, self._context, self._kubeconfig = namespace, context, kubeconfig
-        self._backend = backend
+        self._ray, self._local, self._workdir = ray, local, workdir
+        self._backend: Backend | None = None
 
     async def backend(self) -> Backend:
         """What the client speaks to. Raises Unreachable where nothing says where that is."""
         if self._backend is None:
-            try:
-                from finetune_client.backends.kubernetes import KubernetesBackend
-            except ModuleNotFoundError as error:
-                message = f"speaking to a cluster needs a package that is not installed ({error.name}); "
-                raise Unreachable(message + "pip install 'finetune-operator[client,operator]'") from error
-            self._backend = await KubernetesBackend.open(self._namespace, self._context, self._kubeconfig)
+            self._backend = await self._open()
         return self._backend
+
+    async def _open(self) -> Backend:
+        if self._ray is None and not self._local:
+            return await self._in_kubernetes()
+        if self._context is not None or self._kubeconfig is not None or (self._ray is not None and self._local):
+            raise Unreachable("name one place for the job: a kubeconfig's cluster, a Ray cluster, or this machine")
+        if self._ray is not None:
+            return await self._on_ray(self._ray)
+        from finetune_client.backends.drivers import DriversBackend
+        from finetune_client.backends.local import LocalDrivers
+
+        return DriversBackend(LocalDrivers(self._workdir), self._namespace)
+
+    async def _in_kubernetes(self) -> Backend:
+        try:
+            from finetune_client.backends.kubernetes import KubernetesBackend
+        except ModuleNotFoundError as error:
+            message = f"speaking to a cluster needs a package that is not installed ({error.name}); "
+            raise Unreachable(message + "pip install 'finetune-operator[client,operator]'") from error
+        return await KubernetesBackend.open(self._namespace, self._context, self._kubeconfig)
+
+    async def _on_ray(self, address: str) -> Backend:
+        if address.startswith("ray://"):
+            return await self._by_ray_client(address)
+        if not address.startswith(("http://", "https://")):
+            message = "such as http://HEAD:8265 (its dashboard) or ray://HEAD:10001 (Ray Client)"
+            raise Unreachable(f"{address} is not the address of a Ray cluster, {message}")
+        from finetune_client.backends.ray_jobs import RayJobsBackend
+
+        return RayJobsBackend(address, self._namespace, self._workdir)
+
+    async def _by_ray_client(self, address: str) -> Backend:
+        try:
+            from finetune_client.backends.ray_client import RayClientDrivers
+        except ModuleNotFoundError as error:
+            message = f"{address} needs Ray on this machine too: pip install 'ray[client]', of the cluster's version; "
+            raise Unreachable(message + "the dashboard's address, http://HEAD:8265, does without") from error
+        from finetune_client.backends.drivers import DriversBackend
+
+        return DriversBackend(await RayClientDrivers.open(address, self._workdir), self._namespace)
 
     async def submit(self, job: Submission, *, dry_run: bool = False) -> AsyncJob:
         """Hand over one job: a model, plain values, or a file that holds it. `dry_run` has it judged and no more.
@@ -210,10 +252,14 @@ class Client:
         namespace: str | None = None,
         context: str | None = None,
         kubeconfig: Path | None = None,
-        backend: Backend | None = None,
+        ray: str | None = None,
+        local: bool = False,
+        workdir: str | None = None,
     ) -> None:
         """See AsyncClient."""
-        self._async = AsyncClient(namespace=namespace, context=context, kubeconfig=kubeconfig, backend=backend)
+        self._async = AsyncClient(
+            namespace=namespace, context=context, kubeconfig=kubeconfig, ray=ray, local=local, workdir=workdir
+        )
         self._portal = Portal()
 
     def submit(self, job: Submission, *, dry_run: bool = False) -> Job:

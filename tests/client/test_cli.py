@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,13 @@ def test_version_names_the_packages_that_train(finetune: Any) -> None:
     assert list(versions) == ["finetune-operator", "python", "ray", "torch", "deepspeed", "transformers", "peft"]
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert all(name in finetune("version").stdout for name in versions)
+
+
+def test_a_shell_completes_the_commands() -> None:
+    asked = {"_FINETUNE_COMPLETE": "complete_bash", "COMP_WORDS": "finetune su", "COMP_CWORD": "1"}
+    program = Path(sys.executable).with_name("finetune")
+    done = subprocess.run([program], env=os.environ | asked, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["submit", "suspend"]
 
 
 def test_an_unknown_option_exits_2(finetune: Any, write_job: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which namespace a person works in, as kubectl would know: the context's, the pod's own, or "default".
+"""In which context and namespace a person works, as kubectl would know: the kubeconfig's, or the pod's own.
 
 Used by the backend for Kubernetes. How to reach and to trust a server is read by `finetune_operator.cluster`.
 """
@@ -8,23 +8,35 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from finetune_client.errors import Unreachable
 from finetune_operator.raw import at, items, text
 
-__all__ = ["namespace_of"]
+__all__ = ["Place", "place_of"]
 
 _ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
-def namespace_of(kubeconfig: Path | None, context: str | None) -> str:
-    """The namespace for jobs that name none. Raises Unreachable for a context that is in none of the files."""
+class Place(NamedTuple):
+    """Where a person works."""
+
+    context: str | None
+    """None where no kubeconfig says any."""
+    namespace: str
+
+
+def place_of(kubeconfig: Path | None, context: str | None) -> Place:
+    """The context that counts, and the namespace for jobs that name none.
+
+    Of several files in $KUBECONFIG the first that says something counts. Raises Unreachable for a context that is in
+    none of them.
+    """
     files = _files(kubeconfig)
     if not files:
-        return _own_namespace() or "default"
+        return Place(context, _own_namespace() or "default")
     documents = [document for file in files for document in _read(file)]
     contexts = {text(one, "name"): one for document in reversed(documents) for one in items(document, "contexts")}
     chosen = context or next(filter(None, (text(one, "current-context") for one in documents)), "")
@@ -32,7 +44,7 @@ def namespace_of(kubeconfig: Path | None, context: str | None) -> str:
         where = ", ".join(str(file) for file in files)
         known = ", ".join(sorted(contexts)) or "none"
         raise Unreachable(f"{where} has no context called {chosen}; choose one with --context: {known}")
-    return text(contexts.get(chosen), "context", "namespace") or "default"
+    return Place(chosen or None, text(contexts.get(chosen), "context", "namespace") or "default")
 
 
 def _files(kubeconfig: Path | None) -> list[Path]:

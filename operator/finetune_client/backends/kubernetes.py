@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from finetune_api.job import FineTuneJob
 from finetune_api.runtime import FineTuneRuntime
-from finetune_client.backends.kubeconfig import namespace_of
+from finetune_client.backends.kubeconfig import place_of
 from finetune_client.backends.pod_logs import PodLogs
 from finetune_client.backends.refusals import error_for
 from finetune_client.documents import document_of
@@ -53,13 +53,13 @@ class KubernetesBackend:
     @classmethod
     async def open(cls, namespace: str | None, context: str | None, kubeconfig: Path | None) -> Self:
         """What is not said is as kubectl has it. Nothing is asked of the server yet. Raises Unreachable."""
-        found = namespace_of(kubeconfig, context)
+        place = place_of(kubeconfig, context)
         closing = AsyncExitStack()
         try:
-            connection = await closing.enter_async_context(connect(kubeconfig, context))
+            connection = await closing.enter_async_context(connect(kubeconfig, place.context))
         except Unusable as error:
             raise Unreachable(str(error)) from error
-        return cls(connection, namespace or found, closing)
+        return cls(connection, namespace or place.namespace, closing)
 
     @property
     def namespace(self) -> str:

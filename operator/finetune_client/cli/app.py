@@ -20,7 +20,6 @@ app = typer.Typer(
     help="Fine-tune language models from a ten-line manifest.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},

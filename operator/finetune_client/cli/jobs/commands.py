@@ -38,6 +38,17 @@ Kubeconfig = Annotated[
     Path | None,
     typer.Option("--kubeconfig", metavar="FILE", help="How to reach the cluster.", show_default="as kubectl has it"),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="URL",
+        envvar="FINETUNE_RAY",
+        help="A Ray cluster instead: its dashboard (http://HEAD:8265) or Ray Client (ray://HEAD:10001).",
+        show_default=False,
+    ),
+]
+Local = Annotated[bool, typer.Option("--local", help="This machine instead, in the background.")]
 FormatOption = Annotated[
     Format, typer.Option("--output", "-o", help="A table for people; json or yaml for programs (on stdout).")
 ]
@@ -53,22 +64,26 @@ def submit(
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    ray: Ray = None,
+    local: Local = False,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Hand jobs over to a Kubernetes cluster, which runs them without you.
+    """Hand jobs over to a Kubernetes cluster, or to a Ray cluster that runs already, which runs them without you.
 
     Checked on this machine first, as validate does, and then by the cluster's own rules; when anything is wrong nothing
-    is started. Runtimes in the files are the platform's and stay where they are.
+    is started. Runtimes in the files go along to Ray; in Kubernetes they are the platform's and stay as they are.
 
     \b
     Examples:
       finetune submit job.yaml
       finetune submit job.yaml -n team-a --wait
       finetune submit manifests/ --dry-run
+      finetune submit job.yaml --ray http://127.0.0.1:8265
+      finetune submit job.yaml --local
     """
     from finetune_client.cli.jobs import verbs
 
-    where = verbs.Where(namespace, context, kubeconfig)
+    where = verbs.Where(namespace, context, kubeconfig, ray, local)
     raise typer.Exit(verbs.submit(where, files, wait, dry_run, output.value))
 
 
@@ -80,6 +95,8 @@ def get(
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    ray: Ray = None,
+    local: Local = False,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Show how a job stands, why it waits or failed, and what to do next.
@@ -91,7 +108,7 @@ def get(
     """
     from finetune_client.cli.jobs import verbs
 
-    raise typer.Exit(verbs.get(verbs.Where(namespace, context, kubeconfig), name, output.value))
+    raise typer.Exit(verbs.get(verbs.Where(namespace, context, kubeconfig, ray, local), name, output.value))
 
 
 @jobs.command(name="list", epilog=JOBS_EPILOG)
@@ -100,6 +117,8 @@ def list_jobs(
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    ray: Ray = None,
+    local: Local = False,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """List jobs with phase, step, newest checkpoint and restarts.
@@ -111,7 +130,7 @@ def list_jobs(
     """
     from finetune_client.cli.jobs import verbs
 
-    where = verbs.Where(namespace, context, kubeconfig)
+    where = verbs.Where(namespace, context, kubeconfig, ray, local)
     raise typer.Exit(verbs.list_jobs(where, all_namespaces, output.value))
 
 
@@ -121,6 +140,8 @@ def watch(
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    ray: Ray = None,
+    local: Local = False,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Follow a job until it ends: a line whenever its phase, its step or what it waits for changes.
@@ -134,7 +155,7 @@ def watch(
     """
     from finetune_client.cli.jobs import verbs
 
-    raise typer.Exit(verbs.watch(verbs.Where(namespace, context, kubeconfig), name, output.value))
+    raise typer.Exit(verbs.watch(verbs.Where(namespace, context, kubeconfig, ray, local), name, output.value))
 
 
 @jobs.command(epilog=JOBS_EPILOG)
@@ -148,11 +169,13 @@ def logs(
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    ray: Ray = None,
+    local: Local = False,
 ) -> None:
     """Print what the trainers write: rank 0's log of the newest attempt.
 
-    It is read inside the pod, which needs the right to pods/exec. When the pods are gone, the last lines that the
-    status kept are printed.
+    In Kubernetes it is read inside the pod, which needs the right to pods/exec. When the pods are gone, the last lines
+    that the status kept are printed.
 
     \b
     Examples:
@@ -161,7 +184,7 @@ def logs(
     """
     from finetune_client.cli.jobs import verbs
 
-    where = verbs.Where(namespace, context, kubeconfig)
+    where = verbs.Where(namespace, context, kubeconfig, ray, local)
     raise typer.Exit(verbs.logs(where, name, follow, attempt, everyone))
 
 
@@ -172,6 +195,8 @@ def suspend(
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    ray: Ray = None,
+    local: Local = False,
 ) -> None:
     """Have a job save a checkpoint and give back its machines.
 
@@ -184,7 +209,7 @@ def suspend(
     """
     from finetune_client.cli.jobs import verbs
 
-    raise typer.Exit(verbs.suspend(verbs.Where(namespace, context, kubeconfig), name, wait))
+    raise typer.Exit(verbs.suspend(verbs.Where(namespace, context, kubeconfig, ray, local), name, wait))
 
 
 @jobs.command(epilog=JOBS_EPILOG)
@@ -193,6 +218,8 @@ def resume(
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    ray: Ray = None,
+    local: Local = False,
 ) -> None:
     """Let a suspended job go on, from its newest checkpoint, on as many workers as it now asks for.
 
@@ -203,7 +230,7 @@ def resume(
     """
     from finetune_client.cli.jobs import verbs
 
-    raise typer.Exit(verbs.resume(verbs.Where(namespace, context, kubeconfig), name))
+    raise typer.Exit(verbs.resume(verbs.Where(namespace, context, kubeconfig, ray, local), name))
 
 
 @jobs.command(epilog=JOBS_EPILOG)
@@ -212,6 +239,8 @@ def cancel(
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    ray: Ray = None,
+    local: Local = False,
 ) -> None:
     """End a job and remove it. Its artifacts and checkpoints stay; suspend keeps the job too.
 
@@ -222,7 +251,7 @@ def cancel(
     """
     from finetune_client.cli.jobs import verbs
 
-    raise typer.Exit(verbs.cancel(verbs.Where(namespace, context, kubeconfig), name))
+    raise typer.Exit(verbs.cancel(verbs.Where(namespace, context, kubeconfig, ray, local), name))
 
 
 @jobs.command(epilog=JOBS_EPILOG)
@@ -231,6 +260,8 @@ def artifacts(
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    ray: Ray = None,
+    local: Local = False,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """List the models that a job has written: where they are, their size and digest.
@@ -242,7 +273,7 @@ def artifacts(
     """
     from finetune_client.cli.jobs import verbs
 
-    raise typer.Exit(verbs.artifacts(verbs.Where(namespace, context, kubeconfig), name, output.value))
+    raise typer.Exit(verbs.artifacts(verbs.Where(namespace, context, kubeconfig, ray, local), name, output.value))
 
 
 @jobs.command(epilog=JOBS_EPILOG)
@@ -251,6 +282,8 @@ def describe(
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    ray: Ray = None,
+    local: Local = False,
 ) -> None:
     """Tell all that is known of a job: attempts, conditions, checkpoint, events, and what to do next.
 
@@ -261,4 +294,4 @@ def describe(
     """
     from finetune_client.cli.jobs import verbs
 
-    raise typer.Exit(verbs.describe(verbs.Where(namespace, context, kubeconfig), name))
+    raise typer.Exit(verbs.describe(verbs.Where(namespace, context, kubeconfig, ray, local), name))

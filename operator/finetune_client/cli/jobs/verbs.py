@@ -56,10 +56,23 @@ class Where:
     namespace: str | None
     context: str | None
     kubeconfig: Path | None
+    ray: str | None
+    local: bool
 
     def client(self) -> Client:
         """A client that speaks to that place."""
-        return Client(namespace=self.namespace, context=self.context, kubeconfig=self.kubeconfig)
+        return Client(
+            namespace=self.namespace,
+            context=self.context,
+            kubeconfig=self.kubeconfig,
+            ray=self.ray,
+            local=self.local,
+        )
+
+    @property
+    def is_kubernetes(self) -> bool:
+        """Whether that is a Kubernetes cluster, which has runtimes of its own."""
+        return self.ray is None and not self.local
 
 
 def submit(where: Where, files: Sequence[Path], wait: bool, dry_run: bool, output: str) -> int:
@@ -68,7 +81,7 @@ def submit(where: Where, files: Sequence[Path], wait: bool, dry_run: bool, outpu
     def work(client: Client) -> int:
         handed = handed_over(files)
         jobs = client.submit_all(handed, dry_run=dry_run)
-        for runtime in handed.runtimes:
+        for runtime in handed.runtimes if where.is_kubernetes else ():
             name = runtime.metadata.name
             _say(f"runtime {name} is the platform's and was left alone; kubectl apply -f FILE installs it")
         views = [job.submitted for job in jobs if job.submitted is not None]

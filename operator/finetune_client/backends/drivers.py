@@ -1,0 +1,181 @@
+"""The verbs of a backend over drivers that can be asked: what `local` and `ray_client` have in common.
+
+Implements `Backend` but for how a driver is reached: that is `Drivers`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Sequence
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from finetune_api.job import FineTuneJob, Phase
+from finetune_api.runtime import FineTuneRuntime
+from finetune_client.backends.told import ended_without_a_word, not_settled, not_told_yet, taken
+from finetune_client.checks import check_plan
+from finetune_client.driven import Told
+from finetune_client.errors import NoLog, Refused
+from finetune_client.output import attempts_in, lines_of
+from finetune_client.submission import Submitted
+from finetune_client.views import JobEvent, JobView, LogChoice, LogLine
+from finetune_operator.kinds import Key
+
+__all__ = ["Drivers", "DriversBackend"]
+
+_LOOK_SECONDS = 1.0
+_SOON_SECONDS = 0.2
+_END_SECONDS = 60.0
+_LOG = "trainer.log"
+
+
+class Drivers(Protocol):
+    """The drivers of one place. Those that take a key raise NoSuchJob for a job that is not there."""
+
+    async def keys(self) -> Sequence[Key]:
+        """Every job that was submitted and not cancelled."""
+        ...
+
+    async def start(self, key: Key, packed: str) -> None:
+        """Begin a job, from a packed submission."""
+        ...
+
+    async def told(self, key: Key) -> Told:
+        """How it stands."""
+        ...
+
+    async def output(self, key: Key, start: int) -> bytes:
+        """What its driver has printed from byte `start` on."""
+        ...
+
+    async def suspend(self, key: Key) -> None:
+        """Ask its driver to suspend it."""
+        ...
+
+    async def resume(self, key: Key) -> None:
+        """Start its driver once more, if that works no longer."""
+        ...
+
+    async def remove(self, key: Key) -> None:
+        """End its driver and what that has started, and forget the job."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        ...
+
+
+class DriversBackend:
+    """Jobs that are run by drivers."""
+
+    def __init__(self, drivers: Drivers, namespace: str | None) -> None:
+        """Only names are told apart by `namespace`."""
+        self._drivers = drivers
+        self._namespace = namespace or "default"
+
+    @property
+    def namespace(self) -> str:
+        """Of jobs that name none."""
+        return self._namespace
+
+    async def submit(self, job: FineTuneJob, runtimes: Sequence[FineTuneRuntime], dry_run: bool) -> JobView:
+        """See Backend. Planned here first, so that a mistake is told at once."""
+        check_plan(job, runtimes)
+        submitted = Submitted.of(job, self._namespace, list(runtimes))
+        key = Key(submitted.job["metadata"]["namespace"], job.metadata.name)
+        packed = submitted.packed()
+        if key in await self._drivers.keys():
+            raise taken(key)
+        if not dry_run:
+            await self._drivers.start(key, packed)
+        return JobView.of(submitted.job)
+
+    async def get(self, key: Key) -> JobView:
+        """See Backend."""
+        return _view(key, await self._drivers.told(key))
+
+    async def list(self, namespace: str | None) -> list[JobView]:
+        """See Backend."""
+        keys = sorted(key for key in await self._drivers.keys() if namespace in (None, key.namespace))
+        return [await self.get(key) for key in keys]
+
+    async def watch(self, key: Key) -> AsyncGenerator[JobView]:
+        """See Backend. The driver's place is asked every second."""
+        last: JobView | None = None
+        while True:
+            view = await self.get(key)
+            if view != last:
+                last = view
+                yield view
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def logs(self, key: Key, which: LogChoice, follow: bool) -> AsyncGenerator[LogLine]:
+        """See Backend. All processes of an attempt write one log, so there is no other to be had."""
+        output, num_told, attempt = b"", 0, which.attempt
+        while True:
+            works = (await self._drivers.told(key)).works  # before what it said last is read
+            output += await self._drivers.output(key, len(output))
+            text = output.decode(errors="replace")
+            written = attempts_in(text)
+            attempt = attempt or (written[-1] if written else None)
+            if attempt in written:
+                lines = list(lines_of(text, attempt or 0))
+                for line in lines[num_told:]:
+                    yield LogLine(_LOG, line)
+                num_told = len(lines)
+            elif not follow or not works:
+                numbers = ", ".join(map(str, written)) or "none yet"
+                raise NoLog(f"job {key.name} has no log of attempt {attempt or 1}; attempts with a log: {numbers}")
+            if not follow or not works or (written and written[-1] != attempt):
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def suspend(self, key: Key, value: bool) -> JobView:
+        """See Backend."""
+        told = await self._drivers.told(key)
+        view = _view(key, told)
+        if view.is_over:
+            raise Refused(f"job {key.name} has ended ({view.phase}); submit another one")
+        if value:
+            await self._drivers.suspend(key)
+            return await self.get(key)
+        if told.works and view.phase is not Phase.SUSPENDED and view.wants_suspension:
+            raise Refused(f"job {key.name} still saves and stops; resume it when it is Suspended")
+        if view.phase is Phase.SUSPENDED:
+            await self._end(key)
+            await self._drivers.resume(key)
+        return await self.get(key)
+
+    async def _end(self, key: Key) -> None:
+        """Waits for the end of a driver that has said its last word."""
+        for _ in range(round(_END_SECONDS / _SOON_SECONDS)):
+            if not (await self._drivers.told(key)).works:
+                return
+            await asyncio.sleep(_SOON_SECONDS)
+        raise Refused(f"the driver of job {key.name} does not end; finetune cancel {key.name} ends it")
+
+    async def cancel(self, key: Key) -> None:
+        """See Backend. Its folder stays."""
+        await self._drivers.remove(key)
+
+    async def events(self, key: Key) -> list[JobEvent]:
+        """See Backend. Nobody writes them down here."""
+        return []
+
+    async def close(self) -> None:
+        """See Backend."""
+        await self._drivers.close()
+
+
+def _view(key: Key, told: Told) -> JobView:
+    told_yet = told.document is not None
+    document: dict[str, Any] = json.loads(told.document or "") if told_yet else not_told_yet(key, told.submitted_at)
+    document = {**document, "metadata": {**document["metadata"], "creationTimestamp": told.submitted_at}}
+    view = JobView.of(document)
+    if told.works and view.phase is Phase.SUSPENDED:
+        return JobView.of(not_settled(document))
+    if told.works or view.is_over or view.phase is Phase.SUSPENDED:
+        return view
+    at = datetime.now(UTC).isoformat()
+    return JobView.of(ended_without_a_word(document, "it left no word", False, at, told.last_output))

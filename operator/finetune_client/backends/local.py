@@ -1,0 +1,79 @@
+"""Jobs on this machine, in the background: `finetune run` for those who do not want to wait for it.
+
+`DriversBackend` over it is a `Backend`. A driver is nobody's child: it goes on when the terminal closes, and what it
+tells is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune_client.backends.told import absent, new_folder
+from finetune_client.driven import Driven, Told
+from finetune_client.errors import Refused
+from finetune_client.runner import missing_packages
+from finetune_client.submission import SUBMISSION_VARIABLE
+from finetune_operator.kinds import Key
+
+__all__ = ["LocalDrivers"]
+
+_STAMP = re.compile(r"[0-9]{8}-[0-9]{6}\.pid")
+
+
+class LocalDrivers:
+    """Implements `Drivers`. A job is there while its newest run has a .pid file, whether its process lives or not."""
+
+    def __init__(self, workdir: str | None) -> None:
+        """`workdir` is the folder of all runs."""
+        self._root = Path(workdir or "~/.finetune/jobs").expanduser()
+
+    async def keys(self) -> Sequence[Key]:
+        """See Drivers."""
+        found = {Key(file.parent.parent.name, file.parent.name) for file in self._root.glob("*/*/*.pid")}
+        return sorted(found)
+
+    async def start(self, key: Key, packed: str) -> None:
+        """See Drivers."""
+        if missing := missing_packages():
+            raise Refused(
+                f"training needs packages that are not installed ({', '.join(missing)}); "
+                "install the trainers extra: pip install 'finetune-operator[trainers]'"
+            )
+        driven = Driven(Path(new_folder(str(self._root), key)))
+        await asyncio.to_thread(driven.start, {SUBMISSION_VARIABLE: packed})
+
+    async def told(self, key: Key) -> Told:
+        """See Drivers."""
+        return self._driven(key).told()
+
+    async def output(self, key: Key, start: int) -> bytes:
+        """See Drivers."""
+        return self._driven(key).output(start)
+
+    async def suspend(self, key: Key) -> None:
+        """See Drivers."""
+        self._driven(key).suspend()
+
+    async def resume(self, key: Key) -> None:
+        """See Drivers."""
+        driven = self._driven(key)
+        if not driven.works:
+            await asyncio.to_thread(driven.start, {})
+
+    async def remove(self, key: Key) -> None:
+        """See Drivers."""
+        driven = self._driven(key)
+        await asyncio.to_thread(driven.stop)
+        driven.forget()
+
+    async def close(self) -> None:
+        """See Drivers."""
+
+    def _driven(self, key: Key) -> Driven:
+        files = [file for file in (self._root / key.namespace / key.name).glob("*.pid") if _STAMP.fullmatch(file.name)]
+        if not files:
+            raise absent(key, str(self._root))
+        return Driven(max(files).with_suffix(""))

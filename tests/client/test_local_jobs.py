@@ -1,0 +1,109 @@
+"""Jobs in the background of this machine: submitted, left alone, found again; the trainer is the fake one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_api.job import Phase
+from finetune_api.problems import InvalidManifest
+from finetune_client import Client, driven, runner
+from finetune_client.cli.exits import ABSENT
+from finetune_client.errors import NoLog, NoSuchJob, Refused, Unreachable
+from tests.client.conftest import JOB, Finetune, WriteJob, wait_until
+from tests.client.test_driver import PROGRAM
+from tests.factories import with_changes
+
+LASTING = {"spec.checkpoint": {"everySteps": 1}}
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    monkeypatch.setattr(driven, "PROGRAM", [sys.executable, "-c", PROGRAM])
+    monkeypatch.setattr(runner, "NEEDED_PACKAGES", ())
+    with Client(local=True, workdir=str(tmp_path / "jobs")) as one:
+        yield one
+        for view in one.list():
+            one.job(view.name, view.namespace).cancel()
+
+
+def test_a_job_goes_on_without_its_client_and_is_found_by_another(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_TRAINER", "waits")
+    with Client(local=True, workdir=str(tmp_path / "jobs")) as first:
+        first.submit(with_changes(JOB, LASTING))
+    job = client.job("tiny")
+    wait_until(lambda: job.status().phase is Phase.RUNNING)
+    with pytest.raises(InvalidManifest, match=r"metadata\.name: is the name of a job that is there already"):
+        client.submit(JOB)
+    job.suspend()
+    assert job.wait().phase is Phase.SUSPENDED
+    monkeypatch.setenv("FAKE_TRAINER", "")
+    job.resume()
+    assert [status.phase for status in job.watch()][-1] is Phase.SUCCEEDED
+    assert [one.outcome for one in job.status().attempts] == ["Suspended", "Succeeded"]
+    assert [line.text for line in job.logs(follow=True)] == ["the fake trainer starts"]
+    assert next(line.text for line in job.logs(attempt=1)) == "the fake trainer starts"
+    with pytest.raises(NoLog, match="attempts with a log: 1, 2"):
+        list(job.logs(attempt=3))
+    with pytest.raises(Refused, match="has ended"):
+        job.suspend()
+    job.cancel()
+    with pytest.raises(NoSuchJob, match="there is no job tiny in namespace default"):
+        job.status()
+    assert list((tmp_path / "jobs").glob("default/tiny/*/outcome.json"))
+
+
+def test_a_driver_that_was_killed_is_told_as_a_failure_with_its_last_words(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driven, "PROGRAM", [sys.executable, "-c", "print('no such module'); raise SystemExit(1)"])
+    status = client.submit(JOB).wait()
+    assert status.phase is Phase.FAILED
+    assert "no such module" in status.conditions[-1].message
+
+
+def test_one_place_is_named_and_not_two() -> None:
+    with Client(local=True, ray="http://127.0.0.1:1") as client, pytest.raises(Unreachable, match="name one place"):
+        client.list()
+
+
+def test_the_commands_speak_of_the_same_jobs(
+    client: Client, finetune: Finetune, write_job: WriteJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write_job()
+    assert finetune("submit", file, "--local", "--dry-run").stdout.startswith("job tiny is valid")
+    assert finetune("list", "--local").stderr.startswith("No jobs here.")
+    done = finetune("submit", file, "--local", "--wait")
+    assert done.code == 0, done
+    assert "Succeeded, step 5/5" in done.stdout
+    assert finetune("get", "tiny", "--local").stdout.splitlines()[1].split()[:5] == [
+        "tiny",
+        "sft",
+        "lora",
+        "0",
+        "Succeeded",
+    ]
+    assert finetune("logs", "tiny", "--local").stdout == "the fake trainer starts\n"
+    [artifact] = finetune("artifacts", "tiny", "--local", "-o", "json").document
+    assert artifact["kind"] == "adapter"
+    assert "Attempts (0 restarts" in finetune("describe", "tiny", "--local").stdout
+    assert finetune("suspend", "tiny", "--local").code == 1
+    assert finetune("cancel", "tiny", "--local").code == 0
+    absent = finetune("get", "tiny", "--local")
+    assert (absent.code, absent.stdout) == (ABSENT, "")
+
+
+def test_waiting_for_a_job_that_fails_ends_with_the_class_of_the_failure(
+    client: Client, finetune: Finetune, write_job: WriteJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = finetune("submit", write_job(), "--local", "--wait", fake="data-error")
+    assert done.code == 3
+    assert "Next: Correct the data" in done.stderr
+    assert finetune("cancel", "tiny", "--local").code == 0
