@@ -86,11 +86,11 @@ def test_padding_of_either_head_is_not_compared(longer: str, shorter: str) -> No
     torch.testing.assert_close(with_data, 0.5 * wanted + 0.5 * of_data)
 
 
-def test_the_figures_are_sums_at_temperature_one_whatever_the_loss_is() -> None:
+@pytest.mark.parametrize("settings", [distill(), distill(divergence="reverse-kl", temperature=4.0)])
+def test_the_figures_are_sums_at_temperature_one_whatever_the_loss_is(settings: Distill) -> None:
     """The student thinks both words alike, the teacher one of them three times as likely; the data says the other."""
     student = torch.tensor([[0.0, 0.0], [5.0, 0.0]])
     teacher = torch.tensor([[math.log(3), 0.0], [5.0, 0.0]])
-    settings = distill(divergence="reverse-kl", temperature=4.0)
     _, sums = token_losses(student, teacher, torch.tensor([1, 0]), settings)
     kl, cross_entropy, agreement, accuracy, count = sums.tolist()
     assert kl == pytest.approx(0.1308120, abs=1e-6)

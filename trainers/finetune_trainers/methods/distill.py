@@ -121,10 +121,14 @@ class _TokenLosses(torch.autograd.Function):
         for student, teacher, targets, place in zip(*pieces, strict=True):
             leaf, wide = student.float().detach().requires_grad_(wants_gradient), teacher.float()
             with torch.set_grad_enabled(wants_gradient):
-                found = _losses(leaf, wide, targets, settings)
+                distance = _distance(leaf, wide, settings)
+                found = (1 - settings.alpha) * settings.temperature**2 * distance
+                if settings.alpha > 0:
+                    found = found + settings.alpha * F.cross_entropy(leaf, targets, reduction="none")
                 total = found.sum()
             place.copy_(found.detach())
-            sums += _sums(leaf.detach(), wide, targets)
+            kl = distance if _is_kl(settings) else _distance(leaf.detach(), wide)
+            sums += _sums(leaf.detach(), wide, targets, kl.detach())
             if wants_gradient:
                 student.copy_(torch.autograd.grad(total, leaf)[0])
         if wants_gradient:
@@ -140,23 +144,23 @@ class _TokenLosses(torch.autograd.Function):
         return grad.mul_(grad_outputs[0][:, None]), None, None, None, None
 
 
-def _losses(student: Tensor, teacher: Tensor, targets: Tensor, settings: DistillSettings) -> Tensor:
-    """[rows] of logits [rows, V] and [rows, U]."""
+def _distance(student: Tensor, teacher: Tensor, settings: DistillSettings | None = None) -> Tensor:
+    """[rows] of logits [rows, V] and [rows, U]: as the settings measure it; without them KL(teacher || student)."""
     shared = min(student.shape[-1], teacher.shape[-1])
-    temperature = settings.temperature
-    distance = divergence(student[:, :shared], teacher[:, :shared], beta=settings.mixture, temperature=temperature)
-    losses = (1 - settings.alpha) * temperature**2 * distance
-    if settings.alpha > 0:
-        losses = losses + settings.alpha * F.cross_entropy(student, targets, reduction="none")
-    return losses
+    beta, temperature = (0.0, 1.0) if settings is None else (settings.mixture, settings.temperature)
+    return divergence(student[:, :shared], teacher[:, :shared], beta=beta, temperature=temperature)
 
 
-def _sums(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+def _is_kl(settings: DistillSettings) -> bool:
+    """The distance that is learned is the one that is told."""
+    return settings.mixture == 0 and settings.temperature == 1
+
+
+def _sums(student: Tensor, teacher: Tensor, targets: Tensor, kl: Tensor) -> Tensor:
     """float64 [num_sums] of logits [rows, V] and [rows, U]: the figures' sums, and the number of tokens."""
-    shared = min(student.shape[-1], teacher.shape[-1])
     student_choice, teacher_choice = student.argmax(-1), teacher.argmax(-1)
     found = (
-        divergence(student[:, :shared], teacher[:, :shared], beta=0.0).sum(),
+        kl.sum(),
         F.cross_entropy(student, targets, reduction="sum"),
         (student_choice == teacher_choice).sum(),
         (student_choice == targets).sum(),
