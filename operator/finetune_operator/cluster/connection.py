@@ -26,6 +26,7 @@ from kubernetes.aio.client import Configuration
 
 from finetune_operator.errors import ApiError, Unreachable, api_error
 from finetune_operator.metrics import Metrics
+from finetune_operator.raw import at, items
 
 __all__ = ["JSON", "Connection", "Unusable", "connect", "proxy_of_environment"]
 
@@ -274,9 +275,8 @@ def _refusal(response: aiohttp.ClientResponse, text: bytes) -> ApiError:
     status = status if isinstance(status, dict) else {"message": text.decode(errors="replace").strip()}
     message = str(status.get("message") or response.reason)[:_LONGEST_MESSAGE]
     error = api_error(response.status, str(status.get("reason") or response.reason), message, _retry_after(response))
-    details = status.get("details")
-    causes = details.get("causes") if isinstance(details, dict) else None
-    error.causes = [(str(one.get("field", "")), str(one.get("message", ""))) for one in causes or ()]
+    causes = [one for one in items(at(status, "details"), "causes") if isinstance(one, dict)]
+    error.causes = [(str(one.get("field", "")), str(one.get("message", ""))) for one in causes]
     return error
 
 

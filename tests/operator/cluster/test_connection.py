@@ -207,6 +207,53 @@ def test_the_wait_that_a_server_asks_for_is_handed_on(scene: Scene) -> None:
     scene.play(answer, scenario)
 
 
+def test_what_is_wrong_with_each_field_is_handed_on(scene: Scene) -> None:
+    causes = [{"field": "spec.seed", "message": "Invalid value: -1", "reason": "FieldValueInvalid"}]
+    document = {"kind": "Status", "reason": "Invalid", "message": "no", "details": {"causes": causes}}
+
+    async def scenario(connection: Connection) -> None:
+        with pytest.raises(Invalid) as refused:
+            await cluster(connection).get(CONFIG_MAP, KEY)
+        assert refused.value.causes == [("spec.seed", "Invalid value: -1")]
+
+    scene.play(always(lambda: web.json_response(document, status=422)), scenario)
+
+
+def test_a_commands_output_comes_piece_by_piece_with_its_channel(scene: Scene) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse(protocols=("v4.channel.k8s.io",))
+        await socket.prepare(request)
+        for piece in (b"\x01", b"\x01hello", b"\x02oh", b'\x03{"status": "Success"}'):
+            await socket.send_bytes(piece)
+        await socket.close()
+        return socket
+
+    async def scenario(connection: Connection) -> None:
+        query = [("command", "sh"), ("command", "-c")]
+        pieces = [piece async for piece in connection.output("/exec", query)]
+        assert pieces == [(1, b""), (1, b"hello"), (2, b"oh"), (3, b'{"status": "Success"}')]
+
+    scene.play(answer, scenario)
+    [asked] = scene.asked
+    assert asked.query.getall("command") == ["sh", "-c"]
+    assert asked.headers["Authorization"] == "Bearer secret"
+
+
+def test_a_command_that_may_not_be_run_is_refused_and_one_without_a_server_has_no_answer(scene: Scene) -> None:
+    async def scenario(connection: Connection) -> None:
+        with pytest.raises(Forbidden):
+            [piece async for piece in connection.output("/exec", [])]
+
+    scene.play(always(lambda: status(403)), scenario)
+
+    async def alone() -> None:
+        async with connect(scene.kubeconfig) as connection:
+            with pytest.raises(Unreachable):
+                [piece async for piece in connection.output("/exec", [])]
+
+    asyncio.run(alone())
+
+
 def test_an_unknown_kind_is_answered_in_plain_text_and_still_not_found(scene: Scene) -> None:
     async def scenario(connection: Connection) -> None:
         with pytest.raises(NotFound, match="404 page not found"):
