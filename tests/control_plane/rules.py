@@ -76,6 +76,7 @@ _MICRO_BATCH = "globalBatchSize must be a multiple of microBatchSize, which is a
 _BATCH = "training.globalBatchSize must be a multiple of microBatchSize × workers.replicas × workers.gpus"
 _NO_EVAL = "evaluation is asked for and data.eval is empty; add a source to data.eval"
 _FILE = "file:///data/rows.jsonl"
+_EXACT_MATCH = {"metric": {"kind": "exact-match"}}
 
 RULE_ROWS = [
     RuleRow(
@@ -197,17 +198,21 @@ RULE_ROWS = [
     *(
         RuleRow(
             "FineTuneJobSpec",
-            "reward, dpo and orpo learn from format preference, kto from unpaired-preference, and sft and"
-            " distill from the other formats; set format to auto or to one that the method learns from",
+            "reward, dpo and orpo learn from format preference, kto from unpaired-preference, ppo and grpo from prompt,"
+            " and sft and distill from the other formats; set format to auto or to one that the method learns from",
             f"spec.data.{part}",
-            {"method": {method: {}}, f"data.{part}": [{"source": _FILE}, {"source": _FILE, "format": form}]},
+            {"method": {method: settings}, f"data.{part}": [{"source": _FILE}, {"source": _FILE, "format": form}]},
         )
-        for part, method, form in (
-            ("train", "dpo", "messages"),
-            ("train", "sft", "preference"),
-            ("eval", "sft", "unpaired-preference"),
-            ("eval", "kto", "preference"),
-            ("train", "reward", "unpaired-preference"),
+        for part, method, settings, form in (
+            ("train", "dpo", {}, "messages"),
+            ("train", "sft", {}, "preference"),
+            ("eval", "sft", {}, "unpaired-preference"),
+            ("eval", "sft", {}, "prompt"),
+            ("eval", "kto", {}, "preference"),
+            ("train", "reward", {}, "unpaired-preference"),
+            ("train", "dpo", {}, "prompt"),
+            ("train", "grpo", {"rewards": [_EXACT_MATCH]}, "prompt-completion"),
+            ("eval", "ppo", {"rewards": [_EXACT_MATCH]}, "preference"),
         )
     ),
     RuleRow(

@@ -207,10 +207,12 @@ class FineTuneJobSpec(Contract):
         *(
             Rule(
                 cel=f"self.data.{part}.all(d, d.format == 'auto' || (has(self.method.kto) ?"
-                " d.format == 'unpaired-preference' : has(self.method.sft) || has(self.method.distill) ?"
-                " d.format != 'preference' && d.format != 'unpaired-preference' : d.format == 'preference'))",
-                message="reward, dpo and orpo learn from format preference, kto from unpaired-preference, and sft and"
-                " distill from the other formats; set format to auto or to one that the method learns from",
+                " d.format == 'unpaired-preference' : has(self.method.ppo) || has(self.method.grpo) ?"
+                " d.format == 'prompt' : has(self.method.sft) || has(self.method.distill) ? d.format != 'preference'"
+                " && d.format != 'unpaired-preference' && d.format != 'prompt' : d.format == 'preference'))",
+                message="reward, dpo and orpo learn from format preference, kto from unpaired-preference, ppo and grpo"
+                " from prompt, and sft and distill from the other formats; set format to auto or to one that the method"
+                " learns from",
                 holds=partial(_formats_fit, part),
                 field=f"data.{part}",
             )
