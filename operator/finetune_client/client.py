@@ -14,7 +14,7 @@ takes one up again. Errors are those of `finetune_client.errors`, and InvalidMan
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +126,7 @@ class AsyncClient:
         [one] = await self._submit(handed, dry_run)
         return one
 
-    async def submit_all(self, files: Sequence[Path] | Handed, *, dry_run: bool = False) -> list[AsyncJob]:
+    async def submit_all(self, files: Sequence[Path] | Handed, *, dry_run: bool = False) -> Sequence[AsyncJob]:
         """Hand over every job in these files or folders; nothing is, when this machine finds anything wrong."""
         return await self._submit(files if isinstance(files, Handed) else handed_over(files), dry_run)
 
@@ -135,7 +135,7 @@ class AsyncClient:
         backend = await self.backend()
         return AsyncJob(backend, Key(namespace or backend.namespace, name))
 
-    async def list(self, *, all_namespaces: bool = False) -> list[JobView]:
+    async def list(self, *, all_namespaces: bool = False) -> Sequence[JobView]:
         """All jobs, by name."""
         backend = await self.backend()
         return await backend.list(None if all_namespaces else backend.namespace)
@@ -154,7 +154,7 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _submit(self, handed: Handed, dry_run: bool) -> list[AsyncJob]:
+    async def _submit(self, handed: Handed, dry_run: bool) -> Sequence[AsyncJob]:
         for one in handed.jobs:
             check_namespace(one, self._namespace)
         backend = await self.backend()
@@ -266,7 +266,7 @@ class Client:
         """Hand over one job: a model, plain values, or a file that holds it. Raises InvalidManifest."""
         return Job(self._portal, self._portal.call(self._async.submit(job, dry_run=dry_run)))
 
-    def submit_all(self, files: Sequence[Path] | Handed, *, dry_run: bool = False) -> list[Job]:
+    def submit_all(self, files: Sequence[Path] | Handed, *, dry_run: bool = False) -> Sequence[Job]:
         """Hand over every job in these files or folders; nothing is, when this machine finds anything wrong."""
         return [Job(self._portal, one) for one in self._portal.call(self._async.submit_all(files, dry_run=dry_run))]
 
@@ -274,7 +274,7 @@ class Client:
         """A job that was submitted before. Nothing is asked yet."""
         return Job(self._portal, self._portal.call(self._async.job(name, namespace)))
 
-    def list(self, *, all_namespaces: bool = False) -> list[JobView]:
+    def list(self, *, all_namespaces: bool = False) -> Sequence[JobView]:
         """All jobs, by name."""
         return self._portal.call(self._async.list(all_namespaces=all_namespaces))
 
@@ -322,11 +322,11 @@ class Job:
         """What has become of it."""
         return self._portal.call(self._job.status())
 
-    def views(self) -> Iterator[JobView]:
+    def views(self) -> Generator[JobView]:
         """The job as it is now and after every change, until it has succeeded or failed for good."""
         return self._portal.iterate(self._job.views())
 
-    def watch(self) -> Iterator[Status]:
+    def watch(self) -> Generator[Status]:
         """Its status now and after every change, until it has succeeded or failed for good."""
         return self._portal.iterate(self._job.watch())
 
@@ -334,7 +334,7 @@ class Job:
         """Its status once nothing more will come of it by itself: ended, suspended, or refused as it is written."""
         return self._portal.call(self._job.wait())
 
-    def logs(self, *, follow: bool = False, attempt: int | None = None, everyone: bool = False) -> Iterator[LogLine]:
+    def logs(self, *, follow: bool = False, attempt: int | None = None, everyone: bool = False) -> Generator[LogLine]:
         """What rank 0 of the newest attempt wrote so far, and with `follow` what it will. Raises NoLog."""
         return self._portal.iterate(self._job.logs(follow=follow, attempt=attempt, everyone=everyone))
 

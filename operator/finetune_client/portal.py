@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Generator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ class Portal:
         """What the coroutine returns or raises. One that is interrupted here is cancelled there."""
         return _result(asyncio.run_coroutine_threadsafe(coroutine, self._running()))
 
-    def iterate(self, source: AsyncIterator[T]) -> Iterator[T]:
+    def iterate(self, source: AsyncIterator[T]) -> Generator[T]:
         """The items of `source` as they come. Leaving early ends it."""
         try:
             while True:

@@ -95,7 +95,7 @@ class DriversBackend:
         """See Backend."""
         return _view(key, await self._drivers.told(key))
 
-    async def list(self, namespace: str | None) -> list[JobView]:
+    async def list(self, namespace: str | None) -> Sequence[JobView]:
         """See Backend."""
         keys = sorted(key for key in await self._drivers.keys() if namespace in (None, key.namespace))
         return [await self.get(key) for key in keys]
@@ -159,7 +159,7 @@ class DriversBackend:
         """See Backend. Its folder stays."""
         await self._drivers.remove(key)
 
-    async def events(self, key: Key) -> list[JobEvent]:
+    async def events(self, key: Key) -> Sequence[JobEvent]:
         """See Backend. Nobody writes them down here."""
         return []
 

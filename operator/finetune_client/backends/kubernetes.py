@@ -79,7 +79,7 @@ class KubernetesBackend:
         """See Backend."""
         return JobView.of(await self._send("GET", FINETUNE_JOB.path(*key), key, "read FineTuneJobs"))
 
-    async def list(self, namespace: str | None) -> list[JobView]:
+    async def list(self, namespace: str | None) -> Sequence[JobView]:
         """See Backend."""
         path, here = FINETUNE_JOB.path(namespace), Key(namespace or "all namespaces", "")
         found: list[JobView] = []
@@ -133,7 +133,7 @@ class KubernetesBackend:
         """See Backend. The job is deleted; its artifacts and checkpoints stay."""
         await self._send("DELETE", FINETUNE_JOB.path(*key), key, "delete FineTuneJobs")
 
-    async def events(self, key: Key) -> list[JobEvent]:
+    async def events(self, key: Key) -> Sequence[JobEvent]:
         """See Backend."""
         selector = f"involvedObject.kind={FINETUNE_JOB.name},involvedObject.name={key.name}"
         path = EVENT.path(key.namespace)

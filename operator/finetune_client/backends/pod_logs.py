@@ -92,7 +92,7 @@ class PodLogs:
         status: Any = None
         async for channel, piece in self._run(key, pod, script):
             status = json.loads(piece) if channel == _END else status
-        return at(status, "status") == "Success"
+        return bool(at(status, "status") == "Success")
 
     async def _lines(self, key: Key, pod: Document, script: str) -> AsyncGenerator[LogLine]:
         rest = b""

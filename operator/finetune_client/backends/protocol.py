@@ -32,7 +32,7 @@ class Backend(Protocol):
         """The job as it is now. Raises NoSuchJob."""
         ...
 
-    async def list(self, namespace: str | None) -> list[JobView]:
+    async def list(self, namespace: str | None) -> Sequence[JobView]:
         """All jobs of a namespace, or of all, by name."""
         ...
 
@@ -52,7 +52,7 @@ class Backend(Protocol):
         """End the job, and give back what it holds. Raises NoSuchJob."""
         ...
 
-    async def events(self, key: Key) -> list[JobEvent]:
+    async def events(self, key: Key) -> Sequence[JobEvent]:
         """What happened to the job, the oldest first; empty where nobody writes it down."""
         ...
 

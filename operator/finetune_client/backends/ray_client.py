@@ -98,7 +98,7 @@ class RayClientDrivers:
             actor = ray.remote(DriverActor).options(
                 name=_actor(key), namespace=_ACTORS, lifetime="detached", num_cpus=0, max_restarts=0
             )
-            handle = actor.remote(new_folder(self._workdir, key), packed)
+            handle: Any = actor.remote(new_folder(self._workdir, key), packed)
             ray.get(handle.told.remote())  # a cluster that lacks our package says so here
 
         await self._done(create)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -22,6 +23,9 @@ __all__ = ["RAY_OVER", "RayJobInfo", "RayJobsApi"]
 RAY_OVER = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _SECONDS = 30.0
 _TAKEN = "already exists"
+_NO_AGENT = "No available agent"
+_AGENT_WAITS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""Seconds between tries: a head that has just started answers before the program that starts jobs for it is there."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,17 @@ class RayJobsApi:
             "runtime_env": {"env_vars": variables},
             "metadata": metadata,
         }
-        try:
-            self._ask("POST", "/api/jobs/", body)
-        except Refused as error:
-            if _TAKEN in str(error):
-                raise FileExistsError(id) from error
-            raise
+        for wait in (*_AGENT_WAITS, None):
+            try:
+                self._ask("POST", "/api/jobs/", body)
+            except Refused as error:
+                if _TAKEN in str(error):
+                    raise FileExistsError(id) from error
+                if _NO_AGENT not in str(error) or wait is None:
+                    raise
+                time.sleep(wait)
+            else:
+                return
 
     def jobs(self) -> list[RayJobInfo]:
         """Every job that was submitted, whoever did."""

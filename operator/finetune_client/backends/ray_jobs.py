@@ -86,7 +86,7 @@ class RayJobsBackend:
         """See Backend."""
         return await self._view(await self._known(key))
 
-    async def list(self, namespace: str | None) -> list[JobView]:
+    async def list(self, namespace: str | None) -> Sequence[JobView]:
         """See Backend."""
         jobs: dict[Key, list[_Turn]] = {}
         for turn in await self._all():
@@ -143,7 +143,7 @@ class RayJobsBackend:
             await self._end(turn.info.id)
             await asyncio.to_thread(self._api.delete, turn.info.id)
 
-    async def events(self, key: Key) -> list[JobEvent]:
+    async def events(self, key: Key) -> Sequence[JobEvent]:
         """See Backend. Nobody writes them down here."""
         return []
 
@@ -175,14 +175,14 @@ class RayJobsBackend:
             await asyncio.sleep(_LOOK_SECONDS / 4)
         raise Refused(f"Ray job {id} has not ended within {_STOP_SECONDS:.0f} s; look at it in Ray's dashboard")
 
-    async def _all(self) -> list[_Turn]:
+    async def _all(self) -> Sequence[_Turn]:
         found = [_Turn(info) for info in await asyncio.to_thread(self._api.jobs) if _TURN in info.metadata]
         return sorted(found, key=lambda turn: (turn.key, turn.number))
 
-    async def _turns(self, key: Key) -> list[_Turn]:
+    async def _turns(self, key: Key) -> Sequence[_Turn]:
         return [turn for turn in await self._all() if turn.key == key]
 
-    async def _known(self, key: Key) -> list[_Turn]:
+    async def _known(self, key: Key) -> Sequence[_Turn]:
         turns = await self._turns(key)
         if not turns:
             raise absent(key, self._api.url)

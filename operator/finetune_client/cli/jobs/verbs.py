@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -235,7 +236,7 @@ def _answered(where: Where, work: Callable[[Client], int]) -> int:
 def _follow(job: Job, output: str, several: bool = False, to_stderr: bool = False) -> int:
     """Print what changes until nothing more will; the exit code that fits the end."""
     said = ""
-    with closing(job.views()) as views:  # type: ignore[type-var]
+    with closing(job.views()) as views:
         for view in views:
             if output != "table":
                 print(_text(view.status.to_document(), "json", compact=True), flush=True)
@@ -303,4 +304,4 @@ def _closed_pipe_is_no_error() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]  # the interpreter would flush it once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it is flushed once more at the very end
