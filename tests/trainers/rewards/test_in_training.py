@@ -64,12 +64,16 @@ def test_a_function_that_hangs_once_costs_one_iteration_its_lesson(
     rewards = online.curve(tmp_path / "run", "reward")
     assert rewards[0] == 0.0
     assert all(math.isfinite(reward) and reward > 0 for reward in rewards[1:])
+    assert online.curve(tmp_path / "run", "reward_missing/hangs_once") == [1.0]
     assert "Reward hangs_once: 8 of 8 answers have no score: it took longer than 2 s" in caplog.messages
 
 
 def test_a_function_that_fails_for_some_answers_ends_nothing(online: OnlineWorld, tmp_path: Path) -> None:
     online.train(grpo(online, function("raises_for_short", settings={"least": 12})), tmp_path / "run")
     assert all(math.isfinite(loss) for loss in online.curve(tmp_path / "run", "loss"))
+    missing = online.curve(tmp_path / "run", "reward_missing/raises_for_short")
+    assert missing
+    assert all(0 < share < 1 for share in missing)
 
 
 def test_a_function_that_always_fails_ends_the_run_as_the_users_mistake(online: OnlineWorld, tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def _seed(seed: int, position: int, sample: int) -> int:
 
 
 def _reward_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Means over `rollouts`, of the rewards that could be had."""
+    """Means over `rollouts`, of the rewards that could be had, and how many could not: a failure is seen in a curve."""
     totals = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
     known = totals[~totals.isnan()]
     if not len(known):
@@ -326,9 +326,12 @@ def _reward_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "cut_off": sum(not rollout.ended for rollout in rollouts) / len(rollouts),
     }
     names = dict.fromkeys(name for rollout in rollouts for name in rollout.by_name)
-    for name in names if len(names) > 1 else ():
+    for name in names:
         values = [value for rollout in rollouts if (value := rollout.by_name[name]) is not None]
-        figures[f"reward/{name}"] = math.fsum(values) / len(values) if values else math.nan
+        if values and len(names) > 1:
+            figures[f"reward/{name}"] = math.fsum(values) / len(values)
+        if len(values) < len(rollouts):
+            figures[f"reward_missing/{name}"] = 1 - len(values) / len(rollouts)
     return figures
 
 
