@@ -21,6 +21,8 @@ from finetune_operator.times import written
 __all__ = ["Scene", "describe", "events", "obstacle"]
 
 _EVENT_LENGTH = 1024
+_LONGEST_WORDS = 300
+"""Of what a kubelet says; a registry's whole answer may be in it."""
 _STARTING = ("ContainerCreating", "PodInitializing")
 
 
@@ -74,7 +76,8 @@ def obstacle(pods: tuple[PodState, ...]) -> str:
         if pod.unschedulable:
             return f"pod {pod.name} cannot be scheduled: {pod.unschedulable}"
         if pod.waiting_reason and pod.waiting_reason not in _STARTING:
-            return f"pod {pod.name} waits: {pod.waiting_reason}"
+            said = clip(pod.waiting_message.strip(), _LONGEST_WORDS)
+            return f"pod {pod.name} waits: {pod.waiting_reason}" + (f" ({said})" if said else "")
     return ""
 
 

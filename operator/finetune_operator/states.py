@@ -113,6 +113,8 @@ class PodState:
     """What the scheduler says when no node will do."""
     ready: bool
     deleting: bool
+    waiting_message: str = ""
+    """What the kubelet says to `waiting_reason`: which image, which secret."""
 
     @property
     def failed(self) -> bool:
@@ -158,6 +160,7 @@ def read_pod(document: Document) -> PodState:
     conditions = {text(condition, "type"): condition for condition in items(status, "conditions")}
     ended = _ended_container(status)
     disruption, scheduled = conditions.get("DisruptionTarget"), conditions.get("PodScheduled")
+    waiting = _waiting(status)
     return PodState(
         name=text(metadata, "name"),
         attempt=names.attempt_of(labels),
@@ -166,13 +169,14 @@ def read_pod(document: Document) -> PodState:
         node=text(document, "spec", "nodeName") or None,
         reason=text(status, "reason"),
         message=text(status, "message"),
-        waiting_reason=_waiting(status),
+        waiting_reason=text(waiting, "reason") or None,
         terminated_reason=text(ended, "reason") or None,
         exit_code=_whole(ended, "exitCode"),
         disruption=text(disruption, "reason") or None if text(disruption, "status") == "True" else None,
         unschedulable=text(scheduled, "message") or None if text(scheduled, "status") == "False" else None,
         ready=text(conditions.get("Ready"), "status") == "True",
         deleting=text(metadata, "deletionTimestamp") != "",
+        waiting_message=text(waiting, "message"),
     )
 
 
@@ -255,10 +259,11 @@ def _ended_container(status: Any) -> Any:
     return next(failed, None) or next((state for state in main if isinstance(state, dict)), None)
 
 
-def _waiting(status: Any) -> str | None:
-    reasons = [text(one, "state", "waiting", "reason") for one in _containers(status)]
-    given = [reason for reason in reasons if reason]
-    return next((reason for reason in given if reason not in _STARTING), given[0] if given else None)
+def _waiting(status: Any) -> Any:
+    """What the container waits for that tells most."""
+    states = [at(one, "state", "waiting") for one in _containers(status)]
+    given = [state for state in states if text(state, "reason")]
+    return next((state for state in given if text(state, "reason") not in _STARTING), given[0] if given else None)
 
 
 def _model(kind: type[C], data: Any, key: str) -> C | None:

@@ -255,10 +255,11 @@ def test_a_failure_can_hold_the_job_until_a_person_lets_it_go() -> None:
 def test_an_attempt_that_does_not_start_is_ended_and_tried_again() -> None:
     cluster = Cluster({"lifecycle": {"startDeadlineSeconds": 600}})
     assert cluster.settle().requeue_after == 600
-    waiting = {"containerStatuses": [{"name": "ray", "state": {"waiting": {"reason": "ImagePullBackOff"}}}]}
+    state = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "registry/x"'}
+    waiting = {"containerStatuses": [{"name": "ray", "state": {"waiting": state}}]}
     cluster.pod("example-1-head", waiting).wait(600).settle()
     assert cluster.attempt["outcome"] == "StartTimeout"
-    assert "ImagePullBackOff" in cluster.attempt["message"]
+    assert 'ImagePullBackOff (Back-off pulling image "registry/x")' in cluster.attempt["message"]
     assert cluster.named(RAY_JOB) == []
     cluster.wait(10).settle()
     assert cluster.attempt["number"] == 2

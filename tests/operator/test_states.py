@@ -166,6 +166,8 @@ def test_trouble_is_told_before_an_ordinary_wait() -> None:
     assert read_pod(pod(waiting("ContainerCreating"), waiting("ErrImagePull", "x"))).waiting_reason == "ErrImagePull"
     assert read_pod(pod(waiting("ContainerCreating"))).waiting_reason == "ContainerCreating"
     assert read_pod(pod()).waiting_reason is None
+    found = {"waiting": {"reason": "ErrImagePull", "message": "no such image: registry/x"}}
+    assert read_pod(pod({"name": "ray", "state": found})).waiting_message == "no such image: registry/x"
 
 
 def test_a_pod_tells_who_takes_it_away_and_why_no_node_takes_it() -> None:
