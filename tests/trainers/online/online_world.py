@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"grpo": COMMON | {"groupSize": 4}},
     "ppo": {"ppo": COMMON | {"passes": 2, "miniBatches": 2, "kl": {"coefficient": 0.02}}},
 }
-LORA: dict[str, Any] = {"tuning": {"lora": {"rank": 8, "alpha": 16, "targetModules": ["all-linear"]}}}
+LORA: dict[str, Any] = {"tuning": {"lora": {"rank": 8, "alpha": 64, "targetModules": ["all-linear"]}}}
 
 
 def write_prompts(path: Path, num_rows: int, seed: int = 0) -> Path:
@@ -35,6 +35,19 @@ def write_prompts(path: Path, num_rows: int, seed: int = 0) -> Path:
     return path
 
 
+def _outspoken(folder: Path) -> None:
+    """Larger weights: new ones are so small that all words are alike, which adapters change little."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    model.save_pretrained(folder)
+
+
 @dataclass(frozen=True)
 class OnlineWorld:
     """One folder with everything in it."""
@@ -43,7 +56,7 @@ class OnlineWorld:
 
     @classmethod
     def at(cls, folder: Path) -> OnlineWorld:
-        tiny_model(folder / "model")
+        _outspoken(tiny_model(folder / "model"))
         write_prompts(folder / "prompts.jsonl", 40)
         write_prompts(folder / "eval-prompts.jsonl", 8, seed=1)
         return cls(SmallWorld(folder))
