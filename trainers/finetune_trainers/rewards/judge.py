@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
-from transformers.integrations import deepspeed as transformers_deepspeed
 from transformers.utils import logging as transformers_logging
 
 from finetune_api.plan import RunPlan
@@ -38,6 +37,7 @@ from finetune_trainers.rewards import Episode, Scored
 from finetune_trainers.rewards.judge_checks import JudgeFiles, find_judge
 from finetune_trainers.score_head import read_packed, scores
 from finetune_trainers.tuning import peft_warnings_off
+from finetune_trainers.whole_models import not_split
 
 __all__ = ["Judge", "load_judge"]
 
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 def load_judge(reward: ModelReward, path: str, plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> Judge:
     """The reward model that stands at `path` of the job, in the plan's precision. Raises UserError."""
-    with _not_split():
+    with not_split():
         files = find_judge(reward, path)
         module = _load(files, DTYPES[plan.precision], context.device)
     if context.rank == 0 and files.encoding.fingerprint != load_encoding(plan, prepared.model).fingerprint:
@@ -183,15 +183,3 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(before)
-
-
-@contextmanager
-def _not_split() -> Iterator[None]:
-    """Under ZeRO-3 transformers splits whatever model it makes, and only an engine puts it together again. A reward
-    model has no engine."""
-    before = transformers_deepspeed._hf_deepspeed_config_weak_ref
-    transformers_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        transformers_deepspeed._hf_deepspeed_config_weak_ref = before
