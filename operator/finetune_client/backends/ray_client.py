@@ -32,6 +32,7 @@ T = TypeVar("T")
 _ACTORS = "finetune-operator"
 """The namespace, in Ray's sense, of our actors."""
 _CONNECT_SECONDS = 10.0
+_NOT_UP = "Starting Ray client server failed"
 
 
 class DriverActor:
@@ -167,13 +168,23 @@ class RayClientDrivers:
             socket.create_connection((url.hostname or "", url.port or 10001), _CONNECT_SECONDS).close()
             if _has_token():
                 os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray Client does not find out by itself
-            self._context = ray.init(self._address, namespace=_ACTORS, allow_multiple=True, log_to_driver=False)
+            self._context = self._connected()
         except (OSError, ValueError, RuntimeError, AssertionError) as error:
             raise Unreachable(
                 f"{self._address} does not answer: {str(error).strip()}. It must be a Ray Client server, such as "
                 "ray://HEAD:10001, of the same Ray and Python as here; one that asks for a token wants "
                 "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
             ) from error
+
+    def _connected(self) -> Any:
+        """A connection. Ray starts a server for each, which on a busy head does not always come up at once."""
+        for is_last in (False, False, True):
+            try:
+                return ray.init(self._address, namespace=_ACTORS, allow_multiple=True)
+            except ConnectionError as error:
+                if is_last or _NOT_UP not in str(error):
+                    raise
+        raise AssertionError("the last try returns or raises")
 
 
 def _actor(key: Key) -> str:
