@@ -87,8 +87,7 @@ def test_a_student_comes_to_say_what_its_teacher_says(
 
 def test_the_evaluation_is_that_of_plain_transformers(school: School, tmp_path: Path) -> None:
     """Over every trained token of the evaluation data, each document in a forward pass of its own."""
-    settings = {"divergence": "reverse-kl", "temperature": 2.0, "alpha": 0.25}
-    plan = school.plan({"training.maxSteps": 1}, **settings)
+    plan = school.plan({"training.maxSteps": 1}, divergence="reverse-kl", temperature=2.0, alpha=0.25)
     prepared = school.world.prepare(plan, tmp_path)
     school.train(plan, tmp_path)
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (school.world.model, school.teacher))
