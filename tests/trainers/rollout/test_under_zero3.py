@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ray
 
 
 def test_ranks_with_more_work_less_or_none_write_the_answers_of_one_process(tmp_path: Path) -> None:
-    wanted = engine_for(policy(tmp_path / "whole"), END_IDS).generate(requests_for(PROMPTS), DRAWN)
+    wanted = engine_for(policy(tmp_path / "model"), END_IDS).generate(requests_for(PROMPTS), DRAWN)
     assert len({len(answer.ids) for answer in wanted}) > 2, "answers of one length would not show a rank that waits"
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -39,11 +39,11 @@ def test_ranks_with_more_work_less_or_none_write_the_answers_of_one_process(tmp_
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+    for number in range(2):
+        found = json.loads((tmp_path / f"rank-{number}.json").read_text())
         assert len(found) == 6
         for call, answers in found.items():
-            own = shares()[int(call.split()[1]) * 2 + rank]
+            own = shares()[int(call.split()[1]) * 2 + number]
             assert len(answers) == len(own)
             for index, answer in zip(own, answers, strict=True):
                 assert (answer["ids"], answer["ended"]) == (wanted[index].ids, wanted[index].ended)

@@ -15,7 +15,7 @@ from finetune_trainers.rollout import Completion, Request, Sampling
 from finetune_trainers.rollout.in_process import InProcessEngine
 from tests.trainers.tiny import VOCABULARY, tiny_model
 
-__all__ = ["PAD", "PROMPTS", "Alone", "engine_for", "greedy_by_transformers", "policy", "requests_for"]
+__all__ = ["PAD", "PROMPTS", "Alone", "engine_for", "greedy_by_transformers", "load_policy", "policy", "requests_for"]
 
 PAD = 0
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0)
@@ -39,14 +39,20 @@ class Alone:
 
 
 def policy(folder: Path, architecture: str = "Llama", **config: Any) -> nn.Module:
-    """A small model with the attention that trainers use."""
+    """A small model, written to `folder`."""
     tiny_model(folder, architecture, **config)
+    return load_policy(folder)
+
+
+def load_policy(folder: Path) -> nn.Module:
+    """The model in `folder` with the attention that trainers use."""
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=PACKED_ATTENTION)
     return model
 
 
 def engine_for(module: nn.Module, end_ids: Sequence[int] = (), context: Any = None, **settings: Any) -> InProcessEngine:
-    return InProcessEngine(module, PAD, end_ids, context or Alone(), **({"batch_size": 4} | settings))
+    worker: Any = context or Alone()
+    return InProcessEngine(module, PAD, end_ids, worker, **({"batch_size": 4} | settings))
 
 
 def requests_for(prompts: Sequence[list[int]], first_seed: int = 100) -> list[Request]:

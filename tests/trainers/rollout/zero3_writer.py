@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from finetune_trainers.rollout import Sampling
-from tests.trainers.rollout.writers import PROMPTS, engine_for, policy, requests_for
+from tests.trainers.rollout.writers import PROMPTS, engine_for, load_policy, requests_for
 
 __all__ = ["DRAWN", "END_IDS", "shares"]
 
@@ -46,7 +46,7 @@ class GlooContext:
 def main(folder: Path) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no C++ build at the first collective
     deepspeed.init_distributed("gloo")
-    model = policy(folder / f"model-{dist.get_rank()}")
+    model = load_policy(folder / "model")
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "weight_decay": 0.0}},

@@ -25,7 +25,7 @@ from finetune_trainers.evaluation import evaluating
 from finetune_trainers.rollout import Completion, OnProgress, Request, Sampling
 from finetune_trainers.rollout.row_cache import RowCache
 from finetune_trainers.rollout.sampling import draw, uniforms
-from finetune_trainers.rollout.zero3 import fits_whole, gathered, is_split
+from finetune_trainers.rollout.zero3 import fits_whole, gathered, is_split, parameters_but
 
 __all__ = ["InProcessEngine"]
 
@@ -52,10 +52,12 @@ class InProcessEngine:
         batch_size: int = 32,
         autocast: torch.dtype | None = None,
         gather: bool | None = None,
+        without: Collection[str] = (),
     ) -> None:
         """`module`: the causal model, or the DeepSpeed engine around it. `end_ids`: tokens that end an answer.
         `batch_size`: rows that are written at once. `autocast`: what its forward computes in under autocast, so
-        that weights are rounded once for all tokens. `gather`: under ZeRO-3, None for where it fits."""
+        that weights are rounded once for all tokens. `gather`: under ZeRO-3, None for where it fits. `without`: names
+        of parts that take no part in writing, such as a critic, and are not gathered."""
         assert batch_size > 0, "somebody must write"
         self._module = _inside(module)
         self._pad_id = pad_id
@@ -64,6 +66,7 @@ class InProcessEngine:
         self._batch_size = batch_size
         self._autocast = autocast
         self._gather = gather
+        self._without = frozenset(without)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress | None = None
@@ -100,11 +103,12 @@ class InProcessEngine:
         if not is_split(self._module):
             yield False
             return
-        gather = fits_whole(self._module, self._context) if self._gather is None else self._gather
+        parameters = parameters_but(self._module, self._without)
+        gather = fits_whole(parameters, self._context) if self._gather is None else self._gather
         if not gather:
             yield True
             return
-        with gathered(self._module):
+        with gathered(self._module, parameters):
             yield False
 
     def _goes_on(self, is_over: bool, in_step: bool) -> bool:
@@ -221,7 +225,7 @@ class _Writing:
         padded = [[self._pad_id] * padding + list(ids) for padding, ids in zip(paddings, unique, strict=True)]
         logits = self._forward(padded, paddings, cache)
         place = {prompt: number for number, prompt in enumerate(unique)}
-        owners = torch.tensor([place[self._prompts[index]] for index in entering], device=logits.device)
+        owners = [place[self._prompts[index]] for index in entering]
         if len(unique) < len(entering):
             logits = logits[owners]
             cache.keep(owners, 0)
@@ -285,4 +289,4 @@ class _Writing:
         first = min(row.padding for row in self._rows)
         for row in self._rows:
             row.padding -= first
-        self._cache.keep(torch.tensor(live, device=self._cache.layers[0].keys.device), first)
+        self._cache.keep(live, first)

@@ -9,6 +9,7 @@ whose masks leave out the rest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,17 +28,20 @@ class RowCache(Cache):
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=_Layer)
 
-    def keep(self, rows: Tensor, first: int) -> None:
-        """Only `rows` (int64; one may come more than once), in their order, and only columns from `first` on."""
+    def keep(self, rows: Sequence[int], first: int) -> None:
+        """Only `rows`, of which one may come more than once, in their order, and only columns from `first` on."""
         for layer in self._layers():
-            layer.keys = layer.key_room.put(layer.keys[:, :, first:].index_select(0, rows))
-            layer.values = layer.value_room.put(layer.values[:, :, first:].index_select(0, rows))
+            for room in layer.rooms:
+                chosen = torch.tensor(rows, device=room.used.device)
+                room.put(room.used[:, :, first:].index_select(0, chosen))
+            layer.show()
 
     def join(self, other: RowCache) -> None:
         """The rows of `other` after those that are here; the shorter ones of both get empty columns in front."""
         for layer, theirs in zip(self._layers(), other._layers(), strict=True):
-            layer.keys = layer.key_room.put(_below(layer.keys, theirs.keys))
-            layer.values = layer.value_room.put(_below(layer.values, theirs.values))
+            for room, their_room in zip(layer.rooms, theirs.rooms, strict=True):
+                room.put(_below(room.used, their_room.used))
+            layer.show()
 
     def _layers(self) -> list[_Layer]:
         layers = [layer for layer in self.layers if isinstance(layer, _Layer)]
@@ -56,40 +60,43 @@ class _Layer(DynamicLayer):
     """One layer's part; `keys` and `values` are views into buffers with room behind them."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.key_room, self.value_room = _Room(), _Room()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.rooms = (_Room(), _Room())
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Everything seen so far, the new columns [B, K, L, C] behind the others."""
-        if not self.is_initialized:
+        is_first = not self.is_initialized
+        if is_first:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = self.key_room.put(key_states), self.value_room.put(value_states)
-        else:
-            self.keys = self.key_room.append(self.keys, key_states)
-            self.values = self.value_room.append(self.values, value_states)
-        return self.keys, self.values
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room.put(states) if is_first else room.append(states)
+        return self.show()
+
+    def show(self) -> tuple[Tensor, Tensor]:
+        """What the buffers hold, where transformers looks for it."""
+        keys, values = (room.used for room in self.rooms)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 class _Room:
-    """A buffer [B, K, L + room, C]."""
+    """A buffer [B, K, L + room, C], of which L columns are in use."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        self._buffer = self.used = torch.empty(0)
 
-    def put(self, states: Tensor) -> Tensor:
-        """`states` [B, K, L, C] in a new buffer."""
+    def put(self, states: Tensor) -> None:
+        """`states` [B, K, L, C] and nothing else, in a new buffer."""
         rows, heads, columns, channels = states.shape
         self._buffer = states.new_empty((rows, heads, columns + ROOM, channels))
-        held = self._buffer[:, :, :columns]
-        held.copy_(states)
-        return held
+        self.used = self._buffer[:, :, :columns]
+        self.used.copy_(states)
 
-    def append(self, held: Tensor, states: Tensor) -> Tensor:
-        """`states` behind what the buffer holds, moving that only when the room is used up."""
-        before, after = held.shape[2], held.shape[2] + states.shape[2]
+    def append(self, states: Tensor) -> None:
+        """`states` behind what is here, which moves only when the room is used up."""
+        before, after = self.used.shape[2], self.used.shape[2] + states.shape[2]
         if after > self._buffer.shape[2]:
-            self.put(held)
-            if after > self._buffer.shape[2]:
-                return self.put(torch.cat([held, states], dim=2))
+            self.put(torch.cat([self.used, states], dim=2))
+            return
         self._buffer[:, :, before:after] = states
-        return self._buffer[:, :, :after]
+        self.used = self._buffer[:, :, :after]

@@ -6,7 +6,7 @@ answers at its own pace. Facts about DeepSpeed are those of 0.19.8.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from finetune_trainers.context import WorkerContext
 
-__all__ = ["fits_whole", "gathered", "is_split"]
+__all__ = ["fits_whole", "gathered", "is_split", "parameters_but"]
 
 SHARE = 0.6
 """Of free memory that gathered parameters may take; keys and values need the rest."""
@@ -27,9 +27,14 @@ def is_split(module: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
-def fits_whole(module: nn.Module, context: WorkerContext) -> bool:
-    """Whether every rank has the memory for the parameters in their own types. Collective."""
-    needed = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in module.parameters())
+def parameters_but(module: nn.Module, without: Collection[str]) -> list[nn.Parameter]:
+    """Parameters of `module` that belong to no part whose own name is in `without`."""
+    return [one for name, one in module.named_parameters() if not set(without) & set(name.split("."))]
+
+
+def fits_whole(parameters: Collection[nn.Parameter], context: WorkerContext) -> bool:
+    """Whether every rank has the memory for `parameters` in their own types. Collective."""
+    needed = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
     fits = needed <= SHARE * _free_bytes(context)
     refusals = torch.tensor(float(not fits), device=context.device)
     return context.all_reduce_sum(refusals).item() == 0
@@ -61,11 +66,12 @@ def _of_container() -> float:
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Whole parameters inside, and forward passes that are no collectives. Entering and leaving are."""
+def gathered(module: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """Inside, `parameters` are whole, and a forward pass of `module`, which uses no others, is no collective. Entering
+    and leaving are."""
     from deepspeed.runtime.zero import GatheredParameters
 
-    with GatheredParameters(list(module.parameters())), _without_hooks(module):
+    with GatheredParameters(list(parameters)), _without_hooks(module):
         yield
 
 
