@@ -69,7 +69,8 @@ class _Layer(DynamicLayer):
         if is_first:
             self.lazy_initialization(key_states, value_states)
         for room, states in zip(self.rooms, (key_states, value_states), strict=True):
-            room.put(states) if is_first else room.append(states)
+            take = room.put if is_first else room.append
+            take(states)
         return self.show()
 
     def show(self) -> tuple[Tensor, Tensor]:
