@@ -34,8 +34,9 @@ __all__ = [
 
 Key = TypeVar("Key", bound=Hashable)
 
-MAX_READ = 64 << 20
-"""Bytes of the longest read; memory of a reader is this times the reads that it has in flight."""
+MAX_READ = 8 << 20
+"""Bytes of the longest read; memory of a reader is this times the reads that it has in flight. Longer ones take more
+time: memory that is given back and taken again must be cleared by the kernel each time."""
 MAX_GAP = 16 << 10
 """Bytes between two wanted ranges that are read along: a request costs more than they do."""
 
