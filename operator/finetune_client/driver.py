@@ -174,6 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--suspend", action="store_true", help="ask the driver that works there to suspend the job")
     options = parser.parse_args(arguments)
     folder: Path = options.folder.expanduser()
+    # Ray's workers block SIGINT, which is how trainers are asked to stop, and whoever they start inherits that.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     if options.suspend:
         (folder / SUSPEND_FILE).touch()
         return 0

@@ -112,6 +112,19 @@ def test_a_job_is_suspended_by_another_process_and_goes_on_in_the_same_folder(dr
     assert attempts_in(second.output) == [2]
 
 
+def test_trainers_hear_that_they_should_stop_also_where_who_starts_the_driver_blocks_the_signal(drive: Drive) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        driving = drive("waits", {"spec.checkpoint": {"everySteps": 1}})
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    wait_until(lambda: driving.is_at(Phase.RUNNING))
+    assert drive("", {}, "--suspend").end() == 0
+    assert driving.end() == SUSPENDED_CODE
+    assert driving.view is not None
+    assert "did not in time" not in (driving.view.status.attempts[-1].message or "")
+
+
 def test_a_driver_that_is_told_to_end_leaves_no_trainer(drive: Drive) -> None:
     driving = drive("waits")
     wait_until(lambda: driving.is_at(Phase.RUNNING))

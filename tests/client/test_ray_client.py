@@ -1,0 +1,80 @@
+"""Jobs on a real Ray cluster by Ray Client: clients come and go, the job does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from finetune_api.job import Phase
+from finetune_api.problems import InvalidManifest
+from finetune_client import Client
+from finetune_client.errors import NoSuchJob, Unreachable
+from tests.client.ray_head import RayHead, ray_head
+from tests.client.test_ray_jobs import SLOW, STEPS, document, trainers
+from tests.cluster.processes import wait_until
+from tests.trainers.factories import tiny_model, write_rows
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ray-client")
+    tiny_model(folder / "model")
+    write_rows(folder / "rows.jsonl", 60)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def head(world: Path) -> Iterator[RayHead]:
+    with ray_head(world) as one:
+        yield one
+
+
+def test_a_job_outlives_the_client_that_submitted_it_and_another_one_follows_it_on(head: RayHead, world: Path) -> None:
+    with Client(ray=head.client_address) as first:
+        training = {"training.maxSteps": STEPS, "checkpoint": {"everySteps": 1000}}
+        job = first.submit(document(world, "long", training))
+        wait_until(lambda: job.status().phase is Phase.RUNNING, "the job to run", seconds=SLOW)
+        with pytest.raises(InvalidManifest, match=r"metadata\.name: is the name of a job that is there already"):
+            first.submit(document(world, "long"))
+    with Client(ray=head.client_address) as second:
+        assert [view.name for view in second.list()] == ["long"]
+        job = second.job("long")
+        before = job.status().progress
+        assert before is not None
+        wait_until(lambda: (job.status().progress or before).step > before.step, "another step", seconds=SLOW)
+        job.suspend()
+        status = job.wait()
+        assert status.phase is Phase.SUSPENDED
+        assert status.checkpoint is not None
+        job.resume()
+        wait_until(lambda: [one.number for one in job.status().attempts] == [1, 2], "the second attempt", seconds=SLOW)
+        wait_until(lambda: job.status().phase is Phase.RUNNING, "it to run", seconds=SLOW)
+        assert any("Loading weights" in line.text for line in job.logs(attempt=1))
+        job.cancel()
+        with pytest.raises(NoSuchJob):
+            job.status()
+        assert second.list() == []
+    wait_until(lambda: trainers() == [], "the trainers to end")
+
+
+def test_a_short_job_is_followed_to_its_artifact(head: RayHead, world: Path) -> None:
+    with Client(ray=head.client_address) as client:
+        job = client.submit(document(world, "short"))
+        assert job.wait().phase is Phase.SUCCEEDED
+        [artifact] = job.artifacts()
+        assert (Path(urlsplit(artifact.uri).path) / "adapter_model.safetensors").exists()
+        assert any("Loading weights" in line.text for line in job.logs(follow=True))
+        job.cancel()
+
+
+def test_an_address_where_nothing_listens_is_named() -> None:
+    with (
+        Client(ray="ray://127.0.0.1:9") as client,
+        pytest.raises(Unreachable, match=r"ray://127.0.0.1:9 does not answer: .*ray://HEAD:10001"),
+    ):
+        client.list()
