@@ -591,7 +591,8 @@ def test_later_attempts_keep_both_the_model_and_the_teacher_that_they_began_with
     cluster.dependencies["sft"] = another_job("sft", DONE)
     cluster.settle()
     assert "job://big" in cluster.says("Admitted")
-    written = {**DONE["artifacts"][0], "uri": "file:///runs/big/model"}
+    artifacts: Any = DONE["artifacts"]
+    written = {**artifacts[0], "uri": "file:///runs/big/model"}
     cluster.dependencies["big"] = another_job("big", {**DONE, "artifacts": [written]})
     cluster.settle()
     began = plan_of(cluster, 1)

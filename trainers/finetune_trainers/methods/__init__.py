@@ -53,8 +53,8 @@ class Method(Protocol):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
-        return None
+        return
 
     def close(self) -> None:
         """The training is over. May be called twice."""
-        return None
+        return

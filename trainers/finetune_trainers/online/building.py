@@ -12,6 +12,7 @@ from finetune_trainers.data.questions import Questions
 from finetune_trainers.evaluation import end_token_ids
 from finetune_trainers.methods import Method
 from finetune_trainers.models import DTYPES, load_model, load_tokenizer
+from finetune_trainers.online.critic import CRITIC_PARTS
 from finetune_trainers.online.grpo import Grpo
 from finetune_trainers.online.method import Parts
 from finetune_trainers.online.models import Models
@@ -41,6 +42,7 @@ def build_online(plan: RunPlan, prepared: PreparedRun, module: nn.Module, contex
             context,
             batch_size=WRITTEN_AT_ONCE,
             autocast=_autocast(plan),
+            without=CRITIC_PARTS,
         ),
         rewards=build_rewards(settings.rewards, plan, prepared, context),
         questions=Questions(prepared.data.train, plan.optimization.seed),

@@ -23,10 +23,12 @@ from finetune_trainers.online.adapters import Adapters
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.tuning import TunedModel, UnfreezeSchedule, peft_warnings_off
 
-__all__ = ["add_critic"]
+__all__ = ["CRITIC_PARTS", "add_critic"]
 
 CRITIC = "critic"
 HEAD = "value_head"
+CRITIC_PARTS = (CRITIC, HEAD)
+"""Of the policy's module: what writes no answers."""
 
 
 def add_critic(
@@ -40,6 +42,7 @@ def add_critic(
     """`tuned` with a critic that learns beside it. Collective under ZeRO-3."""
     model: Any = tuned.model
     own_masters = plan.deepspeed.engine == "torch"
+    in_use: Callable[[], AbstractContextManager[None]]
     if plan.tuning.lora is not None:
         with torch.random.fork_rng(range(torch.cuda.device_count())), peft_warnings_off():
             torch.manual_seed(plan.optimization.seed + 1)
