@@ -86,11 +86,8 @@ class AsyncClient:
         return DriversBackend(LocalDrivers(self._workdir), self._namespace)
 
     async def _in_kubernetes(self) -> Backend:
-        try:
-            from finetune_client.backends.kubernetes import KubernetesBackend
-        except ModuleNotFoundError as error:
-            message = f"speaking to a cluster needs a package that is not installed ({error.name}); "
-            raise Unreachable(message + "pip install 'finetune-operator[client,operator]'") from error
+        from finetune_client.backends.kubernetes import KubernetesBackend
+
         return await KubernetesBackend.open(self._namespace, self._context, self._kubeconfig)
 
     async def _on_ray(self, address: str) -> Backend:
