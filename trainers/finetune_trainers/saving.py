@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,14 +98,16 @@ class Checkpoints:
         context: WorkerContext,
         workdir: Path,
         best: Path | None = None,
+        helpers: Collection[str] = (),
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`best` is the folder of the best parameters, where training stops early. Raises UserError when the engine's
+        """`best` is the folder of the best parameters, where training stops early; `helpers` are parameters that are no
+        part of the artifact. Raises UserError when the engine's
         state cannot be read."""
         self._plan, self._settings, self._prepared = plan, settings, prepared
         self._engine, self._context, self._best, self._now, self._clock = engine, context, best, now, clock
-        self._state = EngineState(engine, context.rank, context.world_size)
+        self._state = EngineState(engine, context.rank, context.world_size, helpers)
         self._intents = Intents(plan, settings, prepared, self._state, context.world_size)
         self._uri = settings.uri or f"file://{workdir.absolute() / _FOLDER}"
         self._pvc_root = os.environ.get("FINETUNE_PVC_ROOT", "/mnt/pvc")

@@ -63,7 +63,7 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
     torch.manual_seed(plan.optimization.seed + context.rank)  # dropout is not
     method = build_method(plan, prepared, engine.module, context)  # asks the model before a checkpoint is loaded
     loaded_at = time.time()
-    checkpoints = _checkpoints(plan, prepared, engine, context, workdir)
+    checkpoints = _checkpoints(plan, prepared, tuned, engine, context, workdir)
     trackers = open_trackers(plan, workdir, plan.name) if context.rank == 0 else None
     evaluator = _Evaluator(plan, prepared, method, engine, context, trackers)
     best = None
@@ -131,14 +131,19 @@ def load(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> tuple[
 
 
 def _checkpoints(
-    plan: RunPlan, prepared: PreparedRun, engine: Engine, context: WorkerContext, workdir: Path
+    plan: RunPlan,
+    prepared: PreparedRun,
+    tuned: TunedModel,
+    engine: Engine,
+    context: WorkerContext,
+    workdir: Path,
 ) -> Checkpoints | None:
     if plan.checkpoint is None:
         return None
     from finetune_trainers.saving import Checkpoints  # its imports are for jobs that save
 
     best = workdir / "best" if plan.evaluation.early_stopping is not None else None
-    return Checkpoints(plan, plan.checkpoint, prepared, engine, context, workdir, best)
+    return Checkpoints(plan, plan.checkpoint, prepared, engine, context, workdir, best, tuned.helpers)
 
 
 class _Evaluator:

@@ -10,13 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.failures import FailureClass
 from finetune_api.plan import RunPlan
+from finetune_api.spec import Precision
+from finetune_trainers.checkpoint.exports import ExportOptions, export_checkpoint
+from finetune_trainers.checkpoint.find import find_newest
 from finetune_trainers.checkpoint.listing import listed
 from finetune_trainers.checkpoint.storage.opening import open_storage
+from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.context import SingleProcessContext
 from finetune_trainers.data.batches import IGNORED, Batch
 from finetune_trainers.engine import Engine
@@ -138,6 +143,14 @@ def test_before_the_critic_has_learned_tokens_are_worth_what_the_reward_leaves_t
             assert advantages.tolist() == pytest.approx(wanted, abs=1e-5)
 
 
+def saving(plan: RunPlan, folder: Path) -> tuple[RunPlan, Storage]:
+    """`plan` with its checkpoints below `folder`, and where they are."""
+    assert plan.checkpoint is not None
+    where = {"uri": f"file://{folder}/checkpoints"}
+    plan = plan.model_copy(update={"checkpoint": plan.checkpoint.model_copy(update=where)})
+    return plan, open_storage(where["uri"])
+
+
 @pytest.mark.parametrize("way", ["torch", "torch, lora", "zero 2", "zero 3, lora"])
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
 def test_two_and_two_iterations_are_four_to_the_bit(method: str, way: str, online: OnlineWorld, tmp_path: Path) -> None:
@@ -153,12 +166,8 @@ def test_two_and_two_iterations_are_four_to_the_bit(method: str, way: str, onlin
         "checkpoint": {"everySteps": 3, "keepLast": 8},
         **ways[way],
     }
-    plan = online.plan(method, changes, evaluated=False)
-    assert plan.checkpoint is not None
-    checkpoints = {"uri": f"file://{tmp_path}/checkpoints"}
-    plan = plan.model_copy(update={"checkpoint": plan.checkpoint.model_copy(update=checkpoints)})
+    plan, storage = saving(online.plan(method, changes, evaluated=False), tmp_path)
     online.train(plan, tmp_path / "whole")
-    storage = open_storage(checkpoints["uri"])
     saved = sorted(checkpoint.step for checkpoint in listed(storage))
     assert saved == [4, 6], "due after 3 and 6, and taken between iterations"
     for checkpoint, listing in listed(storage).items():
@@ -210,6 +219,23 @@ def test_the_artifact_of_ppo_is_the_policy_alone(online: OnlineWorld, tmp_path: 
     assert not [name for name in names if "critic" in name or "value" in name]
     config = json.loads((tmp_path / "run/artifact/adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])
+def test_a_checkpoint_of_ppo_is_exported_as_the_policy_alone(
+    tuning: dict[str, Any], online: OnlineWorld, tmp_path: Path
+) -> None:
+    changes = {"training.maxSteps": 4, "checkpoint": {"everySteps": 4}} | tuning
+    plan, storage = saving(online.plan("ppo", changes, evaluated=False), tmp_path)
+    online.train(plan, tmp_path / "run")
+    manifest = find_newest(storage).manifest
+    assert manifest is not None
+    options = ExportOptions(dtype=Precision.FP32, base=None if tuning else online.world.model)
+    export_checkpoint(storage, manifest, str(tmp_path / "out"), "hf", options)
+    found = {key: one for file in (tmp_path / "out").glob("*.safetensors") for key, one in load_file(file).items()}
+    wanted = online.artifact(tmp_path / "run")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 def test_steps_beyond_the_stop_of_an_iteration_change_nothing(online: OnlineWorld, tmp_path: Path) -> None:

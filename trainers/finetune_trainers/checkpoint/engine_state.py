@@ -16,7 +16,7 @@ after a step, since the weights that it computes with are copies of the masters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -36,7 +36,7 @@ __all__ = ["EngineState", "Loaded", "UnknownLayoutError"]
 
 _PARAM = "param"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_ROLE = "model"
+_MODEL, _HELPER = "model", "critic"
 
 
 class UnknownLayoutError(UserError):
@@ -75,9 +75,11 @@ class Loaded:
 class EngineState:
     """Reads and writes the state of one rank's engine."""
 
-    def __init__(self, engine: Engine, rank: int, world_size: int) -> None:
-        """Raises UnknownLayoutError."""
+    def __init__(self, engine: Engine, rank: int, world_size: int, helpers: Collection[str] = ()) -> None:
+        """`helpers`: parameters that serve training alone, such as a critic's; they have a role of their own, so that
+        an export leaves them out. Raises UnknownLayoutError."""
         self._engine: Any = engine  # what is used of it is beyond the protocol
+        self._helpers = frozenset(helpers)
         self._rank, self._world_size = rank, world_size
         self._kind = _kind_of(self._engine, world_size)
         self._held = {held.name: held for held in _HOLDINGS[self._kind](self._engine, rank, world_size)}
@@ -97,6 +99,7 @@ class EngineState:
         return tuple(
             TensorRecord(
                 name=held.name,
+                role=self._role(held.name),
                 shape=held.shape,
                 states=dict.fromkeys((_PARAM, *_MOMENTS) if self._step(held) else (_PARAM,), "F32"),
             )
@@ -105,19 +108,27 @@ class EngineState:
 
     def groups(self) -> tuple[ParamGroup, ...]:
         """The optimizer's groups; `steps` are AdamW's own counts, one for each tensor."""
-        return tuple(self._group(index) for index in range(len(self._engine.groups)))
+        return tuple(
+            self._group(index, role, [name for name in group.names if self._role(name) == role])
+            for index, group in enumerate(self._engine.groups)
+            for role in sorted({self._role(name) for name in group.names})
+        )
 
-    def _group(self, index: int) -> ParamGroup:
+    def _role(self, name: str) -> str:
+        return _HELPER if name in self._helpers else _MODEL
+
+    def _group(self, index: int, role: str, names: Sequence[str]) -> ParamGroup:
         group, settings = self._engine.groups[index], self._engine.adamw.param_groups[index]
         options: dict[str, JsonValue] = {
             "weight_decay": group.weight_decay,
             "opens_at": group.opens_at,
             "betas": list(settings["betas"]),
             "eps": settings["eps"],
-            "steps": [self._step(self._held[name]) for name in group.names],
+            "steps": [self._step(self._held[name]) for name in names],
         }
         decay = "decayed" if group.weight_decay else "plain"
-        return ParamGroup(name=f"{index}-{decay}-from-{group.opens_at:g}", tensors=tuple(group.names), options=options)
+        name = f"{index}-{decay}-from-{group.opens_at:g}"
+        return ParamGroup(name=name, role=role, tensors=tuple(names), options=options)
 
     def _step(self, held: _Held) -> int:
         """Updates that the parameter has seen. DeepSpeed counts for closed groups too, which begin anew later."""
@@ -184,7 +195,7 @@ class EngineState:
                     continue
                 buffer = torch.empty(held.end - held.start, dtype=torch.float32)
                 values[tensor.name, state] = buffer
-                wanted = Wanted(SliceKey(_ROLE, tensor.name, state), held.start, held.end)
+                wanted = Wanted(SliceKey(tensor.role, tensor.name, state), held.start, held.end)
                 targets[wanted] = _bytes_of(buffer)
         reader.read(targets)
         return Loaded(values, _steps_of(manifest))
