@@ -62,6 +62,7 @@ def test_nothing_outlives_a_test_run(tmp_path: Path, how: signal.Signals) -> Non
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=Path.cwd()) as run:
         assert run.stdout is not None
         child = psutil.Process(int(run.stdout.readline()))
+        wait_until(lambda: child.name() == "sleep", "the process to have said whose end is its own")
         os.kill(run.pid, how)
     child.wait(30)
 

@@ -49,6 +49,7 @@ MEANINGS = {
     10: "the trainers hung",
     11: "the job took longer than it may",
     12: "a job that this one needs has failed",
+    13: "the model strayed too far from its reference",
     SUSPENDED: "suspended, go on with finetune run --resume",
     130: "stopped by Ctrl-C or a signal",
 }
