@@ -215,8 +215,6 @@ class _Planner:
             stage, reason = 2, "adapters are small; splitting the frozen base would only cost communication"
         elif stage is None:
             stage, reason = 3, "all training state is split over the workers"
-            if spec.method.online is not None and spec.method.online.needs_reference:
-                stage, reason = 2, "every worker holds the model and its reference whole; the rest is split over them"
         assert stage is not None
         if reason:
             self._decide("deepspeed.zeroStage", stage, reason)
@@ -231,13 +229,9 @@ class _Planner:
         if stage == 0 and spec.deepspeed.offload.optimizer == "cpu":
             self._refuse("deepspeed.offload.optimizer", "cpu", "needs zeroStage 1, 2 or 3; set deepspeed.zeroStage")
         online = spec.method.online
-        if stage == 3 and online is not None and online.needs_reference and spec.tuning.lora is None:
-            self._refuse(
-                "deepspeed.zeroStage",
-                stage,
-                f"cannot hold the reference of method.{spec.method.chosen}, which is a second model with full tuning;"
-                " set it to 2 or less, or use tuning.lora",
-            )
+        if online is not None and online.needs_reference and spec.tuning.lora is None:
+            what = "the model before training is held whole in each training process, beside its part of what learns"
+            self._decide(f"method.{spec.method.chosen}", "reference", what)
 
     def _batch(self, workers: WorkersPlan) -> BatchPlan:
         total, world = self.spec.training.global_batch_size, workers.world_size

@@ -151,10 +151,10 @@ def saving(plan: RunPlan, folder: Path) -> tuple[RunPlan, Storage]:
     return plan, open_storage(where["uri"])
 
 
-@pytest.mark.parametrize("way", ["torch", "torch, lora", "zero 2", "zero 3, lora"])
+@pytest.mark.parametrize("way", ["torch", "torch, lora", "zero 2", "zero 3", "zero 3, lora"])
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
 def test_two_and_two_iterations_are_four_to_the_bit(method: str, way: str, online: OnlineWorld, tmp_path: Path) -> None:
-    ways = {"torch": {}, "torch, lora": LORA, "zero 2": zero(2), "zero 3, lora": zero(3) | LORA}
+    ways = {"torch": {}, "torch, lora": LORA, "zero 2": zero(2), "zero 3": zero(3), "zero 3, lora": zero(3) | LORA}
     adaptive = {"target": 0.5, "coefficient": 0.1, "horizon": 100}
     settings = {
         "grpo": METHODS["grpo"]["grpo"] | {"passes": 2, "klCoefficient": 0.1, "dynamicSampling": 2},

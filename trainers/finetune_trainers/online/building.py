@@ -20,6 +20,7 @@ from finetune_trainers.online.ppo import Ppo
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.rewards.building import build_rewards
 from finetune_trainers.rollout.in_process import InProcessEngine
+from finetune_trainers.whole_models import not_split
 
 __all__ = ["build_online"]
 
@@ -64,7 +65,8 @@ def _reference(
     """The model as it was before training: with LoRA it is in the policy already."""
     if plan.tuning.lora is not None or not settings.needs_reference:
         return None
-    frozen: nn.Module = load_model(prepared.model, plan, context.device)
+    with not_split():
+        frozen: nn.Module = load_model(prepared.model, plan, context.device)
     return frozen.to(DTYPES[plan.precision]).requires_grad_(False).eval()
 
 
