@@ -28,6 +28,7 @@ from finetune_api.plan import RunPlan
 from tests.bench.common import cache_folder, model_folder
 from tests.trainers.conftest import SmallWorld
 from tests.trainers.factories import tiny_plan
+from tests.trainers.online.online_world import write_prompts
 
 pytestmark = pytest.mark.ray
 
@@ -35,6 +36,15 @@ LONG = bool(os.environ.get("FINETUNE_LONG"))
 NUM_KILLS = 20 if LONG else 4
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, INTERVAL = 90, 8
+ROLLOUTS: dict[str, Any] = {
+    "maxSeqLength": 64,
+    "sampling": {"maxNewTokens": 12},
+    "rewards": [{"function": {"call": "tests.trainers.online.scores:many_letters", "settings": {"letter": "e"}}}],
+    "passes": 2,
+    "miniBatches": 2,
+    "kl": {"coefficient": 0.1, "target": 0.5, "horizon": 100},
+    "normalizeRewards": True,
+}
 
 
 @dataclass
@@ -129,16 +139,20 @@ def artifact_of(workdir: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-@pytest.fixture
-def training(small_world: SmallWorld, tmp_path: Path) -> Training:
+@pytest.fixture(params=["sft", "ppo"])
+def training(request: pytest.FixtureRequest, small_world: SmallWorld, tmp_path: Path) -> Training:
+    """PPO is killed wherever it is: when it writes, scores, asks its models, updates, or saves."""
     training = {"maxSteps": STEPS, "globalBatchSize": 8, "microBatchSize": 2, "learningRate": 1e-3}
     changes: dict[str, Any] = {"training": training | {"precision": "fp32"}, "checkpoint": {"everySteps": INTERVAL}}
-    model, cache = small_world.model, small_world.cache
+    model, cache, rows = small_world.model, small_world.cache, small_world.folder / "rows.jsonl"
+    if request.param == "ppo":
+        rows = write_prompts(tmp_path / "prompts.jsonl", 40)
+        changes |= {"method": {"ppo": ROLLOUTS}}
     if LONG:
         model, cache = model_folder(), cache_folder()
         changes["training"] |= {"globalBatchSize": 2, "microBatchSize": 1}
         changes["tuning"] = {"lora": {"rank": 8}}
-    return Training(tmp_path, tiny_plan(model, small_world.folder / "rows.jsonl", changes), cache)
+    return Training(tmp_path, tiny_plan(model, rows, changes), cache)
 
 
 def at(training: Training, place: str) -> Training:
