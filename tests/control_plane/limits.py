@@ -60,7 +60,8 @@ _JUDGED: dict[str, dict[str, Any]] = {
     "kto": {"beta": 0.1, "desirableWeight": 1.0, "undesirableWeight": 1.33},
     "orpo": {"beta": 0.1},
     "distill": {
-        "teacher": {"source": "file:///models/t", "tokenizer": "hf://org/t", "trustRemoteCode": False},
+        "teacher": {"source": "hf://org/t", "revision": "main", "tokenizer": "hf://org/t", "trustRemoteCode": False},
+        "lossOn": "assistant",
         "divergence": "jsd",
         "beta": 0.9,
         "temperature": 2.0,

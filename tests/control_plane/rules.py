@@ -323,6 +323,50 @@ RULE_ROWS = [
         "spec.cluster.pods.tolerations[0].operator",
         {"cluster.pods.tolerations": [{"effect": "NoSchedule"}]},
     ),
+    *(
+        RuleRow(
+            kind.capitalize(),
+            "sampling.maxNewTokens must leave room for a prompt; raise maxSeqLength or lower it",
+            f"spec.method.{kind}.maxSeqLength",
+            {"method": {kind: {"rewards": [_EXACT_MATCH], "maxSeqLength": 64, "sampling": {"maxNewTokens": 64}}}},
+        )
+        for kind in ("ppo", "grpo")
+    ),
+    RuleRow(
+        "Ppo",
+        "dualClip must be above 1 + clipHigh; raise it, or remove it",
+        "spec.method.ppo.dualClip",
+        {"method": {"ppo": {"rewards": [_EXACT_MATCH], "dualClip": 1.25, "clipHigh": 0.25}}},
+    ),
+    RuleRow(
+        "KlPenalty",
+        "a coefficient of 0 can never be raised to reach the target; set it above 0",
+        "spec.method.ppo.kl.coefficient",
+        {"method": {"ppo": {"rewards": [_EXACT_MATCH], "kl": {"coefficient": 0.0, "target": 3.0}}}},
+    ),
+    RuleRow(
+        "Grpo",
+        "overlongBuffer must not be longer than sampling.maxNewTokens; lower it",
+        "spec.method.grpo.overlongBuffer",
+        {"method": {"grpo": {"rewards": [_EXACT_MATCH], "overlongBuffer": 65, "sampling": {"maxNewTokens": 64}}}},
+    ),
+    RuleRow(
+        "FineTuneJobSpec",
+        "globalBatchSize × method.grpo.miniBatches must be a multiple of method.grpo.groupSize, since an iteration has"
+        " whole groups",
+        "spec.training.globalBatchSize",
+        {"method": {"grpo": {"rewards": [_EXACT_MATCH], "groupSize": 7}}},
+    ),
+    RuleRow(
+        "FineTuneJobSpec",
+        "ppo and grpo are evaluated by the rewards of the answers to data.eval; remove generation",
+        "spec.training.generation",
+        {
+            "method": {"grpo": {"rewards": [_EXACT_MATCH]}},
+            "data": {"train": [{"source": _FILE}], "eval": [{"source": _FILE}]},
+            "training.generation": {},
+        },
+    ),
     RuleRow(
         "Toleration",
         "operator Exists compares no value; remove it",
