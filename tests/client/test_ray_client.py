@@ -1,10 +1,12 @@
-"""Jobs on a real Ray cluster by Ray Client: clients come and go, the job does not."""
+"""Jobs on a real Ray cluster by Ray Client: clients come and go, the job does not.
+
+The driver is that of the Jobs API, whose tests follow a job to its artifact and go on with a suspended one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -51,25 +53,12 @@ def test_a_job_outlives_the_client_that_submitted_it_and_another_one_follows_it_
         status = job.wait()
         assert status.phase is Phase.SUSPENDED
         assert status.checkpoint is not None
-        job.resume()
-        wait_until(lambda: [one.number for one in job.status().attempts] == [1, 2], "the second attempt", seconds=SLOW)
-        wait_until(lambda: job.status().phase is Phase.RUNNING, "it to run", seconds=SLOW)
         assert any("Loading weights" in line.text for line in job.logs(attempt=1))
         job.cancel()
         with pytest.raises(NoSuchJob):
             job.status()
         assert second.list() == []
     wait_until(lambda: trainers() == [], "the trainers to end")
-
-
-def test_a_short_job_is_followed_to_its_artifact(head: RayHead, world: Path) -> None:
-    with Client(ray=head.client_address) as client:
-        job = client.submit(document(world, "short"))
-        assert job.wait().phase is Phase.SUCCEEDED
-        [artifact] = job.artifacts()
-        assert (Path(urlsplit(artifact.uri).path) / "adapter_model.safetensors").exists()
-        assert any("Loading weights" in line.text for line in job.logs(follow=True))
-        job.cancel()
 
 
 def test_an_address_where_nothing_listens_is_named() -> None:
