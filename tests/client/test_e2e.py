@@ -171,32 +171,6 @@ def trainer_among(children: list[psutil.Process]) -> psutil.Process:
     return next(child for child in children if "finetune_trainers" in child.cmdline() and "run" in child.cmdline())
 
 
-def test_a_trainer_that_is_killed_in_mid_run_is_followed_by_an_attempt_that_completes(world: World) -> None:
-    folder = world.folder / "retried"
-    job = world.write_job("retried", {"training": {"maxSteps": 60, "globalBatchSize": 8}})
-    process = world.start(
-        *("run", job, "--workdir", folder, "-o", "json", "--set", "failurePolicy.backoff.initialSeconds=1")
-    )
-    reports = folder / "progress.jsonl"
-    wait_until(
-        lambda: process.poll() is not None or (reports.exists() and '"step":1' in reports.read_text()), seconds=300
-    )
-    assert process.poll() is None, process.communicate()
-    children = psutil.Process(process.pid).children(recursive=True)
-    trainer_among(children).kill()
-    done = finish(process)
-    assert done.code == 0, done.stderr
-    document = done.document
-    assert [(one["number"], one["outcome"]) for one in document["attempts"]] == [(1, "Unknown"), (2, "Succeeded")]
-    assert (document["phase"], document["restarts"], document["progress"]["step"]) == ("Succeeded", 1, 60)
-    assert document["postMortem"]["exitCode"] == 137
-    assert document["artifact"] == (folder / "artifact").as_uri()
-    assert (folder / "artifact" / "adapter_model.safetensors").is_file()
-    assert not (folder / "attempt-1" / "artifact").exists()
-    assert "Trying again in 1 s" in done.stderr
-    assert [child for child in children if is_alive(child.pid)] == []
-
-
 def reports_in(folder: Path) -> list[dict[str, Any]]:
     """What the trainers of the folder's last attempt have reported so far, in whole lines."""
     file = folder / "progress.jsonl"
@@ -227,15 +201,25 @@ def test_after_a_kill_the_next_attempt_goes_on_from_the_last_checkpoint(world: W
     )
     wait_until(lambda: process.poll() is not None or saved_in(folder) >= 10, seconds=300)
     assert process.poll() is None, process.communicate()
-    trainer_among(psutil.Process(process.pid).children(recursive=True)).kill()
+    children = psutil.Process(process.pid).children(recursive=True)
+    trainer_among(children).kill()
     done = finish(process)
     assert done.code == 0, done.stderr
-    assert [one["outcome"] for one in done.document["attempts"]] == ["Unknown", "Succeeded"]
-    resumed = done.document["attempts"][1]["resumedFromStep"]
+    document = done.document
+    assert [(one["number"], one["outcome"]) for one in document["attempts"]] == [(1, "Unknown"), (2, "Succeeded")]
+    assert (document["phase"], document["restarts"]) == ("Succeeded", 1)
+    assert document["progress"]["step"] == LONG["maxSteps"]
+    assert document["postMortem"]["exitCode"] == 137
+    resumed = document["attempts"][1]["resumedFromStep"]
     assert resumed >= 10
     assert steps_made_in(folder)[0] == resumed + 1
-    assert done.document["checkpoint"]["step"] == saved_in(folder) > resumed
+    assert document["checkpoint"]["step"] == saved_in(folder) > resumed
     assert f"Attempt 2 goes on after step {resumed}" in done.stderr
+    assert "Trying again in 1 s" in done.stderr
+    assert document["artifact"] == (folder / "artifact").as_uri()
+    assert (folder / "artifact" / "adapter_model.safetensors").is_file()
+    assert not (folder / "attempt-1" / "artifact").exists()
+    assert [child for child in children if is_alive(child.pid)] == []
 
 
 def test_a_suspended_run_saves_and_goes_on_after_the_step_that_it_had_come_to(world: World) -> None:

@@ -1,7 +1,8 @@
 """Trainings whose processes are killed with SIGKILL again and again: they end as if nobody had, to the bit.
 
 Killed is the trainer, the process that writes its checkpoints, or both at once; moments and victims are drawn from a
-seed. In each run a tiny model and a few kills; with FINETUNE_LONG=1 the real model of 135M parameters and twenty.
+seed. In each run a tiny model, PPO and a few kills; with FINETUNE_LONG=1 the real model of 135M parameters, SFT and
+PPO, and twenty kills.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def artifact_of(workdir: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-@pytest.fixture(params=["sft", "ppo"])
+@pytest.fixture(params=["sft", "ppo"] if LONG else ["ppo"])
 def training(request: pytest.FixtureRequest, small_world: SmallWorld, tmp_path: Path) -> Training:
     """PPO is killed wherever it is: when it writes, scores, asks its models, updates, or saves."""
     training = {"maxSteps": STEPS, "globalBatchSize": 8, "microBatchSize": 2, "learningRate": 1e-3}
