@@ -16,6 +16,7 @@ from finetune_api.job import FineTuneJob
 from finetune_api.problems import InvalidManifest
 from finetune_api.runtime import FineTuneRuntime
 from finetune_client.documents import document_of
+from finetune_operator.kinds import Key
 
 __all__ = ["SUBMISSION_VARIABLE", "Submitted"]
 
@@ -38,6 +39,11 @@ class Submitted:
         document = document_of(job)
         document["metadata"].setdefault("namespace", namespace)
         return cls(document, [runtime.to_document() for runtime in runtimes], use_ray)
+
+    @property
+    def key(self) -> Key:
+        """Which job it is."""
+        return Key(self.job["metadata"]["namespace"], self.job["metadata"]["name"])
 
     def packed(self) -> str:
         """As text. Raises InvalidManifest for a job that is too large to travel so."""

@@ -13,18 +13,16 @@ from typing import Any, Protocol
 
 from finetune_api.job import FineTuneJob, Phase
 from finetune_api.runtime import FineTuneRuntime
+from finetune_client.backends.asking import LOOK_SECONDS, changes, planned
 from finetune_client.backends.told import ended_without_a_word, not_settled, not_told_yet, taken
-from finetune_client.checks import check_plan
 from finetune_client.driven import Told
 from finetune_client.errors import NoLog, Refused
 from finetune_client.output import attempts_in, lines_of
-from finetune_client.submission import Submitted
 from finetune_client.views import JobEvent, JobView, LogChoice, LogLine
 from finetune_operator.kinds import Key
 
 __all__ = ["Drivers", "DriversBackend"]
 
-_LOOK_SECONDS = 1.0
 _SOON_SECONDS = 0.2
 _END_SECONDS = 60.0
 _LOG = "trainer.log"
@@ -80,11 +78,9 @@ class DriversBackend:
         return self._namespace
 
     async def submit(self, job: FineTuneJob, runtimes: Sequence[FineTuneRuntime], dry_run: bool) -> JobView:
-        """See Backend. Planned here first, so that a mistake is told at once."""
-        check_plan(job, runtimes)
-        submitted = Submitted.of(job, self._namespace, list(runtimes))
-        key = Key(submitted.job["metadata"]["namespace"], job.metadata.name)
-        packed = submitted.packed()
+        """See Backend."""
+        submitted = planned(job, runtimes, self._namespace)
+        key, packed = submitted.key, submitted.packed()
         if key in await self._drivers.keys():
             raise taken(key)
         if not dry_run:
@@ -100,15 +96,9 @@ class DriversBackend:
         keys = sorted(key for key in await self._drivers.keys() if namespace in (None, key.namespace))
         return [await self.get(key) for key in keys]
 
-    async def watch(self, key: Key) -> AsyncGenerator[JobView]:
+    def watch(self, key: Key) -> AsyncGenerator[JobView]:
         """See Backend. The driver's place is asked every second."""
-        last: JobView | None = None
-        while True:
-            view = await self.get(key)
-            if view != last:
-                last = view
-                yield view
-            await asyncio.sleep(_LOOK_SECONDS)
+        return changes(lambda: self.get(key))
 
     async def logs(self, key: Key, which: LogChoice, follow: bool) -> AsyncGenerator[LogLine]:
         """See Backend. All processes of an attempt write one log, so there is no other to be had."""
@@ -129,7 +119,7 @@ class DriversBackend:
                 raise NoLog(f"job {key.name} has no log of attempt {attempt or 1}; attempts with a log: {numbers}")
             if not follow or not works or (written and written[-1] != attempt):
                 return
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def suspend(self, key: Key, value: bool) -> JobView:
         """See Backend."""

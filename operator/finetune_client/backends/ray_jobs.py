@@ -17,12 +17,12 @@ from typing import Any
 
 from finetune_api.job import FineTuneJob, Phase
 from finetune_api.runtime import FineTuneRuntime
+from finetune_client.backends.asking import LOOK_SECONDS, changes, planned
 from finetune_client.backends.ray_http import RayJobInfo, RayJobsApi
 from finetune_client.backends.told import absent, ended_without_a_word, new_folder, not_settled, not_told_yet, taken
-from finetune_client.checks import check_plan
 from finetune_client.errors import NoLog, Refused
 from finetune_client.output import attempts_in, lines_of, newest_document
-from finetune_client.submission import SUBMISSION_VARIABLE, Submitted
+from finetune_client.submission import SUBMISSION_VARIABLE
 from finetune_client.views import JobEvent, JobView, LogChoice, LogLine
 from finetune_operator.kinds import Key
 
@@ -30,7 +30,6 @@ __all__ = ["RayJobsBackend"]
 
 _DRIVER = "python -m finetune_client.driver"
 _JOB, _NAMESPACE, _FOLDER, _TURN = (f"finetune-operator.io/{name}" for name in ("job", "namespace", "folder", "turn"))
-_LOOK_SECONDS = 1.0
 _STOP_SECONDS = 60.0
 _LAST_LINES = 1000
 """Among so many the driver has told the job at least once."""
@@ -71,11 +70,9 @@ class RayJobsBackend:
         return self._namespace
 
     async def submit(self, job: FineTuneJob, runtimes: Sequence[FineTuneRuntime], dry_run: bool) -> JobView:
-        """See Backend. Planned here first, so that a mistake is told at once."""
-        check_plan(job, runtimes)
-        submitted = Submitted.of(job, self._namespace, list(runtimes))
-        key = Key(submitted.job["metadata"]["namespace"], job.metadata.name)
-        packed = submitted.packed()
+        """See Backend."""
+        submitted = planned(job, runtimes, self._namespace)
+        key, packed = submitted.key, submitted.packed()
         if await self._turns(key):
             raise taken(key)
         if not dry_run:
@@ -94,15 +91,9 @@ class RayJobsBackend:
                 jobs.setdefault(turn.key, []).append(turn)
         return [await self._view(jobs[key]) for key in sorted(jobs)]
 
-    async def watch(self, key: Key) -> AsyncGenerator[JobView]:
+    def watch(self, key: Key) -> AsyncGenerator[JobView]:
         """See Backend. The dashboard is asked every second."""
-        last: JobView | None = None
-        while True:
-            view = await self.get(key)
-            if view != last:
-                last = view
-                yield view
-            await asyncio.sleep(_LOOK_SECONDS)
+        return changes(lambda: self.get(key))
 
     async def logs(self, key: Key, which: LogChoice, follow: bool) -> AsyncGenerator[LogLine]:
         """See Backend. All processes of an attempt write one log, so there is no other to be had."""
@@ -117,7 +108,7 @@ class RayJobsBackend:
             num_told = len(lines)
             if not follow or is_over or attempts_in(output)[-1:] != [attempt]:
                 return
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def suspend(self, key: Key, value: bool) -> JobView:
         """See Backend. The wish is brought to the cluster by another, short Ray job."""
@@ -168,11 +159,11 @@ class RayJobsBackend:
 
     async def _end(self, id: str) -> RayJobInfo:
         """Waits for a Ray job's end. Raises Refused."""
-        for _ in range(round(_STOP_SECONDS / _LOOK_SECONDS * 4)):
+        for _ in range(round(_STOP_SECONDS / LOOK_SECONDS * 4)):
             info = await asyncio.to_thread(self._api.job, id)
             if info.is_over:
                 return info
-            await asyncio.sleep(_LOOK_SECONDS / 4)
+            await asyncio.sleep(LOOK_SECONDS / 4)
         raise Refused(f"Ray job {id} has not ended within {_STOP_SECONDS:.0f} s; look at it in Ray's dashboard")
 
     async def _all(self) -> Sequence[_Turn]:
@@ -225,7 +216,7 @@ class RayJobsBackend:
             if asked is not None or not follow or turns[-1].info.is_over:
                 numbers = ", ".join(str(number) for _, number in written) or "none yet"
                 raise NoLog(f"job {key.name} has no log of attempt {asked or 1}; attempts with a log: {numbers}")
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
 
 
 def _written(milliseconds: int | None) -> str | None:

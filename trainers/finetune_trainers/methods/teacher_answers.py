@@ -26,6 +26,7 @@ from finetune_trainers.models import load_tokenizer
 from finetune_trainers.prepared import PreparedRun, PreparedSource
 from finetune_trainers.rollout import Request, Sampling
 from finetune_trainers.rollout.in_process import InProcessEngine
+from finetune_trainers.rollout.sampling import seed_of
 
 __all__ = ["with_teacher_answers"]
 
@@ -112,7 +113,9 @@ def _written(
         teacher, tokenizer.pad_token_id, end_token_ids(teacher, tokenizer), context, batch_size=WRITTEN_AT_ONCE
     )
     places = range(context.rank, len(asked), context.world_size)
-    requests = [Request(asked[place].ids.tolist(), _seed(plan.optimization.seed, asked[place].row)) for place in places]
+    requests = [
+        Request(asked[place].ids.tolist(), seed_of(plan.optimization.seed, asked[place].row)) for place in places
+    ]
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
 
     def tell(done: int, total: int) -> None:
@@ -125,11 +128,6 @@ def _written(
         _Answer(place, np.array(one.ids, dtype=np.int32), one.ended)
         for place, one in zip(places, completions, strict=True)
     ]
-
-
-def _seed(seed: int, row: int) -> int:
-    """Of one answer: the same in whatever process it is written."""
-    return int(np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _publish(folder: Path, questions: Sequence[_Question], answers: Sequence[_Answer], plan: RunPlan) -> SourceManifest:

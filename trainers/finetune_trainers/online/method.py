@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -38,6 +37,7 @@ from finetune_trainers.online.episodes import Rollout, Said, in_forward_passes, 
 from finetune_trainers.online.models import Models
 from finetune_trainers.rewards import Episode, Rewards
 from finetune_trainers.rollout import Request, RolloutEngine, Sampling
+from finetune_trainers.rollout.sampling import seed_of
 
 __all__ = ["Asked", "Judged", "Online", "Parts"]
 
@@ -236,7 +236,7 @@ class Online(Method):
         mine = range(rank, len(asked), world)
         with self._timed("generate"):
             requests = [
-                Request(question.ids, _seed(self._parts.seed, place, sample))
+                Request(question.ids, seed_of(self._parts.seed, place, sample))
                 for question, place, sample in asked[rank::world]
             ]
             completions = self._parts.engine.generate(requests, sampling, self._tell_of_writing)
@@ -306,11 +306,6 @@ class Online(Method):
 
 def _split(said: Tensor | None, lengths: list[int]) -> Sequence[Tensor | None]:
     return [None] * len(lengths) if said is None else torch.split(said.float().cpu(), lengths)
-
-
-def _seed(seed: int, position: int, sample: int) -> int:
-    """Of one rollout: different for each, and the same in whatever process it is written."""
-    return int(np.random.SeedSequence([seed, position, sample]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _reward_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from finetune_trainers.rollout import Sampling
 
-__all__ = ["draw", "uniforms"]
+__all__ = ["draw", "seed_of", "uniforms"]
 
 LIKELIEST = 512
 """Of so many tokens top-p looks at first: sorting a whole vocabulary takes longer than a step of a small model."""
+
+
+def seed_of(*place: int) -> int:
+    """Of one answer, by the run's seed and where the answer stands: the same in whatever process it is written."""
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
 
 
 def uniforms(seed: int, count: int) -> NDArray[np.float64]:
