@@ -35,10 +35,13 @@ class Narrator:
         self._last_outcome = last_outcome
         self._several = several
         self._said: set[tuple[Key, str, str | int]] = set()
+        self._begun_before: dict[Key, int] = {}
+        """The last attempt that had ended when its job was first looked at."""
 
     def look(self, key: Key, job: FineTuneJob, status: Status) -> None:
         """Say what is new in a job's status."""
         if not status.attempts:
+            self._begun_before[key] = 0
             admitted = find(status.conditions, "Admitted")
             if admitted is not None and admitted.status == "False":
                 self._once(key, "waiting", admitted.message, admitted.message)
@@ -47,17 +50,24 @@ class Narrator:
         if status.checkpoint is not None:
             said = f"The first checkpoint is whole, after step {status.checkpoint.step}: {status.checkpoint.uri}"
             self._once(key, "saved", "first", said if last.number == 1 else "")
-        if last.ended_at is None:
+        if not self._is_of_an_earlier_run(key, last):
             self._once(key, "begins", last.number, self._begins(last, job))
             if last.resumed_from_step:
                 went_on = f"Attempt {last.number} goes on after step {last.resumed_from_step}"
                 self._once(key, "resumed", last.number, went_on)
+        if last.ended_at is None:
             if last.stop_asked_at is not None:
                 self._once(key, "asked", last.number, "Waiting for the trainers to save a checkpoint and to stop")
         elif status.next_attempt_at is not None:
             why = f"Attempt {last.number} failed {_after(last)} ({last.outcome}): {self._why(key, last)}"
             self._once(key, "failed", last.number, why)
             self._once(key, "next", last.number, self._next(last, job, status.next_attempt_at, status.restarts))
+
+    def _is_of_an_earlier_run(self, key: Key, attempt: Attempt) -> bool:
+        """It had ended before the first look. One that begins and ends between two looks is told of like any other."""
+        if key not in self._begun_before:
+            self._begun_before[key] = attempt.number if attempt.ended_at is not None else attempt.number - 1
+        return attempt.number <= self._begun_before[key]
 
     def _begins(self, attempt: Attempt, job: FineTuneJob) -> str:
         if attempt.number == 1:
