@@ -1,9 +1,10 @@
 """Largest difference of loss and gradient norm from a plain transformers + torch loop, on the real 135M model, in fp32.
 
-    python -m tests.bench.bench_parity [--stages 0 1 2 3] [--tunings full lora] [--workers 1 2] [--steps 20]
+    python -m tests.bench.bench_parity [--stages 0 1 2 3] [--tunings full lora] [--workers 1 2] [--steps 20] [--add]
 
 `tests/trainers/test_parity.py` asks the same of a tiny model in each run of the tests; here the weights, the text and
-the size are real. Runs of two workers share one Ray Train group.
+the size are real. Runs of two workers share one Ray Train group. All of it takes half an hour on two cores: with --add
+it may be measured in parts, which leave what the results hold of other runs as it is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from finetune_operator.planning import plan_run
 from finetune_trainers import launch
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.ray_workers import RayWorkers
-from tests.bench.common import busy, cache_folder, model_folder, write_results
+from tests.bench.common import RESULTS, busy, cache_folder, model_folder, write_results
 from tests.bench.sft_runs import write_rows
 from tests.factories import job
 from tests.trainers import reference
@@ -108,13 +109,27 @@ def main() -> int:
     parser.add_argument("--tunings", nargs="+", default=list(TUNINGS), choices=list(TUNINGS))
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], choices=[1, 2])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--add", action="store_true", help="keep the other runs of the results, of as many steps")
     arguments = parser.parse_args()
+    before = earlier(arguments.steps) if arguments.add else {}
     with tempfile.TemporaryDirectory(prefix="bench-parity-") as name:
-        return measure(Path(name), arguments.stages, arguments.tunings, arguments.workers, arguments.steps)
+        curves = measure(Path(name), arguments.stages, arguments.tunings, arguments.workers, arguments.steps)
+    return tell(before | curves, arguments.steps)
 
 
-def measure(folder: Path, stages: Sequence[int], tunings: Sequence[str], workers: Sequence[int], steps: int) -> int:
-    load, rows = busy(), write_rows(folder / "rows.jsonl", 200)
+def earlier(steps: int) -> dict[str, Curve]:
+    """The curves that the results hold, if they are of as many steps."""
+    file = RESULTS / "parity.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    curves: dict[str, Curve] = found["curves"] if found.get("steps") == steps else {}
+    return curves
+
+
+def measure(
+    folder: Path, stages: Sequence[int], tunings: Sequence[str], workers: Sequence[int], steps: int
+) -> dict[str, Curve]:
+    """The curves of the plain loop, and of every run that is asked for."""
+    rows = write_rows(folder / "rows.jsonl", 200)
     wanted: dict[str, Curve] = {}
     for tuning in tunings:
         plan = plan_of(tuning, 0, 1, rows, steps)
@@ -130,11 +145,20 @@ def measure(folder: Path, stages: Sequence[int], tunings: Sequence[str], workers
         }
         for count in workers
     }
-    curves = alone(plans.get(1, {}), folder / "one") | together(plans.get(2, {}), folder / "two")
-    differences = {name: difference(curve, wanted[name.split("-")[1]]) for name, curve in curves.items()}
+    ours = alone(plans.get(1, {}), folder / "one") | together(plans.get(2, {}), folder / "two")
+    return {f"reference-{tuning}": curve for tuning, curve in wanted.items()} | ours
+
+
+def tell(curves: dict[str, Curve], steps: int) -> int:
+    """Keep the curves and their differences, print them; 0 when no loss is farther off than the goal."""
+    differences = {
+        name: difference(curve, curves[f"reference-{name.split('-')[1]}"])
+        for name, curve in curves.items()
+        if not name.startswith("reference-")
+    }
     worst = max(found["loss"] for found in differences.values())
-    results = {"goal": GOAL, "steps": steps, "load_before": load, "largest_difference": differences}
-    write_results("parity", results | {"curves": {f"reference-{k}": v for k, v in wanted.items()} | curves})
+    results = {"goal": GOAL, "steps": steps, "load": busy(), "largest_difference": differences}
+    write_results("parity", results | {"curves": curves})
     for run, found in differences.items():
         print(f"{run:<16} loss within {found['loss']:.1e}, gradient norm within {found['grad_norm']:.1e}")
     print(f"largest difference of a loss in {steps} steps: {worst:.1e} (goal {GOAL:.0e})")

