@@ -184,6 +184,9 @@ def main() -> int:
     behaviour = behaviours[min(int(os.environ.get("FINETUNE_ATTEMPT", "1")), len(behaviours)) - 1]
     if arguments.command in ("export", "chat"):
         print("the fake trainer was asked:", arguments.command, *others, file=sys.stderr)
+        if arguments.command == "chat":
+            print(json.dumps({"prompt": "?", "tuned": "a tuned \u00e4nswer", "base": None}))
+            return 0
         print(Artifact(uri="file:///exported", kind="model", digest="b3", bytes=2_500).model_dump_json(by_alias=True))
         return 0
     trainer = FakeTrainer(RunPlan.model_validate_json(arguments.plan.read_bytes()), arguments.workdir, behaviour)

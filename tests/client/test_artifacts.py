@@ -85,3 +85,15 @@ def test_chat_passes_the_prompt_on(finetune: Any, tmp_path: Path, capfd: pytest.
     folder = adapter(tmp_path / "adapter")
     assert finetune("chat", folder, "Who are you?", "--compare-base").code == 0
     assert f"asked: chat --adapter {folder} --prompt Who are you? --compare-base" in capfd.readouterr().err
+
+
+def test_an_answer_as_json_is_one_object(finetune: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    done = finetune("chat", adapter(tmp_path / "adapter"), "?", "-o", "json")
+    assert (done.code, done.document) == (0, {"prompt": "?", "tuned": "a tuned änswer", "base": None})
+    assert capfd.readouterr().err.endswith("--prompt ? --max-new-tokens 128 --json\n")
+
+
+def test_an_answer_that_there_is_not_is_an_object_of_nulls(finetune: Any, tmp_path: Path) -> None:
+    done = finetune("chat", tmp_path / "absent", "?", "-o", "json")
+    assert (done.code, done.document) == (2, {"prompt": "?", "tuned": None, "base": None})
+    assert "does not exist; name a run's folder" in done.stderr

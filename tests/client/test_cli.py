@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from finetune_api.failures import EXIT_CODES, INTERRUPTED
 from finetune_api.plan import RunPlan
 from finetune_client import runner
+from finetune_client.cli.app import app
 from finetune_client.cli.exits import JOBS_MEANINGS, MEANINGS, OK, SUSPENDED
 from tests.client.conftest import FAKE_TRAINER
 from tests.factories import runtime_document
@@ -81,6 +85,19 @@ def test_the_help_of_every_command_for_jobs_elsewhere_has_two_examples_and_the_e
     assert text.count(f"  finetune {command}") >= 2
     flat = " ".join(text.split())
     assert all(f"{code} {meaning}" in flat for code, meaning in JOBS_MEANINGS.items())
+
+
+def leaves(command: Any, *words: str) -> Iterator[tuple[str, ...]]:
+    """Every command below this one, by the words that are typed."""
+    for word, below in getattr(command, "commands", {}).items():
+        yield from leaves(below, *words, word)
+    if not hasattr(command, "commands"):
+        yield words
+
+
+@pytest.mark.parametrize("words", list(leaves(typer.main.get_command(app))), ids=" ".join)
+def test_every_command_speaks_json(finetune: Any, words: tuple[str, ...]) -> None:
+    assert re.search(r"--output +-o +<[a-z|]*\bjson\b", finetune(*words, "--help").stdout)
 
 
 def test_the_help_lists_the_commands_and_the_exit_codes(finetune: Any) -> None:

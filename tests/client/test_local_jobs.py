@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,9 +95,35 @@ def test_the_commands_speak_of_the_same_jobs(
     assert artifact["kind"] == "adapter"
     assert "Attempts (0 restarts" in finetune("describe", "tiny", "--local").stdout
     assert finetune("suspend", "tiny", "--local").code == 1
-    assert finetune("cancel", "tiny", "--local").code == 0
+    line = json.loads(finetune("logs", "tiny", "--local", "-o", "json").stdout)
+    assert line == {"source": "trainer.log", "text": "the fake trainer starts"}
+    told = finetune("describe", "tiny", "--local", "-o", "json").document
+    assert (told["job"]["status"]["phase"], told["why"], told["events"]) == ("Succeeded", "", [])
+    assert told["next"].startswith("The model is file://")
+    removed = finetune("cancel", "tiny", "--local", "-o", "json")
+    assert (removed.code, removed.document["metadata"]["name"]) == (0, "tiny")
     absent = finetune("get", "tiny", "--local")
     assert (absent.code, absent.stdout) == (ABSENT, "")
+
+
+def test_suspending_and_resuming_print_the_job_for_programs(
+    client: Client, finetune: Finetune, write_job: WriteJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    here = ("tiny", "--local", "-o", "json")
+    finetune("submit", write_job(LASTING), "--local", fake="waits")
+    try:
+        wait_until(lambda: finetune("get", *here).document["status"].get("phase") == "Running")
+        suspended = finetune("suspend", "--wait", *here)
+        resumed = finetune("resume", *here)
+        assert finetune("watch", "tiny", "--local").code == 0
+    finally:
+        removed = finetune("cancel", *here)
+    assert suspended.document["status"]["phase"] == "Suspended"
+    assert "finetune resume tiny" in suspended.stderr
+    assert resumed.document["kind"] == "FineTuneJob"
+    assert "finetune watch tiny" in resumed.stderr
+    assert removed.document["status"]["phase"] == "Succeeded"
 
 
 def test_waiting_for_a_job_that_fails_ends_with_the_class_of_the_failure(

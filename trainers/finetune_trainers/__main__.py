@@ -3,7 +3,7 @@
     python -m finetune_trainers [run] --plan FILE [--workdir DIR] [--[no-]ray]  train
     python -m finetune_trainers check --plan FILE [--workdir DIR]               the model and all data, nothing trained
     python -m finetune_trainers export (--adapter DIR | --model DIR) --to DIR [--merge] [--dtype bf16]
-    python -m finetune_trainers chat (--adapter DIR | --model DIR) --prompt TEXT [--compare-base]
+    python -m finetune_trainers chat (--adapter DIR | --model DIR) --prompt TEXT [--compare-base] [--json]
 
 Exit code 0, 130 after a stop request, otherwise that of the failure's class (finetune_api.failures.EXIT_CODES). What
 went wrong is one message on stderr; tracebacks are in the run's trainer.log.
@@ -12,6 +12,7 @@ went wrong is one message on stderr; tracebacks are in the run's trainer.log.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -94,7 +95,10 @@ def _chat(options: argparse.Namespace, complaints: TextIO) -> int:
 
     model = options.model or base_of_adapter(options.adapter)
     [said] = answer(model, options.adapter, [options.prompt], options.compare_base, options.max_new_tokens)
-    print(said.tuned if said.base is None else f"--- base ---\n{said.base}\n--- tuned ---\n{said.tuned}")
+    if options.json:
+        print(json.dumps({"prompt": said.prompt, "tuned": said.tuned, "base": said.base}))
+    else:
+        print(said.tuned if said.base is None else f"--- base ---\n{said.base}\n--- tuned ---\n{said.tuned}")
     return 0
 
 
@@ -123,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--prompt", required=True, help="what to ask")
     chat.add_argument("--compare-base", action="store_true", help="let the base model answer first")
     chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
+    chat.add_argument("--json", action="store_true", help="one object: prompt, tuned, base")
     return parser
 
 

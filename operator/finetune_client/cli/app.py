@@ -206,17 +206,18 @@ def chat(
         bool, typer.Option("--compare-base", help="Show the answer of the untrained base model beside it.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    output: OutputOption = Output.TEXT,
 ) -> None:
     """Ask a trained model a question.
 
     \b
     Examples:
       finetune chat runs/support-bot/20250101-120000 "How do I reset my password?"
-      finetune chat ./adapter "How do I reset my password?" --compare-base
+      finetune chat ./adapter "How do I reset my password?" --compare-base -o json
     """
     from finetune_client.cli import artifacts
 
-    raise typer.Exit(artifacts.chat(source, prompt, compare_base, max_new_tokens))
+    raise typer.Exit(artifacts.chat(source, prompt, compare_base, max_new_tokens, output is Output.JSON))
 
 
 app.add_typer(ckpt, name="ckpt")

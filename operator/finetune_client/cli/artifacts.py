@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -56,25 +57,33 @@ def export(source: Path, to: Path, merge: bool, dtype: str | None, as_json: bool
         if to.exists() and (not to.is_dir() or any(to.iterdir())):
             raise ValueError(f"{to} is not empty; name a new folder for --to")
     except ValueError as error:
-        return _refuse(str(error), as_json)
+        return _refuse(str(error), _as_document(None) if as_json else None)
     options = ["--to", str(to), *(["--merge"] if merge else []), *(["--dtype", dtype] if dtype else [])]
     code, printed = _call(["export", *artifact.option, *options], capture=True)
     written = Artifact.model_validate_json(printed.splitlines()[-1]) if code == OK else None
     if as_json:
-        print(json.dumps(_as_document(written), indent=2))
+        _print(_as_document(written))
     elif written is not None:
         print(f"Written to {to} ({written.kind}, {size(written.bytes)})")
     return code
 
 
-def chat(source: Path, prompt: str, compare_base: bool, max_new_tokens: int) -> int:
-    """Let the model answer a prompt, beside the base model if asked. Returns the exit code."""
+def chat(source: Path, prompt: str, compare_base: bool, max_new_tokens: int, as_json: bool) -> int:
+    """Let the model answer a prompt, beside the base model if asked. Returns the exit code.
+
+    As JSON: {"prompt", "tuned", "base"}; no answer, or one that was not asked for, is null.
+    """
+    nothing = {"prompt": prompt, "tuned": None, "base": None}
     try:
         artifact = find_artifact(source)
     except ValueError as error:
-        return _refuse(str(error), as_json=False)
+        return _refuse(str(error), nothing if as_json else None)
     options = ["--prompt", prompt, *(["--compare-base"] if compare_base else [])]
-    return _call(["chat", *artifact.option, *options, "--max-new-tokens", str(max_new_tokens)])[0]
+    options += ["--max-new-tokens", str(max_new_tokens), *(["--json"] if as_json else [])]
+    code, printed = _call(["chat", *artifact.option, *options], capture=as_json)
+    if as_json:
+        _print(json.loads(printed.splitlines()[-1]) if code == OK else nothing)
+    return code
 
 
 def _call(arguments: Sequence[str], capture: bool = False) -> tuple[int, str]:
@@ -106,8 +115,13 @@ def _as_document(artifact: Artifact | None) -> dict[str, str | int | None]:
     return {"artifact": artifact.uri, "kind": artifact.kind, "digest": artifact.digest, "bytes": artifact.bytes}
 
 
-def _refuse(message: str, as_json: bool) -> int:
+def _refuse(message: str, document: Mapping[str, Any] | None) -> int:
+    """One sentence for people, and for programs a document of nulls."""
     Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
-    if as_json:
-        print(json.dumps(_as_document(None), indent=2))
+    if document is not None:
+        _print(document)
     return INVALID
+
+
+def _print(document: Mapping[str, Any]) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from finetune_client.cli.exits import JOBS_EPILOG
+from finetune_client.cli.options import Output, OutputOption
 
 __all__ = ["jobs"]
 
@@ -171,11 +172,12 @@ def logs(
     kubeconfig: Kubeconfig = None,
     ray: Ray = None,
     local: Local = False,
+    output: OutputOption = Output.TEXT,
 ) -> None:
     """Print what the trainers write: rank 0's log of the newest attempt.
 
     In Kubernetes it is read inside the pod, which needs the right to pods/exec. When the pods are gone, the last lines
-    that the status kept are printed.
+    that the status kept are printed. With -o json each line is an object with source and text.
 
     \b
     Examples:
@@ -185,7 +187,7 @@ def logs(
     from finetune_client.cli.jobs import verbs
 
     where = verbs.Where(namespace, context, kubeconfig, ray, local)
-    raise typer.Exit(verbs.logs(where, name, follow, attempt, everyone))
+    raise typer.Exit(verbs.logs(where, name, follow, attempt, everyone, output is Output.JSON))
 
 
 @jobs.command(epilog=JOBS_EPILOG)
@@ -197,19 +199,23 @@ def suspend(
     kubeconfig: Kubeconfig = None,
     ray: Ray = None,
     local: Local = False,
+    output: OutputOption = Output.TEXT,
 ) -> None:
     """Have a job save a checkpoint and give back its machines.
 
-    A job without a checkpoint block begins again at step 0 when it is resumed.
+    A job without a checkpoint block begins again at step 0 when it is resumed. With -o json the job is printed, as
+    get does.
 
     \b
     Examples:
       finetune suspend support-bot
-      finetune suspend support-bot --wait
+      finetune suspend support-bot --wait -o json
     """
     from finetune_client.cli.jobs import verbs
 
-    raise typer.Exit(verbs.suspend(verbs.Where(namespace, context, kubeconfig, ray, local), name, wait))
+    raise typer.Exit(
+        verbs.suspend(verbs.Where(namespace, context, kubeconfig, ray, local), name, wait, output is Output.JSON)
+    )
 
 
 @jobs.command(epilog=JOBS_EPILOG)
@@ -220,8 +226,11 @@ def resume(
     kubeconfig: Kubeconfig = None,
     ray: Ray = None,
     local: Local = False,
+    output: OutputOption = Output.TEXT,
 ) -> None:
     """Let a suspended job go on, from its newest checkpoint, on as many workers as it now asks for.
+
+    With -o json the job is printed, as get does.
 
     \b
     Examples:
@@ -230,7 +239,7 @@ def resume(
     """
     from finetune_client.cli.jobs import verbs
 
-    raise typer.Exit(verbs.resume(verbs.Where(namespace, context, kubeconfig, ray, local), name))
+    raise typer.Exit(verbs.resume(verbs.Where(namespace, context, kubeconfig, ray, local), name, output is Output.JSON))
 
 
 @jobs.command(epilog=JOBS_EPILOG)
@@ -241,8 +250,11 @@ def cancel(
     kubeconfig: Kubeconfig = None,
     ray: Ray = None,
     local: Local = False,
+    output: OutputOption = Output.TEXT,
 ) -> None:
     """End a job and remove it. Its artifacts and checkpoints stay; suspend keeps the job too.
+
+    With -o json the job is printed as it was before.
 
     \b
     Examples:
@@ -251,7 +263,7 @@ def cancel(
     """
     from finetune_client.cli.jobs import verbs
 
-    raise typer.Exit(verbs.cancel(verbs.Where(namespace, context, kubeconfig, ray, local), name))
+    raise typer.Exit(verbs.cancel(verbs.Where(namespace, context, kubeconfig, ray, local), name, output is Output.JSON))
 
 
 @jobs.command(epilog=JOBS_EPILOG)
@@ -284,14 +296,17 @@ def describe(
     kubeconfig: Kubeconfig = None,
     ray: Ray = None,
     local: Local = False,
+    output: OutputOption = Output.TEXT,
 ) -> None:
     """Tell all that is known of a job: attempts, conditions, checkpoint, events, and what to do next.
 
     \b
     Examples:
       finetune describe support-bot
-      finetune describe support-bot -n team-a
+      finetune describe support-bot -o json
     """
     from finetune_client.cli.jobs import verbs
 
-    raise typer.Exit(verbs.describe(verbs.Where(namespace, context, kubeconfig, ray, local), name))
+    raise typer.Exit(
+        verbs.describe(verbs.Where(namespace, context, kubeconfig, ray, local), name, output is Output.JSON)
+    )

@@ -20,7 +20,7 @@ from finetune_client.advice import advice_for
 from finetune_client.cli.exits import ABSENT, DENIED, INVALID, NOT_INSTALLED, OK, UNREACHABLE
 from finetune_client.cli.jobs.page import page
 from finetune_client.cli.jobs.tables import artifact_table, change, job_table
-from finetune_client.client import Client, Job
+from finetune_client.client import Client, Description, Job
 from finetune_client.documents import handed_over
 from finetune_client.errors import ClientError, NoLog, NoSuchJob, NotAllowed, NotInstalled, Unreachable
 from finetune_client.views import JobView
@@ -138,19 +138,22 @@ def watch(where: Where, name: str, output: str) -> int:
     return _answered(where, lambda client: _follow(client.job(name), output))
 
 
-def logs(where: Where, name: str, follow: bool, attempt: int | None, everyone: bool) -> int:
+def logs(where: Where, name: str, follow: bool, attempt: int | None, everyone: bool, as_json: bool) -> int:
     """Print a log."""
 
     def work(client: Client) -> int:
-        lines = client.job(name).logs(follow=follow, attempt=attempt, everyone=everyone)
-        for line in lines:
-            print(f"{line.source}: {line.text}" if everyone else line.text, flush=follow)
+        for line in client.job(name).logs(follow=follow, attempt=attempt, everyone=everyone):
+            if as_json:
+                told = _text({"source": line.source, "text": line.text}, "json", compact=True)
+            else:
+                told = f"{line.source}: {line.text}" if everyone else line.text
+            print(told, flush=follow)
         return OK
 
     return _answered(where, work)
 
 
-def suspend(where: Where, name: str, wait: bool) -> int:
+def suspend(where: Where, name: str, wait: bool, as_json: bool) -> int:
     """Suspend a job."""
 
     def work(client: Client) -> int:
@@ -160,30 +163,35 @@ def suspend(where: Where, name: str, wait: bool) -> int:
             status = job.wait()
         done = "is suspended" if status.phase is Phase.SUSPENDED else "saves and stops"
         _say(f"job {name} {done}; finetune resume {name} -n {job.namespace} lets it go on")
+        _print_if(as_json, job)
         return OK
 
     return _answered(where, work)
 
 
-def resume(where: Where, name: str) -> int:
+def resume(where: Where, name: str, as_json: bool) -> int:
     """Let a job go on."""
 
     def work(client: Client) -> int:
         job = client.job(name)
         job.resume()
         _say(f"job {name} goes on; finetune watch {name} -n {job.namespace} follows it")
+        _print_if(as_json, job)
         return OK
 
     return _answered(where, work)
 
 
-def cancel(where: Where, name: str) -> int:
+def cancel(where: Where, name: str, as_json: bool) -> int:
     """End and remove a job."""
 
     def work(client: Client) -> int:
         job = client.job(name)
+        before = job.view() if as_json else None
         job.cancel()
         _say(f"job {name} was removed from {job.namespace}; its artifacts and checkpoints stay")
+        if before is not None:
+            _print(before.document, "json")
         return OK
 
     return _answered(where, work)
@@ -205,11 +213,15 @@ def artifacts(where: Where, name: str, output: str) -> int:
     return _answered(where, work)
 
 
-def describe(where: Where, name: str) -> int:
+def describe(where: Where, name: str, as_json: bool) -> int:
     """Tell all of a job."""
 
     def work(client: Client) -> int:
-        _lines(page(client.job(name).describe(), datetime.now(UTC)))
+        found = client.job(name).describe()
+        if as_json:
+            _print(_described(found), "json")
+        else:
+            _lines(page(found, datetime.now(UTC)))
         return OK
 
     return _answered(where, work)
@@ -271,6 +283,21 @@ def _document(views: Sequence[JobView], many: bool) -> Mapping[str, Any]:
     if not many:
         return views[0].document
     return {"apiVersion": "v1", "kind": "List", "items": [view.document for view in views]}
+
+
+def _described(found: Description) -> Mapping[str, Any]:
+    """The job, why it is where it is, what to do next, and its events."""
+    events = [
+        {"at": one.at.isoformat() if one.at else None, "type": one.kind, "reason": one.reason, "message": one.message}
+        for one in found.events
+    ]
+    return {"job": found.view.document, "why": found.advice.why, "next": found.advice.next, "events": events}
+
+
+def _print_if(as_json: bool, job: Job) -> None:
+    """The job as it now is, for programs."""
+    if as_json:
+        _print(job.view().document, "json")
 
 
 def _print(document: Any, output: str) -> None:
