@@ -134,6 +134,8 @@ class CheckpointPlan(Contract):
     keep_every: int | None = None
     """Steps: those at its multiples stay."""
     keep_best: KeepBest | None = None
+    quota_bytes: int | None = None
+    """Most that all may take together."""
     resume: bool
     """Go on from the newest one that is whole."""
 

@@ -28,6 +28,7 @@ from finetune_api.problems import InvalidManifest, shorten
 from finetune_api.progress import Artifact
 from finetune_api.runtime import FineTuneRuntime, FineTuneRuntimeSpec
 from finetune_api.spec import Distill, FineTuneJobSpec, Grpo, Method, Model, Ppo, Precision, Quantization
+from finetune_api.spec.fields import memory_bytes
 from finetune_api.uris import Scheme, parse_uri
 from finetune_operator.zero import deepspeed_config, reserved_key_problems
 
@@ -345,6 +346,7 @@ class _Planner:
             keep_last=asked.keep_last,
             keep_every=asked.keep_every,
             keep_best=asked.keep_best,
+            quota_bytes=None if asked.quota is None else memory_bytes(asked.quota),
             resume=asked.resume == "auto",
         )
 

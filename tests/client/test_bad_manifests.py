@@ -494,6 +494,7 @@ TABLE = [
     bad("a checkpoint in words", "spec.checkpoint.everySteps", "often", "from 1 to 1000000, or auto"),
     bad("another way to be behind", "spec.checkpoint.whenBehind", "stop", "must be skip or wait"),
     bad("a checkpoint kept every no steps", "spec.checkpoint.keepEvery", 0, "must be at least 1"),
+    bad("a quota in other units", "spec.checkpoint.quota", "500GB", "must match"),
     bad("a figure that cannot be one", "spec.checkpoint.keepBest.metric", "Eval Loss", "must match"),
     bad(
         "the best by an evaluation that is not made",

@@ -205,6 +205,7 @@ EXAMPLES = {
                 "keepLast": 3,
                 "keepEvery": 1000,
                 "keepBest": {"metric": "loss", "mode": "min", "count": 2},
+                "quota": "500Gi",
                 "resume": "auto",
             },
             "lifecycle": {

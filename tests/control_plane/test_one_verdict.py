@@ -109,6 +109,8 @@ OTHER_FAULTS: dict[str, Mapping[str, Any]] = {
     "the best of no figure": {"checkpoint": {"keepBest": {}}},
     "a figure that cannot be one": {"checkpoint": {"keepBest": {"metric": "Eval Loss"}}},
     "none of the best": {"checkpoint": {"keepBest": {"metric": "loss", "count": 0}}},
+    "a quota in decimal units": {"checkpoint": {"quota": "500GB"}},
+    "a quota of nothing": {"checkpoint": {"quota": "0Gi"}},
     "going on in another way": {"checkpoint": {"resume": "always"}},
     "a number among names": {"tuning.lora.targetModules": [1]},
 }

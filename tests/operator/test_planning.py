@@ -494,8 +494,9 @@ class TestCheckpoints:
 
     def test_what_is_kept_and_what_happens_when_writing_is_slow_are_the_jobs_choice(self) -> None:
         choice = {"whenBehind": "wait", "keepEvery": 500, "keepBest": {"metric": "loss", "mode": "max", "count": 2}}
-        planned = plan({"checkpoint": choice}).checkpoint
+        planned = plan({"checkpoint": choice | {"quota": "500Gi"}}).checkpoint
         assert planned is not None
+        assert planned.quota_bytes == 500 * 2**30
         assert (planned.when_behind, planned.keep_every) == ("wait", 500)
         assert planned.keep_best == KeepBest(metric="loss", mode="max", count=2)
 

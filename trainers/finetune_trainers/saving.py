@@ -174,6 +174,7 @@ class Checkpoints:
                 keep_last=settings.keep_last,
                 keep_every=settings.keep_every,
                 keep_best=None if best is None else Best(metric=best.metric, mode=best.mode, count=best.count),
+                quota_bytes=settings.quota_bytes,
             ),
             protected=None if parent is None else Parent(step=parent.step, epoch=parent.epoch),
             expected_bytes=self._state.num_bytes,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import Contract
-from finetune_api.spec.fields import EverySteps
+from finetune_api.spec.fields import EverySteps, Memory
 
 __all__ = ["Checkpoint", "KeepBest"]
 
@@ -38,5 +38,8 @@ class Checkpoint(Contract):
     """Keep also those whose step is a multiple of this."""
     keep_best: KeepBest | None = None
     """Keep also those at which a figure was best."""
+    quota: Memory | None = None
+    """Most that those that are kept may take together, such as 500Gi. The oldest of keepEvery go first, then of
+    keepLast, then of keepBest; never the newest whole one, nor a pinned one. The next one needs room beside it."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` goes on from the job's newest whole checkpoint; `never` begins at step 0."""

@@ -23,6 +23,7 @@ __all__ = [
     "ModelUri",
     "OutputUri",
     "TokenizerUri",
+    "memory_bytes",
     "only_for_hub",
 ]
 
@@ -62,6 +63,11 @@ Glob = Annotated[str, Field(min_length=1, max_length=200)]
 ImageName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][-a-zA-Z0-9._/:@]*$", max_length=512)]
 Memory = Annotated[str, Field(pattern=r"^[1-9][0-9]*(Mi|Gi|Ti)$", max_length=16)]
 """A Kubernetes quantity in binary units."""
+_BINARY_UNITS = {"Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+
+
+def memory_bytes(memory: Memory) -> int:
+    return int(memory[:-2]) * _BINARY_UNITS[memory[-2:]]
 
 
 def _micro_batch_size(value: object) -> int | str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from finetune_api.job import FineTuneJob
 from finetune_api.plan import RunPlan
 from finetune_api.runtime import FineTuneRuntimeSpec
+from finetune_api.spec.fields import memory_bytes
 from finetune_operator.resources.metadata import Document
 
 __all__ = ["Size", "head_size", "worker_size"]
@@ -22,7 +23,6 @@ _CPUS_PER_GPU = 8.0
 _CPUS_WITHOUT_GPU = 2.0
 _GIB_PER_GPU = 32
 _GIB_WITHOUT_GPU = 8
-_MEBIBYTES = {"Mi": 1, "Gi": 1024, "Ti": 1024 * 1024}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Size:
     def shared_memory(self) -> str:
         """Of /dev/shm: half of the pod's memory. What is in it counts as the pod's memory, so this is a bound for
         runaways and no further demand; the 64 MiB that containers have otherwise are too few for NCCL and gloo."""
-        return f"{max(64, _mebibytes(self.memory) // 2)}Mi"
+        return f"{max(64, memory_bytes(self.memory) // 2**21)}Mi"
 
     @property
     def threads(self) -> int:
@@ -70,10 +70,6 @@ def worker_size(job: FineTuneJob, plan: RunPlan, runtime: FineTuneRuntimeSpec) -
         gpus=gpus,
         gpu_resource=runtime.gpu_resource,
     )
-
-
-def _mebibytes(memory: str) -> int:
-    return int(memory[:-2]) * _MEBIBYTES[memory[-2:]]
 
 
 def _cores(cpus: float) -> str:

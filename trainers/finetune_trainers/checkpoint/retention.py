@@ -40,7 +40,7 @@ class Retention(Contract):
     """Steps: those whose step is a multiple of it stay."""
     keep_best: Best | None = None
     quota_bytes: Positive | None = None
-    """Of all checkpoints together; what may not be deleted may exceed it."""
+    """Of all checkpoints' own files together; what may not be deleted may exceed it."""
 
 
 @dataclass(frozen=True)
