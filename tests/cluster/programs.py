@@ -34,12 +34,12 @@ class ModuleFiles:
     paths: tuple[str, ...]
 
 
-def _kubernetes(name: str) -> Program:
+def _kubernetes(name: str, wrapper: str = "kubernetes") -> Program:
     """A program of Kubernetes; built from modules it does not know its version unless the linker tells it."""
     major, minor, _ = _KUBERNETES.split(".")
     stamp = {"gitVersion": f"v{_KUBERNETES}", "gitMajor": major, "gitMinor": minor}
     flags = " ".join(f"-X k8s.io/component-base/version.{key}={value}" for key, value in stamp.items())
-    return Program(name, "kubernetes", f"k8s.io/kubernetes/cmd/{name}", flags)
+    return Program(name, wrapper, f"k8s.io/kubernetes/cmd/{name}", flags)
 
 
 PROGRAMS = {
@@ -50,6 +50,9 @@ PROGRAMS = {
         _kubernetes("kube-controller-manager"),
         _kubernetes("kube-scheduler"),
         _kubernetes("kubectl"),
+        _kubernetes("kubelet", wrapper="node"),
+        _kubernetes("kube-proxy", wrapper="node"),
+        Program("coredns", "coredns", "github.com/coredns/coredns"),
         Program("kuberay", "kuberay", "github.com/ray-project/kuberay/ray-operator"),
         Program("helm", "helm", "helm.sh/helm/v4/cmd/helm"),
         Program("kwok", "kwok", "sigs.k8s.io/kwok/cmd/kwok"),
@@ -67,6 +70,12 @@ FILES = {
             "kuberay",
             "github.com/ray-project/kuberay/ray-operator",
             ("config/crd/bases", "config/rbac"),
+        ),
+        ModuleFiles(
+            "kuberay-deployment",
+            "kuberay",
+            "github.com/ray-project/kuberay/ray-operator",
+            ("config/crd", "config/rbac", "config/manager"),
         ),
         ModuleFiles("kwok-stages", "kwok", "sigs.k8s.io/kwok", ("kustomize/stage",)),
         ModuleFiles(
@@ -86,5 +95,10 @@ FILES = {
 }
 """They are copied out of Go's module cache, which anybody may clean."""
 
-ON_DEMAND = frozenset({"jobset-manifests", "kubeflow-trainer", "kubeflow-trainer-manifests"})
-"""Not built unless asked for by name: only a benchmark needs them."""
+ON_DEMAND = frozenset(
+    {
+        *("jobset-manifests", "kubeflow-trainer", "kubeflow-trainer-manifests"),
+        *("coredns", "kube-proxy", "kubelet", "kuberay-deployment"),
+    }
+)
+"""Not built unless asked for by name: only a benchmark needs the first, and only a cluster with nodes the others."""
