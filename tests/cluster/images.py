@@ -1,0 +1,258 @@
+"""Makes the images that a cluster with real nodes runs, on a machine without Docker, and keeps them for its nodes.
+
+    python -m tests.cluster.images          makes what the cache lacks; prints where it is
+
+What Docker would make of operator/Dockerfile and trainers/Dockerfile is made here from the same lines by debootstrap
+and uv: a layer of Debian, a layer of what uv.lock pins, a layer of our code. Images are imported once into a folder of
+containerd's, and every node begins with a copy of it that shares the files: six gigabytes are kept twice, not six
+times. A change of code makes the last layers again, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.cluster.build import BuildError, Say, cache_folder, cached, program_path
+from tests.cluster.dockerfile import Dockerfile, read_dockerfile
+from tests.cluster.layers import Image, Layer, Start, write_archive, write_layer
+from tests.cluster.processes import started, wait_until
+
+__all__ = ["COREDNS", "KUBERAY", "OPERATOR", "SANDBOX", "TRAINER", "copy_images", "images_path"]
+
+_ROOT = Path(__file__).resolve().parents[2]
+_VERSION = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+
+OPERATOR = f"ghcr.io/finetune-operator/operator:{_VERSION}"
+TRAINER = f"ghcr.io/finetune-operator/trainer:{_VERSION}"
+"""Ours have the names that the chart gives them by itself."""
+SANDBOX = "localhost/finetune-tests/sandbox:1"
+"""What holds the namespaces of a pod."""
+COREDNS = "localhost/finetune-tests/coredns:1"
+KUBERAY = "localhost/finetune-tests/kuberay:1"
+
+_DOCKERFILES = {"operator": _ROOT / "operator" / "Dockerfile", "trainer": _ROOT / "trainers" / "Dockerfile"}
+_PYTHON = "python3.11"
+"""Debian's, at the same path here and in the images."""
+_HOME = "opt/finetune"
+_LIBRARY = f"{_HOME}/lib/{_PYTHON}/site-packages"
+_LEFT_OUT = ("dev", "var/cache/apt", "var/lib/apt/lists", "var/log", "usr/share/doc", "usr/share/man", "debootstrap")
+_LAYERS = "layers.json"
+
+
+def images_path(say: Say) -> Path:
+    """A folder of containerd's with all images; see `copy_images`.
+
+    The first call on a machine takes minutes. Raises BuildError when it cannot be made.
+    """
+    base = cached(f"packages-{_packages_key()}", lambda into: _make_packages(into, say))
+    programs = {COREDNS: program_path("coredns", say), KUBERAY: program_path("kuberay", say)}
+    key = _key([base.name, *(path.parent.name for path in programs.values()), *map(_text, _DOCKERFILES.values())])
+    sources = _digest_of_code()
+    path = cached(f"images-{key}-{sources}", lambda into: _make_images(into, base, programs, say))
+    _forget_others("packages-", base)
+    _forget_others("images-", path)
+    return path
+
+
+def copy_images(images: Path, target: Path) -> None:
+    """A folder for a containerd of its own: files of images are shared, for nobody changes them; its databases are
+    not."""
+    shutil.rmtree(target, ignore_errors=True)
+    _copy_linked(images / "containerd", target)
+
+
+def _make_packages(into: Path, say: Say) -> None:
+    """Images of Debian and packages, without our code."""
+    layers: dict[str, list[Layer]] = {}
+    files: dict[str, Path] = {}
+    with tempfile.TemporaryDirectory(dir=into) as temporary:
+        for name, path in _DOCKERFILES.items():
+            work = Path(temporary) / name
+            work.mkdir()
+            read = read_dockerfile(path)
+            say(f"image of the {name}: Debian {read.arguments['DEBIAN']} with {read.arguments['PACKAGES']}")
+            debian = write_layer(work / "debian.tar", {"": _debian(read, work)})
+            say(f"image of the {name}: packages by uv.lock, {read.arguments['EXTRAS']}")
+            packages = write_layer(work / "packages.tar", {_HOME: _packages(read, work)})
+            layers[name] = [debian, packages]
+            files |= {debian.digest: work / "debian.tar", packages.digest: work / "packages.tar"}
+        images = [Image(f"localhost/finetune-tests/packages-{name}:1", stack) for name, stack in layers.items()]
+        say("importing them")
+        _import(into / "containerd", images, files)
+    document = {name: [[layer.digest, layer.size] for layer in stack] for name, stack in layers.items()}
+    (into / _LAYERS).write_text(json.dumps(document), encoding="utf-8")
+
+
+def _make_images(into: Path, base: Path, programs: Mapping[str, Path], say: Say) -> None:
+    """The images of the cluster, on top of a copy of `base`."""
+    known = json.loads((base / _LAYERS).read_text(encoding="utf-8"))
+    stacks = {name: [Layer(digest, size) for digest, size in stack] for name, stack in known.items()}
+    _copy_linked(base / "containerd", into / "containerd")
+    with tempfile.TemporaryDirectory(dir=into) as temporary:
+        work = Path(temporary)
+        say("our code as a layer, and images of programs")
+        code = write_layer(work / "code.tar", {_LIBRARY: _code(work)})
+        files = {code.digest: work / "code.tar"}
+        images = [Image(SANDBOX, stacks["operator"][:1], Start(["sleep", "infinity"]))]
+        for name, tag in (("operator", OPERATOR), ("trainer", TRAINER)):
+            images.append(Image(tag, [*stacks[name], code], _start(read_dockerfile(_DOCKERFILES[name]))))
+        for tag, program in programs.items():
+            folder = work / program.name
+            folder.mkdir()
+            shutil.copy(program, folder / "manager")
+            layer = write_layer(work / f"{program.name}.tar", {"": folder})
+            files[layer.digest] = work / f"{program.name}.tar"
+            images.append(Image(tag, [layer], Start(["/manager"], user="65532:65532")))
+        _import(into / "containerd", images, files)
+
+
+def _start(dockerfile: Dockerfile) -> Start:
+    return Start(dockerfile.command, dockerfile.user, dockerfile.environment, dockerfile.labels)
+
+
+def _debian(dockerfile: Dockerfile, work: Path) -> Path:
+    folder = work / "debian"
+    include = ",".join(dockerfile.words("PACKAGES"))
+    suite = dockerfile.arguments["DEBIAN"]
+    _run(["debootstrap", "--variant=minbase", f"--include={include}", suite, folder])
+    for name in _LEFT_OUT:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("dev", "proc", "sys"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "etc" / "resolv.conf").unlink(missing_ok=True)  # of this machine
+    with (folder / "etc" / "passwd").open("a", encoding="utf-8") as passwd:
+        passwd.write(f"{dockerfile.arguments['ACCOUNT']}\n")
+    return folder
+
+
+def _packages(dockerfile: Dockerfile, work: Path) -> Path:
+    """An environment that does not mind where it lies: its programs find their interpreter beside them."""
+    folder = work / "packages"
+    _uv("venv", "--quiet", "--relocatable", f"--python=/usr/bin/{_PYTHON}", folder)
+    extras = dockerfile.words("EXTRAS")
+    _uv("sync", "--quiet", "--locked", "--no-dev", "--no-install-project", *extras, UV_PROJECT_ENVIRONMENT=str(folder))
+    return folder
+
+
+def _code(work: Path) -> Path:
+    wheels, folder = work / "wheels", work / "code"
+    _uv("build", "--quiet", "--wheel", "--out-dir", wheels)
+    _uv("pip", "install", "--quiet", "--no-deps", f"--python={_PYTHON}", "--target", folder, *wheels.glob("*.whl"))
+    return folder
+
+
+def _uv(*arguments: str | Path, **environment: str) -> None:
+    """Bytecode is made now, as nobody may write where it lies later, and is taken as it is: files in layers carry no
+    time of their own."""
+    uv = shutil.which("uv", path=os.pathsep.join([str(_ROOT / ".tools" / "bin"), os.environ.get("PATH", "")]))
+    if uv is None:
+        raise BuildError("there is no uv: `make install` fetches it into .tools")
+    compiled = {"UV_COMPILE_BYTECODE": "1", "PYC_INVALIDATION_MODE": "unchecked-hash", "UV_SYSTEM_CERTS": "1"}
+    _run([uv, *arguments], compiled | environment)
+
+
+def _run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
+    inherited = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    done = subprocess.run(
+        ["nice", "-n", "15", *command],
+        cwd=_ROOT,
+        env=inherited | dict(environment or {}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise BuildError(f"{' '.join(map(str, command))}: exit code {done.returncode}\n{done.stdout.strip()[-2000:]}")
+
+
+def _import(root: Path, images: Sequence[Image], blobs: Mapping[str, Path]) -> None:
+    """Has a containerd take `images` into its folder `root`, and unpack them."""
+    with _containerd(root) as ctr:
+        with subprocess.Popen([*ctr, "images", "import", "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as one:
+            assert one.stdin is not None
+            write_archive(one.stdin, images, blobs)
+            one.stdin.close()
+        if one.returncode:
+            raise BuildError(f"containerd could not import {', '.join(image.name for image in images)}")
+
+
+@contextmanager
+def _containerd(root: Path) -> Iterator[list[str]]:
+    """A containerd for as long as it takes to import images: `ctr` and how to reach it."""
+    with tempfile.TemporaryDirectory(prefix="finetune-images-") as temporary:
+        socket, config = Path(temporary) / "sock", Path(temporary) / "config.toml"
+        config.write_text(
+            f'version = 2\nroot = "{root}"\nstate = "{temporary}/state"\noom_score = 0\n'
+            f'disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]\n'
+            f'[grpc]\naddress = "{socket}"\n',
+            encoding="utf-8",
+        )
+        with started(["containerd", "--config", config], Path(temporary) / "log") as process:
+            wait_until(socket.exists, "containerd to listen", process)
+            yield ["ctr", "--address", str(socket), "--namespace", "k8s.io"]
+
+
+def _copy_linked(source: Path, target: Path) -> None:
+    """By hard links, but for what is written in place: containerd's databases."""
+    _run(["cp", "--archive", "--link", source, target])
+    for database in target.rglob("*.db"):
+        if "snapshots" not in database.relative_to(target).parts:  # in there it is an image's file
+            original = source / database.relative_to(target)
+            database.unlink()
+            shutil.copy2(original, database)
+
+
+def _packages_key() -> str:
+    """Follows from what the layers below our code are made of."""
+    arguments = [json.dumps(read_dockerfile(path).arguments, sort_keys=True) for path in _DOCKERFILES.values()]
+    return _key([_text(_ROOT / "uv.lock"), *arguments])
+
+
+def _digest_of_code() -> str:
+    files = [_ROOT / "pyproject.toml"]
+    for folder in (_ROOT / "operator", _ROOT / "trainers"):
+        files += [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(_ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _key(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _forget_others(prefix: str, kept: Path) -> None:
+    """Of these only the newest is kept: they are large."""
+    for path in cache_folder().glob(f"{prefix}*"):
+        if path.is_dir() and path != kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def main() -> int:
+    """0 when the images are there."""
+    try:
+        print(images_path(lambda text: print(text, file=sys.stderr, flush=True)))
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
