@@ -27,7 +27,7 @@ unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .PHONY: help
 help: ## Say what can be done here
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 	@printf '\nVariables:\n'
 	@printf '  %s\n' 'PYTHON=python3.12     the interpreter to build the environment with (3.11 or newer)' \
 	    'PYTEST_ARGS="-k name"  passed on to every pytest call' \
@@ -74,6 +74,14 @@ verify: $(INSTALLED) ## Check that uv.lock, the CRDs and the chart are what gene
 bench: $(INSTALLED) ## Measure (tests/bench/README.md says what); BENCH=name for one
 	$(UV) sync --locked --all-extras --quiet
 	$(RUN)/python -m tests.bench $(BENCH)
+
+.PHONY: cluster-up
+cluster-up: $(INSTALLED) ## Start a Kubernetes cluster with two real nodes on this machine, with our images (as root)
+	@$(RUN)/python -m tests.cluster up
+
+.PHONY: cluster-down
+cluster-down: $(INSTALLED) ## Take it down, with all that it made
+	@$(RUN)/python -m tests.cluster down
 
 .PHONY: clean
 clean: ## Remove what these verbs made in this folder

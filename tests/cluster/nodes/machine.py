@@ -1,0 +1,172 @@
+"""What the cluster changes on the machine itself, and takes back: namespaces, control groups, mounts, settings.
+
+Every function may be called again, also on what an earlier call left half done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.cluster.nodes.configs import BRIDGE
+from tests.cluster.nodes.daemons import kill_all
+from tests.cluster.nodes.layout import HOST_ADDRESS, NETWORK, Layout, Node
+
+__all__ = [
+    "keep_settings",
+    "kill_group",
+    "make_group",
+    "make_namespace",
+    "remove_group",
+    "remove_namespace",
+    "restore_settings",
+    "unmount_below",
+]
+
+_SETTINGS = ("kernel/panic", "kernel/panic_on_oops", "vm/overcommit_memory", "vm/panic_on_oom")
+"""The kubelet sets them, for the whole machine."""
+_SYS = Path("/proc/sys")
+_GROUPS = Path("/sys/fs/cgroup")
+_HOST_END = "finetune-0"
+"""This machine's end of the cable to the first node's bridge."""
+_CONTROLLERS = "+cpuset +cpu +memory +pids"
+
+
+def keep_settings(layout: Layout) -> None:
+    """Writes down the machine's settings, once."""
+    if not layout.settings.exists():
+        found = {name: (_SYS / name).read_text(encoding="ascii").strip() for name in _SETTINGS}
+        layout.settings.write_text(json.dumps(found), encoding="utf-8")
+
+
+def restore_settings(layout: Layout) -> None:
+    """Puts them back as they were."""
+    if layout.settings.exists():
+        for name, value in json.loads(layout.settings.read_text(encoding="utf-8")).items():
+            if (_SYS / name).read_text(encoding="ascii").strip() != value:
+                (_SYS / name).write_text(value, encoding="ascii")
+        layout.settings.unlink()
+
+
+def make_namespace(node: Node, first: Node) -> None:
+    """The node's network: a namespace with a bridge for its pods, tied to the first node's bridge.
+
+    The first node's is tied to this machine instead, which so reaches nodes and pods; nothing is routed any further.
+    """
+    if not Path("/run/netns", node.namespace).exists():
+        _ip("netns", "add", node.namespace)
+        _ip("link", "set", "lo", "up", inside=node)
+        _ip("link", "add", BRIDGE, "type", "bridge", inside=node)
+        _ip("address", "add", f"{node.pods}.0.1/16", "dev", BRIDGE, inside=node)
+        _ip("link", "set", BRIDGE, "up", inside=node)
+        _set_inside(node, "net/ipv4/ip_forward", "1")
+        # So that what one pod of a node sends another by a service's address comes back through the same rules.
+        _set_inside(node, "net/bridge/bridge-nf-call-iptables", "1")
+        if node == first:
+            _tie_to_machine(node)
+        else:
+            _tie_to_first(node, first)
+
+
+def _tie_to_machine(first: Node) -> None:
+    _ip("link", "add", _HOST_END, "type", "veth", "peer", "name", "host", "netns", first.namespace)
+    _ip("link", "set", "host", "master", BRIDGE, "up", inside=first)
+    _ip("address", "add", f"{HOST_ADDRESS}/16", "dev", _HOST_END)
+    _ip("link", "set", _HOST_END, "up")
+    _ip("route", "add", NETWORK, "via", first.address)
+
+
+def _tie_to_first(node: Node, first: Node) -> None:
+    _ip(
+        "link",
+        "add",
+        node.name,
+        "netns",
+        first.namespace,
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "eth0",
+        "netns",
+        node.namespace,
+    )
+    _ip("link", "set", node.name, "master", BRIDGE, "up", inside=first)
+    _ip("address", "add", f"{node.address}/16", "dev", "eth0", inside=node)
+    _ip("link", "set", "eth0", "up", inside=node)
+    _ip("route", "add", "default", "via", first.address, inside=node)
+    _ip("route", "add", f"{node.pods}.0.0/16", "via", node.address, inside=first)
+
+
+def remove_namespace(node: Node) -> None:
+    """Takes its cables, bridge, routes and rules along."""
+    if Path("/run/netns", node.namespace).exists():
+        _ip("netns", "delete", node.namespace)
+
+
+def make_group(node: Node) -> None:
+    """The control group that the kubelet puts all its pods into."""
+    for hierarchy in _hierarchies():
+        group = hierarchy / node.cgroup.strip("/")
+        group.mkdir(exist_ok=True)
+        for name in ("cpuset.cpus", "cpuset.mems"):  # the first version's begins empty, and no process may enter it
+            if (hierarchy / name).exists() and (group / name).exists():
+                (group / name).write_text((hierarchy / name).read_text(encoding="ascii"), encoding="ascii")
+
+
+def kill_group(node: Node) -> None:
+    """SIGKILL to everything in the node's pods."""
+    deadline = time.monotonic() + 20
+    while (pids := set(_members(node))) and time.monotonic() < deadline:
+        kill_all(pids)
+
+
+def remove_group(node: Node) -> None:
+    """The group, and those of its pods; they must be empty."""
+    for hierarchy in _hierarchies():
+        group = hierarchy / node.cgroup.strip("/")
+        if group.exists():
+            below = sorted((path for path in group.rglob("*") if path.is_dir()), key=lambda path: -len(path.parts))
+            for path in [*below, group]:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+
+def unmount_below(folder: Path) -> None:
+    """Everything that is mounted there, the last one first."""
+    for line in reversed(Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()):
+        point = line.split()[1].encode().decode("unicode_escape")
+        if Path(point).is_relative_to(folder):
+            subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
+
+
+def _members(node: Node) -> Iterator[int]:
+    for hierarchy in _hierarchies():
+        for file in (hierarchy / node.cgroup.strip("/")).rglob("cgroup.procs"):
+            with contextlib.suppress(OSError):
+                yield from map(int, file.read_text(encoding="ascii").split())
+
+
+def _hierarchies() -> list[Path]:
+    """One folder for each controller, or, in the second version, one for all."""
+    if (_GROUPS / "cgroup.controllers").exists():
+        (_GROUPS / "cgroup.subtree_control").write_text(_CONTROLLERS, encoding="ascii")
+        return [_GROUPS]
+    return [path for path in _GROUPS.iterdir() if path.is_dir() and not path.is_symlink()]
+
+
+def _set_inside(node: Node, name: str, value: str) -> None:
+    """A setting of the node's namespace; one that this kernel has not is passed over."""
+    script = f"test ! -e /proc/sys/{name} || echo {value} > /proc/sys/{name}"
+    subprocess.run(["nsenter", f"--net=/run/netns/{node.namespace}", "sh", "-c", script], check=True)
+
+
+def _ip(*arguments: str, inside: Node | None = None) -> None:
+    entered = ["-netns", inside.namespace] if inside else []
+    done = subprocess.run(["ip", *entered, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(done.args)}: {done.stderr.strip()}")
