@@ -2,6 +2,7 @@
 
     python -m tests.lanes [PYTEST ARGUMENTS]        all lanes
     python -m tests.lanes --lane ray -k resume      one lane (see LANES); the rest goes to pytest
+    python -m tests.lanes --lane cluster            the one that runs only when it is named
 
 Called by `make test`. Each lane is a pytest process of its own: Ray, DeepSpeed and torch settle things once per
 process. A lane goes on after an earlier one has failed, so that one run tells everything.
@@ -29,6 +30,7 @@ class Lane:
 
     `apart`: each file in a process of its own. DeepSpeed never gives back the buckets of an engine, gigabytes that are
     mapped and not touched; after some dozen trainings the process could start no other one.
+    `only_by_name`: left out, and said so, unless somebody asks for it.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Lane:
     marker: str | None
     processes: int = 1
     apart: bool = False
+    only_by_name: bool = False
 
 
 LANES = (
@@ -43,6 +46,7 @@ LANES = (
     Lane("control-plane", "a real API server", "control_plane"),
     Lane("ray", "Ray Train and DeepSpeed on this machine", "ray", apart=True),
     Lane("e2e", "from a manifest to a tuned model", "e2e"),
+    Lane("cluster", "images and pods on two real nodes, as root", "cluster", only_by_name=True),
 )
 
 
@@ -105,10 +109,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run the tests lane by lane; what is not known here goes to pytest.")
     parser.add_argument("--lane", action="append", choices=[lane.name for lane in LANES], help="only this one")
     options, arguments = parser.parse_known_args()
-    ran = [run(lane, arguments) for lane in LANES if not options.lane or lane.name in options.lane]
+    named = options.lane or [lane.name for lane in LANES if not lane.only_by_name]
+    ran = [run(lane, arguments) for lane in LANES if lane.name in named]
     print("\n===== lanes =====")
     for one in ran:
         print(f"{one.lane.name:<14} {one.verdict:<9} {one.seconds:5.0f} s", flush=True)
+    for lane in LANES:
+        if lane.only_by_name and lane.name not in named:
+            print(f"{lane.name:<14} NOT RUN   {lane.what}: python -m tests.lanes --lane {lane.name}", flush=True)
     return int(any(one.failed for one in ran))
 
 

@@ -1,0 +1,144 @@
+"""Fixtures of the cluster lane: Kubernetes with two real nodes, and the product on it as a platform installs it.
+
+    cluster    two nodes, brought up by tests.cluster; taken down afterwards unless it was up before
+    kuberay    KubeRay on it
+    product    our chart, installed by Helm with three lines of values
+    team       a team's namespace of the strictest Pod Security level, with a claim that all pods share
+    job        a job in it: apply, watch; deleted after the test
+
+The first run on a machine builds programs and images, which takes a quarter of an hour. The lane runs only when it is
+asked for by name: python -m tests.lanes --lane cluster
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.build import BuildError
+from tests.cluster.nodes.cluster import Cluster, down, up
+from tests.cluster.nodes.daemons import running
+from tests.cluster.nodes.kuberay import install_kuberay
+from tests.cluster.nodes.layout import layout
+from tests.cluster.nodes.needs import CannotRun
+from tests.cluster_e2e.world import CLAIM, World
+from tests.trainers.factories import tiny_model, write_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "helm" / "finetune-operator"
+NAMESPACE = "finetune-system"
+VALUES = """\
+defaultRuntime:
+  enabled: true
+  spec: {workers: {gpus: 0, cpus: 1, memory: 3Gi}, head: {cpus: 0.5, memory: 3Gi}, storage: pvc://shared/runs}
+"""
+TEAM = "team-a"
+
+Say = Callable[[str], None]
+Submit = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def say(pytestconfig: pytest.Config) -> Say:
+    """Prints at once, whatever pytest does with output: minutes of silence look like a hang."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+
+    def said(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n[cluster] {text}", end="", flush=True)
+
+    return said
+
+
+@pytest.fixture(scope="session")
+def cluster(say: Say) -> Iterator[Cluster]:
+    was_up = running(layout(), "kube-apiserver")
+    try:
+        one = up(say)
+    except (BuildError, CannotRun) as error:
+        pytest.skip(f"no cluster: {error}")
+    yield one
+    if not was_up:
+        down()
+
+
+@pytest.fixture(scope="session")
+def kuberay(cluster: Cluster, say: Say) -> Cluster:
+    install_kuberay(cluster, say)
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def product(kuberay: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    values = tmp_path_factory.mktemp("values") / "values.yaml"
+    values.write_text(VALUES, encoding="utf-8")
+    where = ("--namespace", NAMESPACE, "--create-namespace", "--values", values)
+    kuberay.helm("upgrade", "--install", "finetune-operator", CHART, *where, "--wait", "--timeout", "110s")
+    return kuberay
+
+
+@pytest.fixture(scope="session")
+def team(product: Cluster) -> World:
+    folder = product.layout.shared
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    size, modes = {"storage": "10Gi"}, ["ReadWriteMany"]
+    volume = {"capacity": size, "accessModes": modes, "storageClassName": "", "hostPath": {"path": str(folder)}}
+    claim = {
+        "resources": {"requests": size},
+        "accessModes": modes,
+        "storageClassName": "",
+        "volumeName": f"{TEAM}-{CLAIM}",
+    }
+    documents = [
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": TEAM, "labels": labels}},
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolume",
+            "metadata": {"name": f"{TEAM}-{CLAIM}"},
+            "spec": volume | {"persistentVolumeReclaimPolicy": "Retain"},
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": CLAIM, "namespace": TEAM},
+            "spec": claim,
+        },
+    ]
+    product.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(documents))
+    return World(product, TEAM, folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(team: World) -> dict[str, Any]:
+    """A model of a hundred thousand parameters and rows for it, on the claim; what a job says to use them."""
+    if not (team.folder / "tiny").exists():
+        tiny_model(team.folder / "tiny")
+        write_rows(team.folder / "rows.jsonl", 64)
+    return {
+        "model": {"source": f"pvc://{CLAIM}/tiny"},
+        "data": {"train": [{"source": f"pvc://{CLAIM}/rows.jsonl"}]},
+        "method": {"sft": {"maxSeqLength": 128}},
+        "tuning": {"lora": {"rank": 4}},
+        "training": {"maxSteps": 40, "globalBatchSize": 4, "precision": "fp32", "learningRate": 0.001},
+        "runtimeRef": {"name": "default"},
+    }
+
+
+@pytest.fixture
+def submit(team: World) -> Iterator[Submit]:
+    """Applies a job by its name and spec; the name. It is deleted after the test, and its pods are gone then."""
+    names: list[str] = []
+
+    def apply(name: str, spec: dict[str, Any]) -> str:
+        names.append(name)
+        head = {"apiVersion": "finetune-operator.io/v1alpha1", "kind": "FineTuneJob"}
+        team.apply({**head, "metadata": {"name": name}, "spec": spec})
+        return name
+
+    yield apply
+    for name in names:
+        team.delete(name)

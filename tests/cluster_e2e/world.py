@@ -1,0 +1,108 @@
+"""A team's namespace on the real cluster: jobs as their user submits and sees them. Used by the scenarios here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.cluster.nodes.cluster import Cluster
+
+__all__ = ["CLAIM", "World"]
+
+CLAIM = "shared"
+"""A claim in the team's namespace that all pods can mount."""
+_JOB = "finetune-operator.io/job"
+_ATTEMPT = "finetune-operator.io/attempt"
+_ROLE = "finetune-operator.io/role"
+
+
+@dataclass(frozen=True)
+class World:
+    """`folder` is what the claim holds, as this machine sees it."""
+
+    cluster: Cluster
+    namespace: str
+    folder: Path
+
+    def apply(self, *documents: Mapping[str, Any]) -> None:
+        """kubectl apply, with whatever the API server says against it."""
+        self.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(documents))
+
+    def kubectl(self, *arguments: str | Path, stdin: str | None = None) -> str:
+        """In the team's namespace."""
+        return self.cluster.kubectl("--namespace", self.namespace, *arguments, stdin=stdin)
+
+    def finetune(self, *arguments: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+        """The command, as its user types it."""
+        return subprocess.run(
+            [sys.executable, "-c", "from finetune_client.cli import main; main()", *arguments, "-n", self.namespace],
+            env=os.environ | {"KUBECONFIG": str(self.cluster.layout.kubeconfig)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+
+    def status(self, job: str) -> dict[str, Any]:
+        """What the operator says of it; empty while it has said nothing."""
+        found = self.cluster.client.find(f"{self._group}/finetunejobs/{job}") or {}
+        status: dict[str, Any] = found.get("status", {})
+        return status
+
+    def phase(self, job: str) -> str:
+        return str(self.status(job).get("phase", ""))
+
+    def step(self, job: str) -> int:
+        """Optimizer steps done, as the status tells."""
+        return int((self.status(job).get("progress") or {}).get("step") or 0)
+
+    def pods(self, job: str, role: str | None = None, attempt: int | None = None) -> list[dict[str, Any]]:
+        """The job's pods that are there, of one role or one attempt."""
+        wanted = {_JOB: job} | ({_ROLE: role} if role else {}) | ({_ATTEMPT: str(attempt)} if attempt else {})
+        selector = "%2C".join(f"{key}%3D{value}" for key, value in wanted.items())
+        return self.cluster.client.items(f"/api/v1/namespaces/{self.namespace}/pods?labelSelector={selector}")
+
+    def wait(self, job: str, holds: Callable[[], object], what: str, seconds: float = 300) -> None:
+        """Waits for `holds`; when it takes too long, or the job fails meanwhile, says all that is known of it."""
+        deadline = time.monotonic() + seconds
+        while not holds():
+            failed = self.phase(job) == "Failed"
+            if failed or time.monotonic() > deadline:
+                raise AssertionError(
+                    f"{'the job failed' if failed else 'too long'} waiting for {what}\n{self.tell(job)}"
+                )
+            time.sleep(0.5)
+
+    def tell(self, job: str) -> str:
+        """Its status, the events of the namespace, its pods, and the operator's last words."""
+        system = ("--namespace", "finetune-system")
+        asked = [
+            ("get", "events", "--sort-by=.lastTimestamp"),
+            ("get", "pods", "--output=wide", "--show-labels"),
+            ("get", "rayjobs,rayclusters"),
+        ]
+        parts = [json.dumps(self.status(job), indent=1)]
+        parts += [self.cluster.kubectl.run("--namespace", self.namespace, *one).stdout[-6000:] for one in asked]
+        logs = ("logs", "--selector=app.kubernetes.io/name=finetune-operator", "--tail=15", "--prefix")
+        parts.append(self.cluster.kubectl.run(*system, *logs).stdout[-6000:])
+        return "\n".join(parts)
+
+    def delete(self, job: str) -> None:
+        """The job, and with it all that it consists of; waits until its pods are gone."""
+        self.kubectl("delete", "finetunejob", job, "--ignore-not-found", "--wait=true", "--timeout=100s")
+        deadline = time.monotonic() + 120
+        while self.pods(job) and time.monotonic() < deadline:
+            time.sleep(0.5)
+
+    @property
+    def _group(self) -> str:
+        return f"/apis/finetune-operator.io/v1alpha1/namespaces/{self.namespace}"
