@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, JsonValue, TypeAdapter
 
 from finetune_api.base import Contract
 
@@ -19,6 +19,7 @@ __all__ = [
     "ToCollect",
     "ToCompare",
     "ToExport",
+    "ToImport",
     "ToInspect",
     "ToList",
     "ToPin",
@@ -107,6 +108,30 @@ class ToExport(Contract):
     role: str | None = None
 
 
+class ToImport(Contract):
+    verb: Literal["import"] = "import"
+    uri: str
+    """Where it goes; there need be nothing yet."""
+    source: str
+    """The foreign checkpoint's folder on this machine."""
+    format: str | None = None
+    """null: told by its files."""
+    job: str | None = None
+    """Whose checkpoint it becomes: the job's uid, or namespace/name where it has none."""
+    base: str | None = None
+    """Folder or URI of the base model."""
+    base_revision: str | None = None
+    step: Annotated[int, Field(ge=0)] | None = None
+    global_batch: Positive | None = None
+    adapter: dict[str, JsonValue] | None = None
+    """spec.tuning.lora, every field of it; null: it is not of adapters."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
+    prefix: str = ""
+    allow_pickle: bool = False
+    by: str
+    take_over: bool = False
+
+
 class ToCollect(Contract):
     verb: Literal["gc"] = "gc"
     uri: str
@@ -138,7 +163,9 @@ class ToUnpin(Contract):
     id: str
 
 
-Request = ToList | ToInspect | ToVerify | ToCompare | ToPlan | ToExport | ToCollect | ToRepair | ToPin | ToUnpin
+Request = (
+    ToList | ToInspect | ToVerify | ToCompare | ToPlan | ToExport | ToImport | ToCollect | ToRepair | ToPin | ToUnpin
+)
 _REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="verb")])
 
 

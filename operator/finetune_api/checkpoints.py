@@ -29,6 +29,7 @@ __all__ = [
     "FileDamage",
     "Flow",
     "GroupSummary",
+    "Imported",
     "Mended",
     "PinReport",
     "PinSummary",
@@ -305,6 +306,24 @@ class Exported(Contract):
     bytes: int
 
 
+class Imported(Contract):
+    """A checkpoint of another program, made one of ours."""
+
+    id: str
+    uri: str
+    source: str
+    format: str
+    step: int
+    job: str
+    global_batch: int
+    num_tensors: int
+    num_parameters: int
+    num_with_moments: int
+    """Tensors whose optimizer state came along."""
+    bytes: int
+    notes: list[str] = Field(default_factory=list)
+
+
 class Reasoned(Contract):
     """A checkpoint, and why something is done with it."""
 
@@ -327,6 +346,8 @@ class Collection(Contract):
     blob_bytes: int
     bytes: int
     """Freed, shared files included."""
+    unfinished: int | None = None
+    """Files and uploads deleted, a day old, whose writers died; null where the storage does not tell."""
     activity: Activity | None = None
     notes: list[str] = Field(default_factory=list)
 

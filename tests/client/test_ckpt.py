@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,11 @@ from finetune_trainers.checkpoint.pins import read_pins
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from tests.client.conftest import Finetune, Finished
 from tests.client.test_cli import HEAVY, imported_by
+from tests.trainers.checkpoint.command import Here
 from tests.trainers.checkpoint.saving import intent_of, save, start, write_all
 from tests.trainers.checkpoint.synthetic import NOON
 
-VERBS = ["ls", "inspect", "verify", "diff", "plan", "export", "gc", "repair", "pin", "unpin"]
+VERBS = ["ls", "inspect", "verify", "diff", "plan", "export", "import", "gc", "repair", "pin", "unpin"]
 
 
 class Run:
@@ -62,19 +61,6 @@ class Run:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run(tmp_path / "runs/bot/20260101-120000")
-
-
-class Here:
-    """The trainers' side in this process, which starts sooner: what the command sees of a process."""
-
-    def __init__(self, request: str) -> None:
-        self.stdout = io.StringIO()
-        with redirect_stdout(self.stdout):
-            self._code = main([request])
-        self.stdout.seek(0)
-
-    def wait(self) -> int:
-        return self._code
 
 
 @pytest.fixture
@@ -153,6 +139,7 @@ def test_a_run_that_saves_elsewhere_is_looked_at_there(ckpt: Finetune, run: Run,
     [
         ({"keepLast": 1}, [True, False, False]),
         ({"keepLast": 1, "keepEvery": 20}, [True, True, False]),
+        ({"keepLast": 3, "quotaBytes": 100_000}, [True, True, False]),
         ({"keepLast": 1, "keepBest": {"metric": "loss", "mode": "max", "count": 1}}, [True, False, True]),
         ({"keepLast": 1, "keepBest": {"of": "another version"}}, [True, True, True]),
         ({"keepLast": None}, [True, True, True]),

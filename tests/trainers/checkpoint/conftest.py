@@ -15,6 +15,7 @@ from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from tests.cluster.build import BuildError, program_path
 from tests.cluster.s3 import S3, s3_server
+from tests.trainers.checkpoint.command import Ckpt
 
 
 def _say(text: str) -> None:
@@ -42,6 +43,12 @@ def s3(versitygw: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3
 def bucket(s3: S3) -> Storage:
     """A new bucket."""
     return open_storage(f"s3://{s3.bucket()}/runs/a", options=s3.options())
+
+
+@pytest.fixture
+def ckpt(monkeypatch: pytest.MonkeyPatch) -> Ckpt:
+    """`finetune ckpt` in this process."""
+    return Ckpt(monkeypatch)
 
 
 @pytest.fixture(params=["posix", "memory", pytest.param("s3", marks=pytest.mark.control_plane)])

@@ -135,9 +135,13 @@ class FaultingStorage:
         with self._request(f"prune {folder}"):
             self.inner.prune(folder)
 
-    def discard_unfinished(self, older_than_seconds: float) -> Sequence[str]:
+    def unfinished(self, older_than_seconds: float) -> Sequence[str] | None:
+        with self._request("list unfinished files"):
+            return self.inner.unfinished(older_than_seconds)
+
+    def discard(self, unfinished: Sequence[str]) -> None:
         with self._request("discard unfinished files"):
-            return self.inner.discard_unfinished(older_than_seconds)
+            self.inner.discard(unfinished)
 
     def free_bytes(self) -> int | None:
         with self._request("free space"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 from finetune_trainers.checkpoint import layout
@@ -31,8 +32,8 @@ SHARD = 2 * CHUNK
 """A rank of two holds a little less than three chunks: it writes two files."""
 
 
-def start(storage: Storage) -> Fence:
-    fence, _ = begin(storage, "test", NOON)
+def start(storage: Storage, now: datetime = NOON) -> Fence:
+    fence, _ = begin(storage, "test", now)
     return fence
 
 

@@ -72,7 +72,7 @@ def go_on(storage: Storage, where: str) -> None:
     put(storage, b"new")
     save(storage, fence, 30, blobs=(blob(b"new"),))
     sweep(storage, KEEP_ONE, fence)
-    storage.discard_unfinished(-1.0)
+    storage.discard(storage.unfinished(-1.0) or ())
     third = find_newest(storage, deep=True).manifest
     assert third is not None
     assert third.id.step == 30, where

@@ -19,6 +19,7 @@ from finetune_trainers.checkpoint.manifest import Manifest
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.errors import UserError
+from tests.trainers.checkpoint.command import Ckpt
 from tests.trainers.checkpoint.trained import NOON
 from tests.trainers.conftest import SmallWorld
 
@@ -50,21 +51,17 @@ def at_step(storage: Storage, step: int) -> Manifest:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_training_goes_on_from_what_came_back(small_world: SmallWorld, tmp_path: Path, way: str) -> None:
+def test_a_training_goes_on_from_what_came_back(small_world: SmallWorld, tmp_path: Path, ckpt: Ckpt, way: str) -> None:
     here, there = f"file://{tmp_path}/here", f"file://{tmp_path}/there"
     plan = plan_at(small_world, here, WAYS[way])
     assert small_world.train(plan, tmp_path / "whole").result is Result.SUCCEEDED
     saved = at_step(open_storage(here), 3)
     export_checkpoint(open_storage(here), saved, str(tmp_path / "out"), way)
-    assert plan.checkpoint is not None
-    options = ImportOptions(
-        job=plan.checkpoint.job,
-        base=small_world.model,
-        global_batch=plan.batch.global_batch_size,
-        adapter=saved.intent.adapter,
-        allow_pickle=True,
-    )
-    import_checkpoint(tmp_path / "out", open_storage(there), way, options, NOON)
+    (tmp_path / "plan.json").write_text(plan.model_dump_json(by_alias=True))
+    done = ckpt("import", there, "--from", tmp_path / "out", "--for", tmp_path / "plan.json", "--allow-pickle")
+    assert done.exit_code == 0, done.stderr
+    assert f"goes on after step 3 at {there}" in done.stdout
+    assert "Note" not in done.stdout
     again = plan_at(small_world, there, WAYS[way])
     assert small_world.train(again, tmp_path / "rest").result is Result.SUCCEEDED
     reports = (tmp_path / "rest" / "progress.jsonl").read_text().splitlines()

@@ -31,7 +31,9 @@ def test_unfinished_files_are_not_listed_and_are_swept_when_they_are_old(tmp_pat
     young.write_bytes(b"")
     os.utime(old, (0, 0))
     assert [stored.name for stored in storage.list("")] == ["a/whole"]
-    assert storage.discard_unfinished(3600) == ["a/.x.1234.unfinished"]
+    assert storage.unfinished(3600) == ["a/.x.1234.unfinished"]
+    assert {file.name for file in (tmp_path / "a").iterdir()} == {"whole", old.name, young.name}, "it is only told"
+    storage.discard(storage.unfinished(3600))
     assert {file.name for file in (tmp_path / "a").iterdir()} == {"whole", young.name}
 
 

@@ -60,6 +60,8 @@ class Swept:
     plan: SweepPlan
     deleted: tuple[CheckpointId, ...]
     num_bytes: int
+    num_unfinished: int | None = None
+    """Files and uploads, a day old, whose writers died; None when the storage does not tell."""
 
 
 def plan_sweep(
@@ -109,8 +111,10 @@ def sweep(
     if fence is not None and plan.blobs and len(deleted) == len(unwanted):  # what stayed after all has its blobs
         demand_fence(storage, fence)
         storage.delete(plan.blobs)
-    storage.discard_unfinished(_DAY)
-    return Swept(plan, tuple(deleted), num_bytes)
+    unfinished = storage.unfinished(_DAY)
+    if unfinished:
+        storage.discard(unfinished)
+    return Swept(plan, tuple(deleted), num_bytes, None if unfinished is None else len(unfinished))
 
 
 def _candidate(listing: Listing, manifest: Manifest | None, pins: Collection[CheckpointId | None]) -> Candidate:

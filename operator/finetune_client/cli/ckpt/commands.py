@@ -4,6 +4,7 @@ in `verbs`."""
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,8 +19,8 @@ ckpt = typer.Typer(
     "WHERE is a run's folder, the name of a run's job below ./runs, a folder with checkpoints, or a URI (file, pvc, s3,"
     " gs). ID is newest, a step (200), a step of one attempt (200-e1), or the name that ls shows.\n\n"
     "Buckets take credentials, region and endpoint from the environment as AWS and Google programs do; pvc://claim is"
-    " looked for below FINETUNE_PVC_ROOT, /mnt/pvc unless it is set. No command imports torch, and none but gc, repair,"
-    " pin, unpin and export writes anything.\n\n"
+    " looked for below FINETUNE_PVC_ROOT, /mnt/pvc unless it is set. No command imports torch, but for formats of"
+    " torch's and DeepSpeed's, and none but gc, repair, pin, unpin, export and import writes anything.\n\n"
     "\b\n"
     "Examples:\n"
     "  finetune ckpt ls support-bot\n"
@@ -220,6 +221,76 @@ def export(
 
     options = {"format": format, "dtype": dtype.value if dtype else None, "merge": merge, "base": base, "role": role}
     raise typer.Exit(verbs.export(where, id, to, options, max_shard_size, output is Output.JSON))
+
+
+@ckpt.command("import", epilog=CKPT_EPILOG)
+def import_(
+    where: Annotated[
+        str,
+        typer.Argument(metavar="WHERE", help="Where it goes; a new folder or prefix too.", show_default=False),
+    ],
+    *,
+    source: Annotated[
+        Path, typer.Option("--from", metavar="FOLDER", help="The other program's checkpoint.", show_default=False)
+    ],
+    format: Annotated[
+        str | None, typer.Option(metavar="NAME", help="dcp or deepspeed.", show_default="told by the files")
+    ] = None,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--for",
+            metavar="PLAN",
+            help="The job that is to go on from it, which says what the options below can: a run's folder, or what"
+            " finetune plan -o json prints.",
+            show_default="the run's own, where WHERE is one",
+        ),
+    ] = None,
+    job: Annotated[
+        str | None, typer.Option(metavar="ID", help="The job's uid, or namespace/name on a laptop.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="The base model: a folder or URI.", show_default=False),
+    ] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Sequences in an optimizer step.", show_default=False)
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Steps done.", show_default="as the checkpoint says")
+    ] = None,
+    prefix: Annotated[
+        str, typer.Option(metavar="TEXT", help="What stands before parameters' names there.", show_default="found out")
+    ] = "",
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="Read pickles, of which only harmless classes are built."),
+    ] = False,
+    take_over: TakeOver = False,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Make a checkpoint of torch DCP or DeepSpeed one of ours, which a training goes on from.
+
+    Weights, AdamW's moments and step counts come along; the order of the data is the job's own. It is the newest there
+    from then on. A format that consists of pickles is read only with --allow-pickle, and nothing in it is executed.
+
+    \b
+    Examples:
+      finetune ckpt import s3://team-a/jobs/support-bot/checkpoints --from ./ds --for plan.json --allow-pickle
+      finetune ckpt import ./imported --from ./dcp --base ./Qwen3-8B --job default/support-bot --global-batch 128
+    """
+    from finetune_client.cli.ckpt import verbs
+
+    said = {
+        "format": format,
+        "job": job,
+        "base": base if base is None or "://" in base else str(Path(base).absolute()),
+        "global_batch": global_batch,
+        "step": step,
+        "prefix": prefix or None,
+        "allow_pickle": allow_pickle,
+    }
+    raise typer.Exit(verbs.import_(where, source, plan_file, said, take_over, output is Output.JSON))
 
 
 @ckpt.command(epilog=CKPT_EPILOG)

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +49,23 @@ class Place:
     """Of the job whose run it is; None: not known."""
     run: Path | None = None
     """The folder of the run that they are in, which a run at work has locked."""
+    plan: Path | None = None
+    """Of the job whose run it is."""
 
 
-def place_of(text: str) -> Place:
-    """Raises BadPlace."""
+def place_of(text: str, is_new: bool = False) -> Place:
+    """`is_new`: there need be no checkpoints yet, and no folder. Raises BadPlace."""
     found = _CHECKPOINT.fullmatch(text)
     if found:
-        place = place_of(found["place"])
-        return Place(place.uri, found["id"], place.rules, place.run)
+        return replace(place_of(found["place"], is_new), checkpoint=found["id"])
     if text.startswith("file://"):
-        return _of_folder(Path(text.removeprefix("file://")), text)
+        return _of_folder(Path(text.removeprefix("file://")), text, is_new)
     if "://" in text:
         return Place(text)
     folder = Path(text)
     if not folder.exists() and _NAME.fullmatch(text):
-        return _of_folder(_newest_run(text), text)
-    return _of_folder(folder, text)
+        return _of_folder(_newest_run(text), text, is_new)
+    return _of_folder(folder, text, is_new)
 
 
 @contextmanager
@@ -96,17 +97,19 @@ def _newest_run(name: str) -> Path:
     return runs[-1]
 
 
-def _of_folder(path: Path, given: str) -> Place:
+def _of_folder(path: Path, given: str, is_new: bool) -> Place:
     """`given` is what the person called it."""
     folder = path.absolute()
+    if not folder.exists() and is_new:
+        return Place(f"file://{folder}")
     if not folder.is_dir():
         raise BadPlace(f"{given} is no folder; name a run's folder, a folder with checkpoints, or a URI")
     if folder.name == _FOLDER and (folder.parent / "plan.json").is_file():
-        return _of_run(folder.parent, given)
+        return _of_run(folder.parent, given, is_new)
     if _holds_checkpoints(folder):
         return Place(f"file://{folder}")
     if (folder / "plan.json").is_file():
-        return _of_run(folder, given)
+        return _of_run(folder, given, is_new)
     if jobs := sorted(file.parent.name for file in folder.glob("*/plan.json")):
         raise BadPlace(
             f"{given} holds the runs of several jobs; name one: {', '.join(f'{given}/{job}' for job in jobs)}"
@@ -114,18 +117,19 @@ def _of_folder(path: Path, given: str) -> Place:
     return Place(f"file://{folder}")
 
 
-def _of_run(folder: Path, given: str) -> Place:
-    settings = _checkpoint_settings(folder / "plan.json")
+def _of_run(folder: Path, given: str, is_new: bool) -> Place:
+    plan = folder / "plan.json"
+    settings = _checkpoint_settings(plan)
     uri, rules = settings.get("uri"), _rules(settings)
     if isinstance(uri, str):
-        return Place(uri, rules=rules)
-    if not (folder / _FOLDER).is_dir():
+        return Place(uri, rules=rules, plan=plan)
+    if not (folder / _FOLDER).is_dir() and not is_new:
         why = "has saved none yet" if settings else "saves none: its job has no spec.checkpoint"
         raise BadPlace(f"{given} has no checkpoints; the run {why}")
     from finetune_client.folders import STATE_FILE  # brings much that other places do not need
 
     run = next((one for one in (folder, folder.parent) if (one / STATE_FILE).is_file()), None)
-    return Place(f"file://{folder / _FOLDER}", rules=rules, run=run)
+    return Place(f"file://{folder / _FOLDER}", rules=rules, run=run, plan=plan)
 
 
 def _checkpoint_settings(plan: Path) -> dict[str, Any]:
@@ -139,7 +143,8 @@ def _checkpoint_settings(plan: Path) -> dict[str, Any]:
 
 def _rules(settings: dict[str, Any]) -> Rules | None:
     """None when the plan does not say them, or in a way that is not ours: then nothing is deleted by any."""
-    said = {name: settings[name] for name in ("keepLast", "keepEvery", "keepBest") if settings.get(name) is not None}
+    names = ("keepLast", "keepEvery", "keepBest", "quotaBytes")
+    said = {name: settings[name] for name in names if settings.get(name) is not None}
     try:
         return Rules.model_validate(said) if "keepLast" in said else None
     except ValidationError:

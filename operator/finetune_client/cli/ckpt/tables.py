@@ -19,6 +19,7 @@ from finetune_api.checkpoints import (
     Difference,
     Exported,
     FileDamage,
+    Imported,
     PinReport,
     Repair,
     RestoreCosts,
@@ -32,6 +33,7 @@ __all__ = [
     "costs",
     "details",
     "exported",
+    "imported",
     "listing",
     "pin",
     "repair",
@@ -225,6 +227,16 @@ def exported(found: Exported) -> Iterator[str]:
     yield f"Written {found.id} to {found.to} ({found.format}, {found.kind}, {size(found.bytes)})"
 
 
+def imported(found: Imported) -> Iterator[str]:
+    moments = f"optimizer state of {found.num_with_moments} of them" if found.num_with_moments else "no optimizer state"
+    yield (
+        f"Imported {found.source} ({found.format}) as {found.id}: {_count(range(found.num_tensors), 'tensor')},"
+        f" {moments}, {size(found.bytes)}"
+    )
+    yield f"A run of {found.job} with global batch {found.global_batch} goes on after step {found.step} at {found.uri}"
+    yield from (f"Note: {note}" for note in found.notes)
+
+
 def collection(found: Collection, now: datetime) -> Iterator[str]:
     would = "would be " if found.dry_run else ""
     rows = [("deleted", one.id, size(one.bytes), one.reason) for one in found.deleted]
@@ -236,9 +248,11 @@ def collection(found: Collection, now: datetime) -> Iterator[str]:
     if found.blobs:
         shared = "shared file that nothing refers to" if found.blobs == 1 else "shared files that nothing refers to"
         yield f"{found.blobs} {shared}, {size(found.blob_bytes)}, {would}deleted"
+    if found.unfinished:
+        yield f"{_count(range(found.unfinished), 'file')} whose writer died {would}deleted"
     if found.bytes or found.deleted:
         yield f"{_count(found.deleted, 'checkpoint')} {would}deleted, {size(found.bytes)} {would}freed"
-    else:
+    elif not found.unfinished:
         yield "Nothing to delete"
     if found.dry_run and found.activity is not None and found.activity.at_work:
         since = _since(found.activity.last_sign, now)

@@ -26,7 +26,7 @@ from finetune_client.cli.ckpt.places import BadPlace, Place, RunAtWork, held, pl
 from finetune_client.cli.exits import IN_USE, INVALID, OK
 from finetune_client.cli.sizes import parse_size
 
-__all__ = ["Keeping", "diff", "export", "gc", "inspect", "ls", "pin", "plan", "repair", "unpin", "verify"]
+__all__ = ["Keeping", "diff", "export", "gc", "import_", "inspect", "ls", "pin", "plan", "repair", "unpin", "verify"]
 
 _NEWEST = "newest"
 _KEEP_LAST = 3
@@ -146,6 +146,48 @@ def export(
     return _run(where, request, tell, as_json)
 
 
+def import_(
+    where: str, source: Path, plan_file: Path | None, said: dict[str, Any], take_over: bool, as_json: bool
+) -> int:
+    """`said` are other fields of the request; those that are None are taken from the job's plan, where there is one."""
+
+    def tell(report: dict[str, Any]) -> Iterable[str]:
+        return tables.imported(reports.Imported.model_validate(report))
+
+    def request(place: Place) -> Contract:
+        named = {name: value for name, value in said.items() if value is not None}
+        known = _of_plan(plan_file or place.plan) | ({"base_revision": None} if "base" in named else {}) | named
+        alone = take_over or place.run is not None
+        return requests.ToImport(uri=place.uri, source=str(source.absolute()), by=_whoami(), take_over=alone, **known)
+
+    return _run(where, request, tell, as_json, alone=True, is_new=True)
+
+
+def _of_plan(file: Path | None) -> dict[str, Any]:
+    """What a checkpoint must say for the training of a plan to go on from it. Raises ValueError."""
+    if file is None:
+        return {}
+    from finetune_api.plan import RunPlan
+
+    path = file / "plan.json" if file.is_dir() else file
+    try:
+        plan = RunPlan.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        right = "name a run's folder, or what finetune plan job.yaml -o json prints"
+        raise ValueError(f"--for: {path} is no plan of a job that can be read; {right}") from None
+    if plan.checkpoint is None:
+        raise ValueError(f"--for: {plan.namespace}/{plan.name} saves no checkpoints; give it spec.checkpoint")
+    lora = plan.tuning.lora
+    return {
+        "job": plan.checkpoint.job,
+        "base": plan.model.source,
+        "base_revision": plan.model.revision,
+        "global_batch": plan.batch.global_batch_size,
+        "adapter": None if lora is None else lora.model_dump(mode="json", exclude_none=True),
+        "weight_decay": plan.optimization.adamw.weight_decay,
+    }
+
+
 def pin(where: str, checkpoint: str | None, reason: str, as_json: bool) -> int:
     def request(place: Place) -> Contract:
         return requests.ToPin(uri=place.uri, id=_id(checkpoint, place), by=_whoami(), reason=reason)
@@ -198,7 +240,7 @@ def gc(where: str, keeping: Keeping, dry_run: bool, yes: bool, take_over: bool, 
 
 
 def _would_delete(report: dict[str, Any]) -> bool:
-    return bool(report["deleted"] or report["blobs"])
+    return bool(report["deleted"] or report["blobs"] or report["unfinished"])
 
 
 def _tell_pin(report: dict[str, Any]) -> Iterable[str]:
@@ -209,10 +251,17 @@ def _tell_collection(report: dict[str, Any]) -> Iterable[str]:
     return tables.collection(reports.Collection.model_validate(report), _now())
 
 
-def _run(where: str, make: Callable[[Place], Contract], tell: Tell, as_json: bool, alone: bool = False) -> int:
-    """`alone`: keep runs away meanwhile, where the place is in a run's folder."""
+def _run(
+    where: str,
+    make: Callable[[Place], Contract],
+    tell: Tell,
+    as_json: bool,
+    alone: bool = False,
+    is_new: bool = False,
+) -> int:
+    """`alone`: keep runs away meanwhile, where the place is in a run's folder. `is_new`: nothing need be there yet."""
     try:
-        place = place_of(where)
+        place = place_of(where, is_new)
         if not alone:
             return _show(_asked(make(place)), tell, as_json)
         with held(place):

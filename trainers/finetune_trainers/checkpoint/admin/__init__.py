@@ -8,10 +8,11 @@
     comparing   diff, of what checkpoints say and of their values
     costs       plan: what each process would read to go on
     exporting   export
+    importing   import
     upkeep      gc
     mending     repair
     pinning     pin, unpin
 
-`python -m finetune_trainers.checkpoint.admin` calls them. Nothing here imports torch; numpy only where values are
-compared.
+`python -m finetune_trainers.checkpoint.admin` calls them. Nothing here imports torch, but for formats of torch's and
+DeepSpeed's; numpy only where values are compared.
 """

@@ -4,7 +4,7 @@
 
 Each line on stdout is a `Told`: how far it has come, then the report or why there is none. The exit code is 0, that of
 a failure's class (finetune_api.failures.EXIT_CODES), 20 when a checkpoint is damaged, 21 when a run seems to be at
-work, 130 after a stop request. Imports neither torch nor Ray, except for exports in formats of theirs.
+work, 130 after a stop request. Imports neither torch nor Ray, except for formats of theirs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from finetune_api.checkpoint_requests import (
     ToCollect,
     ToCompare,
     ToExport,
+    ToImport,
     ToInspect,
     ToList,
     ToPin,
@@ -165,6 +166,17 @@ def _export(asked: ToExport) -> Contract:
     return exported(storage, manifest_of(storage, chosen(storage, asked.id)), asked)
 
 
+def _import(asked: ToImport) -> Contract:
+    from finetune_trainers.checkpoint.admin.importing import imported
+    from finetune_trainers.checkpoint.admin.upkeep import Mandate
+
+    try:
+        storage = _open(asked.uri, writes=True)
+    except UnknownCheckpointError:
+        storage = _storage(asked.uri, writes=True)  # the first one there
+    return imported(storage, asked, Mandate(asked.by, _now(), dry_run=False, take_over=asked.take_over))
+
+
 def _collect(asked: ToCollect) -> Contract:
     from finetune_trainers.checkpoint.admin.upkeep import Mandate, collected
 
@@ -201,6 +213,7 @@ _VERBS: dict[type[Contract], Callable[[Any], Contract]] = {
     ToCompare: _compare,
     ToPlan: _plan,
     ToExport: _export,
+    ToImport: _import,
     ToCollect: _collect,
     ToRepair: _repair,
     ToPin: _pin,

@@ -10,6 +10,7 @@ A dry run is the same code on a storage that makes no changes (`OverlayStorage`)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -65,9 +66,20 @@ def collected(storage: Storage, policy: Retention, mandate: Mandate) -> Collecti
         blobs=len(gone),
         blob_bytes=blob_bytes,
         bytes=swept.num_bytes + blob_bytes,
+        unfinished=swept.num_unfinished,
         activity=activity,
-        notes=["a run seems to be at work: what it has begun and what it shares is left alone"] if at_work else [],
+        notes=list(_notes(at_work, swept)),
     )
+
+
+def _notes(at_work: bool, swept: Swept) -> Iterator[str]:
+    if at_work:
+        yield "a run seems to be at work: what it has begun and what it shares is left alone"
+    if swept.num_unfinished is None:
+        yield (
+            "what is left of uploads whose writer died cannot be listed with these credentials; give the bucket a"
+            " lifecycle rule that aborts incomplete multipart uploads after a day"
+        )
 
 
 def _swept(storage: Storage, policy: Retention, mandate: Mandate, alone: bool) -> tuple[Settled, Swept, _Folders]:

@@ -3,7 +3,7 @@
     dcp         torch.distributed.checkpoint: its own files, or its Hugging Face safetensors
     deepspeed   DeepSpeed: a folder of save_checkpoint (ZeRO 1 to 3), or a universal checkpoint
 
-`python -m finetune_trainers` and tests call `import_checkpoint`. A pickle can run any program when it is read. Formats
+`finetune ckpt import` calls `import_checkpoint`. A pickle can run any program when it is read. Formats
 that consist of pickles are read only when that is allowed in so many words, and then by readers that build the few
 harmless classes on a list and refuse every other one.
 """
@@ -20,7 +20,7 @@ from finetune_trainers.checkpoint.manifest import Manifest
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.errors import UserError
 
-__all__ = ["IMPORTS", "ImportFormat", "ImportOptions", "import_checkpoint"]
+__all__ = ["IMPORTS", "ImportFormat", "ImportOptions", "format_of", "import_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class ImportOptions:
     prefix: str = ""
     """What stands before the parameters' own names, such as `model.`; removed."""
     allow_pickle: bool = False
+    owner: str = "import"
+    """Whose fence it is published under."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,20 @@ class ImportFormat:
 
     name: str
     description: str
+    signs: tuple[str, ...]
+    """Files and folders, of which one tells that a folder holds it."""
     read: Callable[[Path, Storage, ImportOptions, datetime], Manifest]
+
+
+def format_of(source: Path) -> str:
+    """The format that the files of a folder are of. Raises UserError when they are of none."""
+    for found in IMPORTS.values():
+        if any(next(source.glob(sign), None) for sign in found.signs):
+            return found.name
+    signs = "; ".join(f"{found.name}: {', '.join(found.signs)}" for found in IMPORTS.values())
+    raise UserError(
+        f"--from: {source} is no folder with a checkpoint of a known format, which would hold one of {signs}"
+    )
 
 
 def import_checkpoint(
@@ -88,11 +103,13 @@ IMPORTS = {
         ImportFormat(
             "dcp",
             "torch.distributed.checkpoint: .distcp files (a pickle lists them: --allow-pickle), or its safetensors",
+            (".metadata", "*.safetensors"),
             _dcp,
         ),
         ImportFormat(
             "deepspeed",
             "DeepSpeed: a folder of save_checkpoint with ZeRO 1 to 3, or a universal one (pickles: --allow-pickle)",
+            ("latest", "latest_universal", "zero", "*optim_states.pt"),
             _deepspeed,
         ),
     )

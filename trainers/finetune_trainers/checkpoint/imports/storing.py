@@ -78,7 +78,7 @@ def store(foreign: Foreign, storage: Storage, options: ImportOptions, now: datet
     names = _names(foreign, options)
     if not names:
         raise UserError("--from: the checkpoint holds no parameters")
-    fence, _ = begin(storage, "import", now)
+    fence, _ = begin(storage, options.owner, now)
     intent = _intent(foreign, names, fence, options, now)
     announce(storage, intent)
     held = [

@@ -4,8 +4,8 @@ Shards go up in one conditional put each, which the store checks by SHA-256. Lar
 uploads, several parts at once, that appear whole when they are completed. obstore repeats a request that failed on its
 way, with growing and jittered pauses; `resilient` repeats what it gives up.
 
-Parts of an upload whose writer died cannot be listed through obstore: a bucket that takes exports needs a lifecycle
-rule that aborts incomplete multipart uploads, as its vendor recommends anyway. They are invisible and cost space only.
+What an upload leaves whose writer died is invisible and costs space only. `multiparts` finds and aborts it where the
+keys are at hand; elsewhere a bucket that takes exports needs a lifecycle rule that aborts incomplete multipart uploads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_trainers.checkpoint.storage.errors import (
     StorageConflictError,
@@ -26,6 +26,9 @@ from finetune_trainers.checkpoint.storage.errors import (
     StorageUnavailableError,
 )
 from finetune_trainers.checkpoint.storage.protocol import Parts, Stored
+
+if TYPE_CHECKING:
+    from finetune_trainers.checkpoint.storage.multiparts import Uploads
 
 __all__ = ["ObjectStorage"]
 
@@ -49,12 +52,16 @@ _BY_WORD: dict[str, type[StorageError]] = {
 class ObjectStorage:
     """Objects below one prefix of a bucket. `store` is an obstore store of the bucket."""
 
-    def __init__(self, store: Any, prefix: str, uri: str, exclusive: bool = True) -> None:
-        """`exclusive`: whether the store honours conditional puts; `opening` finds out."""
+    def __init__(
+        self, store: Any, prefix: str, uri: str, exclusive: bool = True, uploads: Uploads | None = None
+    ) -> None:
+        """`exclusive`: whether the store honours conditional puts; `opening` finds out. `uploads`: those of the bucket
+        that are not completed, where they can be listed."""
         self._store = store
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._uri = uri
         self._exclusive = exclusive
+        self._uploads = uploads
         self._slots = threading.BoundedSemaphore(_REQUESTS_AT_ONCE)
 
     @property
@@ -143,8 +150,18 @@ class ObjectStorage:
     def prune(self, folder: str) -> None:
         """A bucket has no folders."""
 
-    def discard_unfinished(self, older_than_seconds: float) -> Sequence[str]:
-        return ()
+    def unfinished(self, older_than_seconds: float) -> Sequence[str] | None:
+        """As `name#upload`."""
+        if self._uploads is None or (found := self._uploads.open(self._prefix)) is None:
+            return None
+        old = [upload for upload in found if upload.age_seconds > older_than_seconds]
+        return [f"{upload.key[len(self._prefix) :]}#{upload.id}" for upload in old]
+
+    def discard(self, unfinished: Sequence[str]) -> None:
+        assert self._uploads is not None, "it has told of them"
+        for told in unfinished:
+            name, _, upload = told.rpartition("#")
+            self._uploads.abort(self._prefix + name, upload)
 
     def free_bytes(self) -> int | None:
         return None

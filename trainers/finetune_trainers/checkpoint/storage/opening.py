@@ -13,7 +13,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_api.uris import Scheme, Uri, parse_uri
 from finetune_trainers.checkpoint.storage.errors import StorageConflictError, StorageDeniedError
@@ -21,6 +21,9 @@ from finetune_trainers.checkpoint.storage.objects import ObjectStorage
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.storage.resilient import Patience, ResilientStorage
+
+if TYPE_CHECKING:
+    from finetune_trainers.checkpoint.storage.multiparts import Uploads
 
 __all__ = ["SCHEMES", "open_storage", "refuses_to_overwrite"]
 
@@ -58,7 +61,7 @@ def open_storage(
     store = _bucket(uri, options or {})
     if exclusive is None:
         exclusive = refuses_to_overwrite(ObjectStorage(store, uri.path, str(uri)))
-    return ResilientStorage(ObjectStorage(store, uri.path, str(uri), exclusive), patience)
+    return ResilientStorage(ObjectStorage(store, uri.path, str(uri), exclusive, _uploads(uri, options or {})), patience)
 
 
 def refuses_to_overwrite(storage: Storage) -> bool:
@@ -77,6 +80,15 @@ def refuses_to_overwrite(storage: Storage) -> bool:
     finally:
         storage.delete([name])
     return False
+
+
+def _uploads(uri: Uri, options: Mapping[str, Any]) -> Uploads | None:
+    """Brings what a disk does not need."""
+    if uri.scheme is not Scheme.S3:
+        return None
+    from finetune_trainers.checkpoint.storage.multiparts import uploads_of
+
+    return uploads_of(uri.authority, options)
 
 
 def _bucket(uri: Uri, options: Mapping[str, Any]) -> Any:

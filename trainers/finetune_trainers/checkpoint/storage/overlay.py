@@ -4,9 +4,11 @@ the same code does both."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from finetune_trainers.checkpoint.storage.errors import (
     StorageConflictError,
+    StorageDeniedError,
     StorageMissingError,
     StorageTornError,
 )
@@ -77,8 +79,13 @@ class OverlayStorage:
     def prune(self, folder: str) -> None:
         """Folders without files are not listed anyway."""
 
-    def discard_unfinished(self, older_than_seconds: float) -> Sequence[str]:
+    def unfinished(self, older_than_seconds: float) -> Sequence[str] | None:
+        with suppress(StorageDeniedError):  # a disk tells its time to those who may write
+            return self._inner.unfinished(older_than_seconds)
         return ()
+
+    def discard(self, unfinished: Sequence[str]) -> None:
+        """It is not listed anyway."""
 
     def free_bytes(self) -> int | None:
         return self._inner.free_bytes()

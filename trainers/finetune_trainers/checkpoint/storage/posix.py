@@ -103,12 +103,13 @@ class PosixStorage:
                 if error.errno != errno.ENOTEMPTY:  # somebody writes there still: left for the next time
                     raise
 
-    def discard_unfinished(self, older_than_seconds: float) -> Sequence[str]:
+    def unfinished(self, older_than_seconds: float) -> Sequence[str]:
         left = [(name, entry) for name, entry in self._walk("") if entry.name.endswith(_UNFINISHED)]
         now = self._file_system_time() if left else 0.0
-        old = [name for name, entry in left if now - entry.modified > older_than_seconds]
-        self.delete(old)
-        return old
+        return [name for name, entry in left if now - entry.modified > older_than_seconds]
+
+    def discard(self, unfinished: Sequence[str]) -> None:
+        self.delete(unfinished)
 
     def free_bytes(self) -> int | None:
         path = PurePosixPath(self._root)

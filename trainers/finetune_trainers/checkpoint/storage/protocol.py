@@ -71,8 +71,11 @@ class Storage(Protocol):
     def prune(self, folder: str) -> None:
         """Remove what is left of a folder whose files are deleted: unfinished files, the folder itself."""
 
-    def discard_unfinished(self, older_than_seconds: float) -> Sequence[str]:
-        """Remove what writers left that died in the middle, by the storage's own clock -> what was removed."""
+    def unfinished(self, older_than_seconds: float) -> Sequence[str] | None:
+        """What writers left that died in the middle, by the storage's own clock; None when there is no telling."""
+
+    def discard(self, unfinished: Sequence[str]) -> None:
+        """Remove what `unfinished` told. What is gone meanwhile is no error."""
 
     def free_bytes(self) -> int | None:
         """Space left; None when there is no telling."""

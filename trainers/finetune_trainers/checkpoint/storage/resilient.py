@@ -96,8 +96,11 @@ class ResilientStorage:
     def prune(self, folder: str) -> None:
         self._retried(lambda: self._inner.prune(folder))
 
-    def discard_unfinished(self, older_than_seconds: float) -> Sequence[str]:
-        return self._retried(lambda: self._inner.discard_unfinished(older_than_seconds))
+    def unfinished(self, older_than_seconds: float) -> Sequence[str] | None:
+        return self._retried(lambda: self._inner.unfinished(older_than_seconds))
+
+    def discard(self, unfinished: Sequence[str]) -> None:
+        self._retried(lambda: self._inner.discard(unfinished))
 
     def free_bytes(self) -> int | None:
         return self._retried(self._inner.free_bytes)
