@@ -80,23 +80,44 @@ def _make_packages(into: Path, say: Say) -> None:
             work = Path(temporary) / name
             work.mkdir()
             read = read_dockerfile(path)
-            say(f"image of the {name}: Debian {read.arguments['DEBIAN']} with {read.arguments['PACKAGES']}")
-            debian = write_layer(work / "debian.tar", {"": _debian(read, work)})
+            debian, debian_file = _debian_layer(read, say)
             say(f"image of the {name}: packages by uv.lock, {read.arguments['EXTRAS']}")
             packages = write_layer(work / "packages.tar", {_HOME: _packages(read, work)})
             layers[name] = [debian, packages]
-            files |= {debian.digest: work / "debian.tar", packages.digest: work / "packages.tar"}
+            files |= {debian.digest: debian_file, packages.digest: work / "packages.tar"}
         images = [Image(f"localhost/finetune-tests/packages-{name}:1", stack) for name, stack in layers.items()]
         say("importing them")
         _import(into / "containerd", images, files)
+    _write_layers(into, layers)
+
+
+def _debian_layer(dockerfile: Dockerfile, say: Say) -> tuple[Layer, Path]:
+    """The layer of Debian, and its file, which is kept: it changes with the list of packages alone."""
+    asked = [dockerfile.arguments[name] for name in ("DEBIAN", "PACKAGES", "ACCOUNT")]
+
+    def make(into: Path) -> None:
+        say(f"Debian {asked[0]} with {asked[1]}")
+        with tempfile.TemporaryDirectory(dir=into) as temporary:
+            layer = write_layer(into / "layer.tar", {"": _debian(dockerfile, Path(temporary))})
+        _write_layers(into, {"debian": [layer]})
+
+    folder = cached(f"debian-{_key(asked)}", make)
+    return _read_layers(folder)["debian"][0], folder / "layer.tar"
+
+
+def _write_layers(folder: Path, layers: Mapping[str, Sequence[Layer]]) -> None:
     document = {name: [[layer.digest, layer.size] for layer in stack] for name, stack in layers.items()}
-    (into / _LAYERS).write_text(json.dumps(document), encoding="utf-8")
+    (folder / _LAYERS).write_text(json.dumps(document), encoding="utf-8")
+
+
+def _read_layers(folder: Path) -> dict[str, list[Layer]]:
+    known = json.loads((folder / _LAYERS).read_text(encoding="utf-8"))
+    return {name: [Layer(digest, size) for digest, size in stack] for name, stack in known.items()}
 
 
 def _make_images(into: Path, base: Path, programs: Mapping[str, Path], say: Say) -> None:
     """The images of the cluster, on top of a copy of `base`."""
-    known = json.loads((base / _LAYERS).read_text(encoding="utf-8"))
-    stacks = {name: [Layer(digest, size) for digest, size in stack] for name, stack in known.items()}
+    stacks = _read_layers(base)
     _copy_linked(base / "containerd", into / "containerd")
     with tempfile.TemporaryDirectory(dir=into) as temporary:
         work = Path(temporary)
@@ -157,14 +178,14 @@ def _uv(*arguments: str | Path, **environment: str) -> None:
     uv = shutil.which("uv", path=os.pathsep.join([str(_ROOT / ".tools" / "bin"), os.environ.get("PATH", "")]))
     if uv is None:
         raise BuildError("there is no uv: `make install` fetches it into .tools")
-    compiled = {"UV_COMPILE_BYTECODE": "1", "PYC_INVALIDATION_MODE": "unchecked-hash", "UV_SYSTEM_CERTS": "1"}
+    compiled = {"UV_COMPILE_BYTECODE": "1", "PYC_INVALIDATION_MODE": "UNCHECKED_HASH", "UV_SYSTEM_CERTS": "1"}
     _run([uv, *arguments], compiled | environment)
 
 
 def _run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
     inherited = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     done = subprocess.run(
-        ["nice", "-n", "15", *command],
+        list(command),
         cwd=_ROOT,
         env=inherited | dict(environment or {}),
         stdin=subprocess.DEVNULL,

@@ -91,8 +91,8 @@ class Layout:
 
     @property
     def settings(self) -> Path:
-        """What the machine's settings were before."""
-        return self.root / "sysctls.json"
+        """What the machine was like before."""
+        return self.root / "before.json"
 
     def of(self, node: Node) -> Path:
         """What a node keeps: images, containers, the kubelet's folder."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -30,6 +31,15 @@ __all__ = [
 _SETTINGS = ("kernel/panic", "kernel/panic_on_oops", "vm/overcommit_memory", "vm/panic_on_oom")
 """The kubelet sets them, for the whole machine."""
 _SYS = Path("/proc/sys")
+_STRAYS = (
+    "/var/lib/kubelet",
+    "/var/lib/cni",
+    "/var/log/containers",
+    "/usr/libexec/kubernetes",
+    "/run/containerd",
+    "/run/xtables.lock",
+)
+"""What kubelet, containerd and iptables make wherever they are told to work."""
 _GROUPS = Path("/sys/fs/cgroup")
 _HOST_END = "finetune-0"
 """This machine's end of the cable to the first node's bridge."""
@@ -37,18 +47,25 @@ _CONTROLLERS = "+cpuset +cpu +memory +pids"
 
 
 def keep_settings(layout: Layout) -> None:
-    """Writes down the machine's settings, once."""
+    """Writes down what the machine was like, once: its settings, and which files were not there."""
     if not layout.settings.exists():
-        found = {name: (_SYS / name).read_text(encoding="ascii").strip() for name in _SETTINGS}
-        layout.settings.write_text(json.dumps(found), encoding="utf-8")
+        settings = {name: (_SYS / name).read_text(encoding="ascii").strip() for name in _SETTINGS}
+        absent = [path for path in _STRAYS if not Path(path).exists()]
+        layout.settings.write_text(json.dumps({"settings": settings, "absent": absent}), encoding="utf-8")
 
 
 def restore_settings(layout: Layout) -> None:
-    """Puts them back as they were."""
+    """Makes it so again."""
     if layout.settings.exists():
-        for name, value in json.loads(layout.settings.read_text(encoding="utf-8")).items():
+        before = json.loads(layout.settings.read_text(encoding="utf-8"))
+        for name, value in before["settings"].items():
             if (_SYS / name).read_text(encoding="ascii").strip() != value:
                 (_SYS / name).write_text(value, encoding="ascii")
+        for path in map(Path, before["absent"]):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         layout.settings.unlink()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -54,13 +53,11 @@ def stop_node(layout: Layout, node: Node) -> None:
     machine.remove_group(node)
     shutil.rmtree(layout.run_of(node), ignore_errors=True)
     shutil.rmtree(layout.of(node), ignore_errors=True)
-    for file in Path("/var/lib/cni/results").glob(
-        f"finetune-{node.name}-*"
-    ):  # containerd's memory of each pod's network
-        file.unlink(missing_ok=True)
-    for folder in (Path("/var/lib/cni/results"), Path("/var/lib/cni")):
-        with contextlib.suppress(OSError):  # somebody else's are there
-            folder.rmdir()
+    for file in Path("/var/lib/cni/results").glob(f"finetune-{node.name}-*"):  # containerd's memory of pods' networks
+        file.unlink()
+    for link in Path("/var/log/containers").glob("*"):
+        if link.is_symlink() and link.readlink().is_relative_to(layout.of(node)):
+            link.unlink()
 
 
 def _kubelet(layout: Layout, node: Node, program: Path) -> list[object]:
