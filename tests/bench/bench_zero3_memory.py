@@ -1,6 +1,6 @@
 """How the memory of full-parameter ZeRO-3 workers falls from one worker to two, against what the formula says.
 
-    python -m tests.bench.bench_zero3_memory [--runs 2]
+    python -m tests.bench.bench_zero3_memory [--runs 3]
 
 With Ψ parameters in fp32, a worker of W holds 20 Ψ / W bytes: its part of the parameters (4), of the master copy that
 DeepSpeed's optimizer updates (4), of the gradients (4) and of Adam's two moments (8). Rajbhandari et al. 2019 (arXiv
@@ -97,7 +97,7 @@ def _high_water_mark(pid: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3)
     num_runs, load, parameters = parser.parse_args().runs, busy(), 0
     peaks: dict[int, list[list[int]]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory(prefix="bench-zero3-") as name:
