@@ -4,7 +4,7 @@
 
 `tests/trainers/test_parity.py` asks the same of a tiny model in each run of the tests; here the weights, the text and
 the size are real. Runs of two workers share one Ray Train group. All of it takes half an hour on two cores: with --add
-it may be measured in parts, which leave what the results hold of other runs as it is.
+it may be measured in parts, which leave what the results hold of other runs as it is, the plain loop's curves included.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def main() -> int:
     arguments = parser.parse_args()
     before = earlier(arguments.steps) if arguments.add else {}
     with tempfile.TemporaryDirectory(prefix="bench-parity-") as name:
-        curves = measure(Path(name), arguments.stages, arguments.tunings, arguments.workers, arguments.steps)
+        curves = measure(Path(name), before, arguments.stages, arguments.tunings, arguments.workers, arguments.steps)
     return tell(before | curves, arguments.steps)
 
 
@@ -126,17 +126,21 @@ def earlier(steps: int) -> dict[str, Curve]:
 
 
 def measure(
-    folder: Path, stages: Sequence[int], tunings: Sequence[str], workers: Sequence[int], steps: int
+    folder: Path,
+    before: Mapping[str, Curve],
+    stages: Sequence[int],
+    tunings: Sequence[str],
+    workers: Sequence[int],
+    steps: int,
 ) -> dict[str, Curve]:
-    """The curves of the plain loop, and of every run that is asked for."""
+    """The curves of the plain loop, where `before` has none, and of every run that is asked for."""
     rows = write_rows(folder / "rows.jsonl", 200)
     wanted: dict[str, Curve] = {}
-    for tuning in tunings:
-        plan = plan_of(tuning, 0, 1, rows, steps)
-        wanted[tuning] = reference.train(plan, prepared(plan, folder / f"reference-{tuning}"))
-        print(
-            f"reference-{tuning}: loss {wanted[tuning][0]['loss']:.4f} -> {wanted[tuning][-1]['loss']:.4f}", flush=True
-        )
+    for name in [f"reference-{tuning}" for tuning in tunings]:
+        if name not in before:
+            plan = plan_of(name.removeprefix("reference-"), 0, 1, rows, steps)
+            wanted[name] = curve = reference.train(plan, prepared(plan, folder / name))
+            print(f"{name}: loss {curve[0]['loss']:.4f} -> {curve[-1]['loss']:.4f}", flush=True)
     plans = {
         count: {
             f"zero{stage}-{tuning}-{count}": plan_of(tuning, stage, count, rows, steps)
@@ -146,7 +150,7 @@ def measure(
         for count in workers
     }
     ours = alone(plans.get(1, {}), folder / "one") | together(plans.get(2, {}), folder / "two")
-    return {f"reference-{tuning}": curve for tuning, curve in wanted.items()} | ours
+    return wanted | ours
 
 
 def tell(curves: dict[str, Curve], steps: int) -> int:
