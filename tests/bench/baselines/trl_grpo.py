@@ -3,7 +3,7 @@
     python trl_grpo.py SETTINGS.json RESULT.json
 
 Settings: model (folder in Hugging Face layout), data (jsonl of {"prompt", "answer"}), max_new_tokens, group_size,
-micro_batch_size, accumulation, steps, lora {rank, alpha, target_modules}, learning_rate, seed, threads, variant:
+micro_batch_size, accumulation, iterations, lora {rank, alpha, target_modules}, learning_rate, seed, threads, variant:
 
     default   GRPOTrainer as it comes, but for what the job asks for
     tuned     what a person would turn off for speed where memory is plenty: gradient checkpointing
@@ -66,7 +66,7 @@ def main():
             num_generations=SETTINGS["group_size"],
             per_device_train_batch_size=SETTINGS["micro_batch_size"],
             gradient_accumulation_steps=SETTINGS["accumulation"],
-            max_steps=SETTINGS["steps"],
+            max_steps=SETTINGS["iterations"],
             learning_rate=SETTINGS["learning_rate"],
             lr_scheduler_type="constant",
             beta=0.0,
