@@ -135,7 +135,7 @@ def down(keep_logs: bool = True) -> None:
     for node in reversed(NODES[1:]):
         stop_node(place, node)
     for name in CONTROL_PLANE:
-        daemons.stop(place, name)
+        daemons.kill(place, name)  # nobody needs what it would still write
     stop_node(place, NODES[0])
     machine.restore_settings(place)
     shutil.rmtree(place.run, ignore_errors=True)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tests.cluster.nodes.layout import Layout, Node
 
-__all__ = ["DaemonFailed", "kill", "kill_all", "processes_naming", "running", "start", "stop", "wait"]
+__all__ = ["DaemonFailed", "kill", "kill_all", "processes_naming", "running", "start", "wait"]
 
 _STOP_SECONDS = 15
 _READY_SECONDS = 180
@@ -30,34 +29,19 @@ def start(layout: Layout, name: str, command: Sequence[object], node: Node, **en
     if running(layout, name):
         return
     layout.logs.mkdir(parents=True, exist_ok=True)
-    with (layout.logs / f"{name}.log").open("ab") as log:
-        process = subprocess.Popen(
-            # Only the network: ip netns exec would mount another /sys and hide the control groups.
-            ["nsenter", f"--net=/run/netns/{node.namespace}", *map(str, command)],
-            cwd="/",
-            env=os.environ | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    # Only the network: ip netns exec would mount another /sys and hide the control groups.
+    entered = ["nsenter", f"--net=/run/netns/{node.namespace}", "--wd=/", *map(str, command)]
+    log, write = str(layout.logs / f"{name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_OPEN, 1, log, write, 0o644)]
+    files.append((os.POSIX_SPAWN_DUP2, 1, 2))
+    # Not subprocess, which expects that whoever starts a program waits for it.
+    pid = os.posix_spawnp("nsenter", entered, os.environ | environment, file_actions=files, setsid=True)
     layout.run.mkdir(parents=True, exist_ok=True)
-    _file(layout, name).write_text(f"{process.pid} {_began(process.pid)}", encoding="ascii")
+    _file(layout, name).write_text(f"{pid} {_began(pid)}", encoding="ascii")
 
 
 def running(layout: Layout, name: str) -> bool:
     return _pid(layout, name) is not None
-
-
-def stop(layout: Layout, name: str) -> None:
-    """SIGTERM, then SIGKILL if it takes too long. Does nothing when it does not run."""
-    pid = _pid(layout, name)
-    if pid is not None:
-        os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + _STOP_SECONDS
-        while _pid(layout, name) is not None and time.monotonic() < deadline:
-            time.sleep(0.05)
-    kill(layout, name)
 
 
 def kill(layout: Layout, name: str) -> None:

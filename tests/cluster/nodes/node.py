@@ -18,22 +18,29 @@ __all__ = ["lose_node", "start_node", "stop_node"]
 def start_node(layout: Layout, node: Node, programs: Mapping[str, Path], images: Path) -> None:
     """Starts it with `images`; returns before it is ready. Its namespace must be there."""
     run = layout.run_of(node)
-    (run / "cni").mkdir(parents=True, exist_ok=True)
     if not daemons.running(layout, _name(node, "containerd")):
-        shutil.rmtree(layout.of(node), ignore_errors=True)
-        layout.of(node).mkdir(parents=True)
-        copy_images(images, layout.of(node) / "containerd")
-    (run / "containerd.toml").write_text(containerd_config(layout, node), encoding="utf-8")
-    (run / "cni" / "pods.conflist").write_text(cni_config(layout, node), encoding="utf-8")
-    (run / "kubelet.json").write_text(json.dumps(kubelet_config(layout, node)), encoding="utf-8")
-    (run / "kube-proxy.json").write_text(json.dumps(proxy_config(layout, node)), encoding="utf-8")
-    machine.make_group(node)
+        _prepare(layout, node, images)
     containerd = ["containerd", "--config", run / "containerd.toml"]
     daemons.start(layout, _name(node, "containerd"), containerd, node)
     daemons.wait(layout, layout.socket_of(node).exists, "containerd to listen", _name(node, "containerd"))
     daemons.start(layout, _name(node, "kubelet"), _kubelet(layout, node, programs["kubelet"]), node)
     proxy = [programs["kube-proxy"], f"--config={run / 'kube-proxy.json'}"]
     daemons.start(layout, _name(node, "kube-proxy"), proxy, node)
+
+
+def _prepare(layout: Layout, node: Node, images: Path) -> None:
+    """Images and configuration of a node that is about to start. Files of one that runs stay as they are: kube-proxy
+    ends when its own is written again."""
+    run = layout.run_of(node)
+    (run / "cni").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(layout.of(node), ignore_errors=True)
+    layout.of(node).mkdir(parents=True)
+    copy_images(images, layout.of(node) / "containerd")
+    (run / "containerd.toml").write_text(containerd_config(layout, node), encoding="utf-8")
+    (run / "cni" / "pods.conflist").write_text(cni_config(layout, node), encoding="utf-8")
+    (run / "kubelet.json").write_text(json.dumps(kubelet_config(layout, node)), encoding="utf-8")
+    (run / "kube-proxy.json").write_text(json.dumps(proxy_config(layout, node)), encoding="utf-8")
+    machine.make_group(node)
 
 
 def lose_node(layout: Layout, node: Node) -> None:
