@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from finetune_client.cli.ckpt.commands import ckpt
+from finetune_client.cli.data.commands import data as data_group
 from finetune_client.cli.exits import EPILOG
 from finetune_client.cli.jobs.commands import jobs
 from finetune_client.cli.options import Output, OutputOption
@@ -221,6 +222,7 @@ def chat(
 
 
 app.add_typer(ckpt, name="ckpt")
+app.add_typer(data_group, name="data")
 app.add_typer(jobs)
 
 

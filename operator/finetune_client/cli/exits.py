@@ -11,6 +11,8 @@ __all__ = [
     "CKPT_EPILOG",
     "CKPT_MEANINGS",
     "DAMAGED",
+    "DATA_EPILOG",
+    "DATA_MEANINGS",
     "DENIED",
     "EPILOG",
     "INVALID",
@@ -68,6 +70,21 @@ CKPT_MEANINGS = {
 """Of `finetune ckpt`."""
 
 CKPT_EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in CKPT_MEANINGS.items()) + "."
+
+DATA_MEANINGS = {
+    OK: "done",
+    1: "unknown failure",
+    INVALID: "the command line is not valid, or the model cannot be used",
+    3: "the data cannot be used",
+    5: "out of memory",
+    6: "files cannot be read or written",
+    UNREACHABLE: "the judge does not answer; the same command goes on",
+    DENIED: "the judge does not let us ask",
+    130: "stopped by Ctrl-C or a signal; the same command goes on",
+}
+"""Of `finetune data`."""
+
+DATA_EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in DATA_MEANINGS.items()) + "."
 
 JOBS_MEANINGS = {
     OK: "done",

@@ -1,0 +1,130 @@
+"""Several answers to each prompt, by a small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune_api.preference_data import CandidatesReport, Step, ToWrite
+from finetune_trainers.errors import DataError, UserError
+from finetune_trainers.preference_data.candidates import write_candidates
+from tests.trainers.tiny import tiny_model, tiny_tokenizer
+
+# PEFT and we ask transformers by names that are going to change
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "hi", "answer": "42"},
+    {"prompt": [{"role": "user", "content": "a longer question"}], "system": "Be brief."},
+    {"prompt": "and?"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("writer")
+    tiny_model(folder)
+    return folder
+
+
+class Desk:
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        self.steps: list[Step] = []
+
+    def write(self, rows: list[dict[str, Any]] = ROWS, **asked: Any) -> tuple[list[dict[str, Any]], CandidatesReport]:
+        source, to = self.folder / "prompts.jsonl", self.folder / "answers.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        defaults = {"model": f"file://{self.model}", "max_new_tokens": 8, "overwrite": True}
+        report = write_candidates(
+            ToWrite(source=f"file://{source}", to=str(to), **(defaults | asked)), self.steps.append
+        )
+        return [json.loads(line) for line in to.read_text().splitlines()], report
+
+
+@pytest.fixture
+def desk(tmp_path: Path, model: Path) -> Desk:
+    return Desk(tmp_path, model)
+
+
+def test_every_prompt_has_different_answers_and_keeps_its_columns(desk: Desk) -> None:
+    rows, report = desk.write(num=4)
+    assert [row["prompt"] for row in rows] == [
+        "hi",
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a longer question"}],
+        "and?",
+    ]
+    assert rows[0]["answer"] == "42"
+    assert all(len(set(row["answers"])) == len(row["answers"]) > 1 for row in rows)
+    assert (report.rows_read, report.answers, report.left_out) == (3, 12, 0)
+    assert (desk.steps[-1].done, desk.steps[-1].total) == (12, 12)
+
+
+def test_samples_follow_from_the_seed_and_not_from_the_batch(desk: Desk) -> None:
+    first, _ = desk.write(seed=3)
+    assert desk.write(seed=3, batch_size=1)[0] == first
+    assert desk.write(seed=4)[0] != first
+    assert desk.write(ROWS[:1], seed=3)[0] == first[:1]
+
+
+def test_beams_are_those_that_transformers_finds_and_the_likeliest_comes_first(desk: Desk, model: Path) -> None:
+    rows, report = desk.write(method="beam", num=3, num_beams=5)
+    writer: Any = AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = tiny_tokenizer()
+    for row in rows[:1]:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_dict=False
+        )
+        with torch.no_grad():
+            found = writer.generate(
+                input_ids=torch.tensor([ids]),
+                max_new_tokens=8,
+                num_beams=5,
+                num_return_sequences=3,
+                do_sample=False,
+                early_stopping=True,
+            )
+        wanted = [tokenizer.decode(one[len(ids) :], skip_special_tokens=True).strip() for one in found]
+        assert row["answers"] == list(dict.fromkeys(text for text in wanted if text))
+    assert report.answers == 9
+
+
+def test_a_prompt_with_one_answer_only_is_left_out_and_counted(desk: Desk) -> None:
+    with pytest.raises(DataError, match="no row is left"):
+        desk.write(temperature=0.01, top_k=1, num=2)
+
+
+def test_who_wrote_stands_beside_the_rows(desk: Desk, model: Path) -> None:
+    _, report = desk.write(seed=7)
+    told = json.loads(Path(report.data.provenance).read_text())
+    assert told["model"]["folder"] == str(model)
+    assert (told["settings"]["seed"], told["settings"]["method"]) == (7, "sample")
+    assert told["counts"]["answers"] == report.answers
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked", "kind", "said"),
+    [
+        (ROWS, {"method": "beam", "num": 4, "num_beams": 3}, UserError, "--beams: 3 beams give no 4 answers"),
+        (ROWS, {"model": "file:///absent"}, UserError, "--model: no such file or folder"),
+        (
+            [{"prompt": "x" * 300}],
+            {},
+            DataError,
+            r"prompts.jsonl:1: prompt: has \d+ tokens, and the model has room for",
+        ),
+        ([{"prompt": "x", "answers": []}], {}, DataError, "answers: is where answers are written"),
+        ([{"text": "x"}], {}, DataError, "prompts.jsonl:1: prompt: has no column 'prompt'"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_anything_is_written(
+    desk: Desk, rows: list[dict[str, Any]], asked: dict[str, Any], kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(kind, match=said):
+        desk.write(rows, **asked)
+    assert not (desk.folder / "answers.jsonl").exists()
