@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 __all__ = ["Image", "Layer", "Start", "write_archive", "write_layer"]
 
@@ -84,7 +84,7 @@ def write_layer(file: Path, folders: Mapping[str, Path]) -> Layer:
     return Layer(f"sha256:{digesting.digest.hexdigest()}", digesting.size)
 
 
-def write_archive(out: BinaryIO, images: Sequence[Image], blobs: Mapping[str, Path]) -> None:
+def write_archive(out: IO[bytes], images: Sequence[Image], blobs: Mapping[str, Path]) -> None:
     """Writes `images` as an archive that containerd imports. `blobs` are files of layers by digest; a layer that is
     not among them must be there already."""
     index = {

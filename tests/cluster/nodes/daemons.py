@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.cluster.nodes.layout import Layout, Node
 
@@ -32,8 +33,11 @@ def start(layout: Layout, name: str, command: Sequence[object], node: Node, **en
     # Only the network: ip netns exec would mount another /sys and hide the control groups.
     entered = ["nsenter", f"--net=/run/netns/{node.namespace}", "--wd=/", *map(str, command)]
     log, write = str(layout.logs / f"{name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_OPEN, 1, log, write, 0o644)]
-    files.append((os.POSIX_SPAWN_DUP2, 1, 2))
+    files: list[tuple[Any, ...]] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, log, write, 0o644),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
     # Not subprocess, which expects that whoever starts a program waits for it.
     pid = os.posix_spawnp("nsenter", entered, os.environ | environment, file_actions=files, setsid=True)
     layout.run.mkdir(parents=True, exist_ok=True)
