@@ -196,6 +196,9 @@ class SimulatedDisk:
             self._open[file].now += taken
             return len(taken)
 
+    def push(self, file: int, start: int, size: int) -> None:
+        """Promises nothing: only what is synced survives."""
+
     def sync(self, file: int) -> None:
         with self.schedule.around("fsync"):
             self._open[file].synced = bytes(self._open[file].now)

@@ -14,8 +14,9 @@ from typing import Literal
 
 __all__ = ["Fault", "FaultyEndpoint", "faulty_endpoint"]
 
-Fault = Literal["refuse", "reset", "lose"]
-"""503 in the server's place; closed before the server hears of it; carried out, and closed before the answer."""
+Fault = Literal["refuse", "reset", "lose", "freeze"]
+"""503 in the server's place; closed before the server hears of it; carried out, and closed before the answer; carried
+out, and never answered."""
 
 
 class FaultyEndpoint:
@@ -26,6 +27,8 @@ class FaultyEndpoint:
         self.url = ""
         self.choose: Callable[[int, str], Fault | None] = lambda number, what: None
         self.seen: list[str] = []
+        self.thawed = threading.Event()
+        """Ends what is frozen."""
         self._lock = threading.Lock()
 
     def forget(self) -> None:
@@ -51,6 +54,7 @@ def faulty_endpoint(server: str) -> Iterator[FaultyEndpoint]:
     try:
         yield endpoint
     finally:
+        endpoint.thawed.set()
         listener.shutdown()
         thread.join()
         listener.server_close()
@@ -75,7 +79,9 @@ def _handler(endpoint: FaultyEndpoint) -> type[BaseHTTPRequestHandler]:
                 self._answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
             else:
                 status, headers, content = self._ask(body)
-                self._hang_up() if fault == "lose" else self._answer(status, headers, content)
+                if fault == "freeze":
+                    endpoint.thawed.wait()
+                self._answer(status, headers, content) if fault is None else self._hang_up()
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass  # noqa: N815 - names of the standard library's
 

@@ -144,13 +144,15 @@ def test_clocks_that_differ_by_an_hour_change_nothing(storage: Storage, hours: i
         sweep(storage, Retention(keep_last=1), old)
 
 
-def test_an_attempt_that_sleeps_at_any_moment_never_publishes_under_a_newer_one() -> None:
-    """At each request of an old attempt in turn, a new one begins, resumes, saves and sweeps; then the old goes on."""
+@pytest.mark.parametrize("world", [2, 3])
+def test_an_attempt_that_sleeps_at_any_moment_never_publishes_under_a_newer_one(world: int) -> None:
+    """At each request of an old attempt in turn, a new one begins, of as many workers or resized to more; it resumes,
+    saves and sweeps; then the old goes on."""
     at = 0
     while True:
         storage = PosixStorage("/run", SimulatedDisk())
         seen: list[set[CheckpointId]] = []
-        schedule = Schedule(at=at, kind="delay", delay=new_attempt(storage, seen))
+        schedule = Schedule(at=at, kind="delay", delay=new_attempt(storage, seen, world))
         slow = FaultingStorage(storage, schedule)
         with suppress(SupersededError, IncompleteError, StorageConflictError):
             old = start(slow)
@@ -165,16 +167,22 @@ def test_an_attempt_that_sleeps_at_any_moment_never_publishes_under_a_newer_one(
         # The old attempt may have been the later of the two to take a fence: then it is the newer one.
         allowed = max(checkpoint.epoch for checkpoint in after)
         assert {checkpoint.epoch for checkpoint in later} <= {allowed}, where
-        assert find_newest(storage, deep=True).rejected == (), where
+        found = find_newest(storage, deep=True)
+        assert found.rejected == (), where
+        assert found.manifest is not None
+        assert restored(storage, found.manifest) == original(found.manifest.intent), where
         at += 1
     assert at > 100
 
 
-def new_attempt(storage: Storage, seen: list[set[CheckpointId]]) -> Callable[[], None]:
+def new_attempt(storage: Storage, seen: list[set[CheckpointId]], world: int) -> Callable[[], None]:
     def run() -> None:
         fence = start(storage)
         seen.append({manifest.id for manifest in committed(storage)})
-        save(storage, fence, 15)
+        if (resumed := find_newest(storage).manifest) is not None:
+            for rank in range(world):
+                assert restored(storage, resumed, rank, world) == original(resumed.intent, rank, world)
+        save(storage, fence, 15, world)
         seen[0].add(CheckpointId(fence.epoch, 15))
 
     return run

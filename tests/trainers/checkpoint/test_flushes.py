@@ -159,6 +159,20 @@ def test_one_is_written_and_one_waits_and_for_a_third_there_is_no_room(run: Call
     assert alone.steps() == [1, 2, 3]
 
 
+def test_a_storage_that_hangs_holds_up_neither_steps_nor_the_end_of_a_training(run: Callable[..., Run]) -> None:
+    alone = run()
+    writer = alone.pause()
+    for step in (1, 2):
+        alone.stage(step)
+    for _ in range(100):
+        alone.ranks[0].poll()
+    assert alone.ranks[0].is_behind, "whoever skips goes on"
+    alone.ranks[0].close(time.monotonic())
+    assert alone.steps() == []
+    writer.resume()
+    until(lambda: alone.steps() == [1, 2])
+
+
 def test_what_was_staged_does_not_change_when_its_source_does(run: Callable[..., Run]) -> None:
     alone = run()
     writer, intent = alone.pause(), alone.intent(1)

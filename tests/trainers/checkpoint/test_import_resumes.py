@@ -22,10 +22,11 @@ from finetune_trainers.errors import UserError
 from tests.trainers.checkpoint.command import Ckpt
 from tests.trainers.checkpoint.trained import NOON
 from tests.trainers.conftest import SmallWorld
+from tests.trainers.foreign_warnings import PEFT_ASKS_TRANSFORMERS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    PEFT_ASKS_TRANSFORMERS,
 ]
 WAYS: dict[str, dict[str, Any]] = {
     "dcp": {},

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from finetune_trainers.checkpoint import layout
+from finetune_trainers.checkpoint.commit import begin
 from finetune_trainers.checkpoint.find import find_newest
 from finetune_trainers.checkpoint.storage.errors import StorageDeniedError, StorageError, StorageUnavailableError
 from finetune_trainers.checkpoint.storage.opening import open_storage
@@ -18,6 +19,7 @@ from finetune_trainers.checkpoint.storage.resilient import Patience
 from tests.cluster.s3 import S3, s3_server
 from tests.trainers.checkpoint.s3_faults import Fault, FaultyEndpoint, faulty_endpoint
 from tests.trainers.checkpoint.saving import original, restored, save, start
+from tests.trainers.checkpoint.synthetic import NOON
 
 pytestmark = pytest.mark.control_plane
 
@@ -64,6 +66,41 @@ def test_a_fault_at_any_request_changes_nothing_but_the_time(
         assert found.manifest == manifest, endpoint.seen[number]
         assert found.rejected == ()
     assert total > 20
+
+
+IMPATIENT = {"timeout": timedelta(milliseconds=300)}
+"""Of requests: a run waits a minute for an answer."""
+
+
+def test_a_request_that_is_never_answered_is_given_up_and_sent_again(s3: S3, endpoint: FaultyEndpoint) -> None:
+    endpoint.forget()
+    frozen = options(s3, endpoint=endpoint.url, client_options=IMPATIENT)
+    storage = open_storage(f"s3://{s3.bucket()}/run", options=frozen)
+    fence = start(storage)
+    endpoint.forget()
+    save(storage, fence, 1, world=1)
+    total = len(endpoint.seen)
+    for number in range(total):
+        endpoint.forget()
+        endpoint.choose = lambda count, what, at=number: "freeze" if count == at else None  # type: ignore[misc]
+        manifest = save(storage, fence, number + 2, world=1)
+        assert len(endpoint.seen) > number, "it was met"
+        endpoint.forget()
+        assert find_newest(storage).manifest == manifest
+    assert total > 5
+
+
+def test_a_store_that_answers_nothing_any_more_is_said_to_be_away(s3: S3, endpoint: FaultyEndpoint) -> None:
+    endpoint.forget()
+    frozen = options(s3, endpoint=endpoint.url, client_options=IMPATIENT)
+    storage = open_storage(f"s3://{s3.bucket()}/run", options=frozen, patience=Patience(num_tries=1))
+    fence = start(storage)
+    endpoint.choose = lambda number, what: "freeze"
+    with pytest.raises(StorageUnavailableError):
+        save(storage, fence, 1)
+    endpoint.forget()
+    begin(storage, "the next attempt", NOON)
+    assert find_newest(storage).rejected == ()
 
 
 def test_a_burst_of_503_is_waited_out(faulty: Storage, endpoint: FaultyEndpoint) -> None:

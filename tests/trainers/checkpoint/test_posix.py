@@ -87,6 +87,21 @@ def test_a_failed_fsync_is_final() -> None:
     assert [stored.name for stored in PosixStorage("/run", disk).list("")] == ["a", "b"]
 
 
+def test_a_long_file_is_on_its_way_to_the_disk_before_it_is_synced() -> None:
+    """So that its end does not wait for all of it."""
+
+    class Watched(SimulatedDisk):
+        pushed: list[tuple[int, int]] = []  # noqa: RUF012
+
+        def push(self, file: int, start: int, size: int) -> None:
+            self.pushed.append((start, start + size))
+
+    disk, size = Watched(), 3 << 20
+    PosixStorage("/run", disk).write("x", lambda: [bytes(size)] * 7, 7 * size)
+    assert disk.pushed == [(0, 3 * size), (3 * size, 6 * size)]
+    assert disk.survivor("names-only").entry("/run/x").bytes == 7 * size
+
+
 def test_a_file_larger_than_the_free_space_is_refused_before_it_is_written(tmp_path: Path) -> None:
     def parts() -> list[bytes]:
         raise AssertionError("it is not even asked for")

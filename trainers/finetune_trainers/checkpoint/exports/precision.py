@@ -11,7 +11,7 @@ __all__ = ["EXPORT_TYPES", "OutOfRangeError", "as_f32", "converted", "from_f32"]
 
 EXPORT_TYPES = ("BF16", "F16", "F32")
 _LARGEST_F16 = 65504.0
-_AT_ONCE = 1 << 16
+_AT_ONCE = 1 << 17
 """Elements; what is computed on the way stays in the processor's cache."""
 
 
@@ -49,7 +49,6 @@ def from_f32(values: NDArray[np.float32], to: str) -> memoryview:
 def _bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     rounded = np.empty(len(values), np.uint16)
     sums = np.empty(min(_AT_ONCE, len(values)), np.uint32)
-    upper = sums.view(np.uint16)[1::2]  # little endian
     for start in range(0, len(values), _AT_ONCE):
         part = values[start : start + _AT_ONCE]
         bits, count = part.view(np.uint32), len(part)
@@ -58,7 +57,8 @@ def _bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
         kept &= 1
         kept += 0x7FFF
         kept += bits
-        rounded[start : start + count] = upper[:count]
+        kept >>= 16  # and a cast: numpy copies every other half much slower
+        rounded[start : start + count] = kept
         if np.isnan(part.max()):  # numpy's maximum of numbers with a NaN among them is NaN
             rounded[start : start + count][np.isnan(part)] = 0x7FC0
     return rounded

@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,19 @@ __all__ = ["Disk", "Entry", "OsDisk"]
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1  # linux/fs.h
+_SYNC_FILE_RANGE_WRITE = 2  # the same
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+def _library_push() -> Callable[..., int] | None:
+    """sync_file_range(2), where the C library has it."""
+    found = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if found is not None:
+        found.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return found
+
+
+_push = _library_push()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +54,9 @@ class Disk(Protocol):
 
     def write(self, file: int, data: memoryview) -> int:
         """-> bytes taken, at least one."""
+
+    def push(self, file: int, start: int, size: int) -> None:
+        """The medium may begin with these bytes. Promises nothing and never fails."""
 
     def sync(self, file: int) -> None:
         """The file's content reaches the medium."""
@@ -83,6 +99,10 @@ class OsDisk:
 
     def write(self, file: int, data: memoryview) -> int:
         return os.write(file, data)
+
+    def push(self, file: int, start: int, size: int) -> None:
+        if _push is not None:
+            _push(file, start, size, _SYNC_FILE_RANGE_WRITE)
 
     def sync(self, file: int) -> None:
         os.fsync(file)

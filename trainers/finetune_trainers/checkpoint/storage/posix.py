@@ -26,6 +26,7 @@ from finetune_trainers.checkpoint.storage.protocol import Parts, Stored
 __all__ = ["PosixStorage"]
 
 _UNFINISHED = ".unfinished"
+_PUSH_BYTES = 8 << 20
 
 
 class PosixStorage:
@@ -140,12 +141,16 @@ class PosixStorage:
 
     def _fill(self, path: str, name: str, parts: Parts) -> None:
         with _named(name):
-            file = self._open_new(path)
+            file, taken, pushed = self._open_new(path), 0, 0
             try:
                 for part in parts():
                     left = memoryview(part).cast("B")
                     while left:
-                        left = left[self._disk.write(file, left) :]
+                        written = self._disk.write(file, left)
+                        taken, left = taken + written, left[written:]
+                    if taken - pushed >= _PUSH_BYTES:  # else all would be written while the last call waits for it
+                        self._disk.push(file, pushed, taken - pushed)
+                        pushed = taken
                 self._sync(file, name)
             finally:
                 self._disk.close(file)
