@@ -43,7 +43,7 @@ class Dtype(StrEnum):
     FP32 = "fp32"
 
 
-FileArgument = Annotated[Path, typer.Argument(help="File with the FineTuneJob.", show_default=False)]
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="File with the FineTuneJob.", show_default=False)]
 JobOption = Annotated[
     str | None,
     typer.Option("--job", help="Name of the job, when the file holds several.", show_default=False),
@@ -112,7 +112,9 @@ def plan(
 
 @app.command(epilog=EPILOG)
 def run(
-    file: Annotated[Path | None, typer.Argument(help="File with the FineTuneJob.", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="File with the FineTuneJob.", show_default=False)
+    ] = None,
     workdir: Annotated[
         Path | None,
         typer.Option(help="Folder for the run's files.", show_default="runs/<job>/<time>"),
@@ -202,7 +204,7 @@ def export(
 @app.command(epilog=EPILOG)
 def chat(
     source: ArtifactArgument,
-    prompt: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.", show_default=False)],
     compare_base: Annotated[
         bool, typer.Option("--compare-base", help="Show the answer of the untrained base model beside it.")
     ] = False,

@@ -91,7 +91,7 @@ def submit(
 @jobs.command(epilog=JOBS_EPILOG)
 def get(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Name of the job.", show_default="all jobs")
+        str | None, typer.Argument(metavar="NAME", help="Name of the job.", show_default="all jobs")
     ] = None,
     namespace: Namespace = None,
     context: Context = None,
