@@ -44,7 +44,7 @@ Where = Annotated[
     str, typer.Argument(metavar="WHERE", help="A run's folder, a job's name, a folder, or a URI.", show_default=False)
 ]
 Id = Annotated[
-    str | None, typer.Argument(metavar="[ID]", help="Which one: newest, 200, 200-e1.", show_default="newest")
+    str | None, typer.Argument(metavar="ID", help="Which one: newest, 200, 200-e1.", show_default="newest")
 ]
 KeepLast = Annotated[int | None, typer.Option(min=1, metavar="N", help="Keep the last N.", show_default="the job's")]
 KeepEvery = Annotated[
@@ -111,7 +111,7 @@ def verify(
     where: Where,
     id: Annotated[
         str | None,
-        typer.Argument(metavar="[ID]", help="Which one.", show_default="the newest published, damaged or not"),
+        typer.Argument(metavar="ID", help="Which one.", show_default="the newest published, damaged or not"),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every checkpoint there.")] = False,
     deep: Annotated[
