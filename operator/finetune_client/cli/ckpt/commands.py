@@ -43,9 +43,7 @@ class Dtype(StrEnum):
 Where = Annotated[
     str, typer.Argument(metavar="WHERE", help="A run's folder, a job's name, a folder, or a URI.", show_default=False)
 ]
-Id = Annotated[
-    str | None, typer.Argument(metavar="ID", help="Which one: newest, 200, 200-e1.", show_default="newest")
-]
+Id = Annotated[str | None, typer.Argument(metavar="ID", help="Which one: newest, 200, 200-e1.", show_default="newest")]
 KeepLast = Annotated[int | None, typer.Option(min=1, metavar="N", help="Keep the last N.", show_default="the job's")]
 KeepEvery = Annotated[
     int | None, typer.Option(min=1, metavar="STEPS", help="Keep those at multiples of it.", show_default=False)
