@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -241,6 +242,13 @@ def test_a_fault_of_ours_is_unknown_and_names_the_log(
 )
 def test_errors_are_classified(error: BaseException, kind: FailureClass) -> None:
     assert classified(error).failure_class is kind
+
+
+def test_a_file_that_may_not_be_read_is_for_a_person_to_mend_and_named() -> None:
+    told = classified(PermissionError(13, "Permission denied", "/mnt/pvc/shared/model.safetensors"))
+    assert told.failure_class is FailureClass.USER_ERROR
+    assert "'/mnt/pvc/shared/model.safetensors' may not be used" in told.message
+    assert f"number {os.geteuid()}" in told.message
 
 
 def test_reports_that_come_too_soon_are_left_out_unless_urgent_or_of_a_new_stage(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ Raised where the fault is seen, turned into an `Outcome` and an exit code once, 
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 
@@ -87,6 +88,12 @@ def classified(error: BaseException) -> TrainerError:
         return OutOfMemoryError(
             f"Memory ran out: {first_line(error)}. Lower spec.training.microBatchSize or the method's maxSeqLength,"
             " turn on spec.training.activationCheckpointing, or raise spec.deepspeed.zeroStage."
+        )
+    if isinstance(error, PermissionError):
+        where = f"{error.filename!r}" if error.filename else "A file"
+        return UserError(
+            f"{where} may not be used by the user that this run has (number {os.geteuid()}):"
+            f" {error.strerror or first_line(error)}. Give that user the right to it: chmod or chown what it lies in."
         )
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
         return StorageError(f"A file could not be written or read: {error}")
