@@ -30,14 +30,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_model(folder: Path, *, layers: int = 2, tied: bool = True, seed: int = 0) -> Path:
-    """A random Llama (hidden 64, vocabulary about 300) and a byte-level BPE tokenizer, saved at `folder`."""
+def tiny_model(folder: Path, *, layers: int = 2, tied: bool = True, seed: int = 0, hidden_size: int = 64) -> Path:
+    """A random Llama (vocabulary about 300, four heads) and a byte-level BPE tokenizer, saved at `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _tokenizer()
     config = LlamaConfig(
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=96,
         num_hidden_layers=layers,
         num_attention_heads=4,

@@ -156,6 +156,7 @@ class _Launch:
         check_outputs(self.plan)
         check_trackers(self.plan)
         self._check_rewards()
+        self._check_rollout()
         with self._timed(Stage.CHECKING_MODEL):
             model = self._check_model()
             teacher = self._check_teacher(model)
@@ -172,6 +173,13 @@ class _Launch:
         from finetune_trainers.rewards.building import check_rewards
 
         problems = check_rewards(method.online.rewards, f"spec.method.{method.chosen}.rewards")
+        if problems:
+            raise UserError("; ".join(str(problem) for problem in problems), problems)
+
+    def _check_rollout(self) -> None:
+        from finetune_trainers.rollout.vllm_process import check_vllm
+
+        problems = check_vllm(self.plan)
         if problems:
             raise UserError("; ".join(str(problem) for problem in problems), problems)
 

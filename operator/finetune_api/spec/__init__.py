@@ -27,7 +27,7 @@ from finetune_api.spec.lifecycle import (
 )
 from finetune_api.spec.method import Dpo, Kto, Method, MethodSettings, Orpo, Reward
 from finetune_api.spec.model import Model
-from finetune_api.spec.online import Critic, Grpo, KlPenalty, OnlineMethod, Ppo, Sampling
+from finetune_api.spec.online import Critic, Grpo, KlPenalty, OnlineMethod, Ppo, Sampling, Vllm
 from finetune_api.spec.outputs import MlflowTracking, Output, TensorBoardTracking, Tracking, WandbTracking
 from finetune_api.spec.pods import EnvVar, KeyOf, Pods, Toleration, Volume
 from finetune_api.spec.rewards import (
@@ -106,6 +106,7 @@ __all__ = [
     "Training",
     "Tuning",
     "UnfreezeStep",
+    "Vllm",
     "Volume",
     "WandbTracking",
     "Workers",

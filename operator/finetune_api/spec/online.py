@@ -13,7 +13,7 @@ from pydantic import Field
 from finetune_api.base import Contract, Rule
 from finetune_api.spec.rewards import UNIQUE_REWARD_NAMES, RewardList
 
-__all__ = ["Critic", "Grpo", "KlPenalty", "OnlineMethod", "Ppo", "Sampling"]
+__all__ = ["Critic", "Grpo", "KlPenalty", "OnlineMethod", "Ppo", "Sampling", "Vllm"]
 
 Clip = Annotated[float, Field(gt=0, le=0.99)]
 Passes = Annotated[int, Field(ge=1, le=64)]
@@ -43,6 +43,15 @@ class Sampling(Contract):
     """Draw from so many of the likeliest tokens; 0 draws from all. What is said of topP holds here too."""
 
 
+class Vllm(Contract):
+    """vLLM, in an environment of its own beside each trainer."""
+
+    kv_cache_gib: Annotated[int, Field(ge=1, le=1024)] = 2
+    """GiB of each process for keys and values."""
+    gap_limit: Annotated[float, Field(gt=0, le=100)] = 0.05
+    """Nats per token between trainer and vLLM, on average, from which on the run warns."""
+
+
 class OnlineMethod(Contract):
     """What PPO and GRPO have in common."""
 
@@ -67,6 +76,9 @@ class OnlineMethod(Contract):
     max_kl: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Nats per token between the model and its reference, at which the run fails with KLDiverged rather than ruin the
     model: rollouts of such an iteration are not learned from, and checkpoints are from before it. 0: no limit."""
+
+    vllm: Vllm | None = None
+    """Who writes rollouts, in the place of the trainers."""
 
     passes: Passes = 1
     """Times that each rollout is learned from."""

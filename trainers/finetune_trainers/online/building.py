@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from finetune_api.plan import RunPlan
 from finetune_api.spec import OnlineMethod
@@ -19,6 +20,7 @@ from finetune_trainers.online.models import Models
 from finetune_trainers.online.ppo import Ppo
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.rewards.building import build_rewards
+from finetune_trainers.rollout import RolloutEngine
 from finetune_trainers.rollout.in_process import InProcessEngine
 from finetune_trainers.whole_models import not_split
 
@@ -34,18 +36,16 @@ def build_online(plan: RunPlan, prepared: PreparedRun, module: nn.Module, contex
     settings = method.online
     assert settings is not None, "another method"
     tokenizer = load_tokenizer(prepared.model, plan.model.trust_remote_code)
+    rewards = build_rewards(settings.rewards, plan, prepared, context)
+    try:
+        engine = _engine(plan, prepared, settings, module, tokenizer, context)
+    except BaseException:
+        rewards.close()
+        raise
     parts = Parts(
         models=Models(module, _reference(plan, prepared, settings, context), settings.sampling.temperature),
-        engine=InProcessEngine(
-            module,
-            tokenizer.pad_token_id,
-            end_token_ids(module, tokenizer),
-            context,
-            batch_size=WRITTEN_AT_ONCE,
-            autocast=_autocast(plan),
-            without=CRITIC_PARTS,
-        ),
-        rewards=build_rewards(settings.rewards, plan, prepared, context),
+        engine=engine,
+        rewards=rewards,
         questions=Questions(prepared.data.train, plan.optimization.seed),
         eval_questions=list(Questions(prepared.data.eval, plan.optimization.seed)),
         tokenizer=tokenizer,
@@ -57,6 +57,31 @@ def build_online(plan: RunPlan, prepared: PreparedRun, module: nn.Module, contex
         return Grpo(method.grpo, parts)
     assert method.ppo is not None
     return Ppo(method.ppo, parts)
+
+
+def _engine(
+    plan: RunPlan,
+    prepared: PreparedRun,
+    settings: OnlineMethod,
+    module: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    context: WorkerContext,
+) -> RolloutEngine:
+    end_ids = end_token_ids(module, tokenizer)
+    if settings.vllm is not None:
+        from finetune_trainers.rollout.vllm_engine import start_vllm
+
+        length = settings.max_seq_length
+        return start_vllm(plan, prepared.model, settings.vllm, length, module, end_ids, context, CRITIC_PARTS)
+    return InProcessEngine(
+        module,
+        tokenizer.pad_token_id,
+        end_ids,
+        context,
+        batch_size=WRITTEN_AT_ONCE,
+        autocast=_autocast(plan),
+        without=CRITIC_PARTS,
+    )
 
 
 def _reference(

@@ -37,6 +37,8 @@ class Rollout:
     reward: float
     """Of all rewards, weighted; NaN where none could be had."""
     by_name: dict[str, float | None]
+    engine_log_probs: list[float] | None = None
+    """Of `ids`, as the engine that drew them computed them. None: it was the policy itself."""
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +58,8 @@ class Said:
     reference: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
+    importance: Tensor | None = None
+    """What each token's loss is multiplied with because another engine drew it. None: the policy itself did."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,11 @@ class Experience(Batch):
     ref_log_probs: Tensor | None = None
     old_values: Tensor | None = None
     returns: Tensor | None = None
+    importance: Tensor | None = None
 
     def to(self, device: torch.device) -> Self:
         moved = super().to(device)
-        names = ("advantages", "weights", "old_log_probs", "ref_log_probs", "old_values", "returns")
+        names = ("advantages", "weights", "old_log_probs", "ref_log_probs", "old_values", "returns", "importance")
         known = {name: value for name in names if (value := getattr(self, name)) is not None}
         return replace(moved, **{name: value.to(device) for name, value in known.items()})
 
@@ -111,6 +116,7 @@ def _experience(batch: Batch, said: Sequence[Said]) -> Experience:
         ref_log_probs=all_of("reference"),
         old_values=all_of("values"),
         returns=all_of("returns"),
+        importance=all_of("importance"),
     )
 
 

@@ -31,7 +31,7 @@ class Grpo(Online):
 
     def __init__(self, settings: GrpoSettings, parts: Parts) -> None:
         # In the only step of an iteration the policy is still the one that wrote: its ratio to itself is 1.
-        asks_policy = settings.steps_per_iteration > 1 or settings.max_kl > 0
+        asks_policy = settings.steps_per_iteration > 1 or settings.max_kl > 0 or not parts.engine.is_policy
         super().__init__(settings, parts, Asked(asks_policy, settings.needs_reference, critic=False))
         self._grpo = settings
         self._counts_tokens = settings.aggregation == "token"
@@ -54,6 +54,7 @@ class Grpo(Online):
             mask,
             clip_low=self._grpo.clip_low,
             clip_high=self._grpo.clip_high,
+            weights=None if batch.importance is None else batch.importance[None],
         )
         losses, kl = found.losses[0], new.new_zeros(())
         if self._grpo.kl_coefficient and batch.ref_log_probs is not None:

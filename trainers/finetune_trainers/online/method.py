@@ -12,12 +12,13 @@ All of it happens when the loop asks for the first step of an iteration.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from finetune_trainers.data.questions import Question, Questions
 from finetune_trainers.errors import DataError, KLDivergedError
 from finetune_trainers.evaluation import evaluating
 from finetune_trainers.methods import Method
+from finetune_trainers.online.correction import GAP, corrections
 from finetune_trainers.online.episodes import Rollout, Said, in_forward_passes, own_parts, packed, shuffled
 from finetune_trainers.online.models import Models
 from finetune_trainers.rewards import Episode, Rewards
@@ -41,6 +43,7 @@ from finetune_trainers.rollout.sampling import seed_of
 
 __all__ = ["Asked", "Judged", "Online", "Parts"]
 
+_log = logging.getLogger(__name__)
 _SAMPLES = 16
 """Answers of an evaluation that are kept for people to read."""
 
@@ -102,6 +105,7 @@ class Online(Method):
         """Prompts of the stream that were asked."""
         self._seconds: dict[str, float] = {}
         self._samples: list[dict[str, Any]] = []
+        self._told_of_gap = False
 
     @property
     def num_rollouts(self) -> int:
@@ -144,7 +148,8 @@ class Online(Method):
         asked = [(question, index, 0) for index, question in enumerate(self._parts.eval_questions)]
         if not asked:
             raise DataError("the evaluation data has no rows")
-        rollouts = self._rollouts(asked, greedy)
+        with self._writing():
+            rollouts = self._rollouts(asked, greedy)
         self._samples = [_for_people(rollout) for rollout in rollouts[:_SAMPLES]]
         found = _reward_figures(rollouts)
         return {"eval_loss": -found["reward"], **{f"eval_{name}": value for name, value in found.items()}}
@@ -190,15 +195,29 @@ class Online(Method):
 
     def _iterate(self, number: int) -> _Iteration:
         self._seconds = {}
-        self._parts.engine.update_weights()
-        rollouts, kept = self._collected()
+        with self._writing():
+            rollouts, kept = self._collected()
         with self._timed("judge"):
             judged = self._judged(rollouts)
-        figures = {**_reward_figures(rollouts), **_distance(rollouts, judged)}
+        weights, gap = corrections(rollouts, [one.log_probs for one in judged])
+        figures = {**_reward_figures(rollouts), **_distance(rollouts, judged), **gap}
         self._check_distance(figures)
+        self._tell_of_gap(figures)
         said, of_method = self._weigh(rollouts, judged)
+        said = [replace(one, importance=weight) for one, weight in zip(said, weights, strict=True)]
         seconds = {f"seconds/{phase}": value for phase, value in self._seconds.items()}
         return _Iteration(number, rollouts, said, {**figures, **kept, **of_method, **seconds})
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Inside, the engine answers with the policy as it is now; after it, it keeps no memory that it can spare."""
+        engine = self._parts.engine
+        with self._timed("sync"):
+            engine.wake()
+            engine.update_weights()
+        yield
+        with self._timed("sync"):
+            engine.sleep()
 
     def _collected(self) -> tuple[list[Rollout], dict[str, float]]:
         """The rollouts of an iteration, in whole groups; and how many groups were asked for each that is kept."""
@@ -257,6 +276,7 @@ class Online(Method):
                 text=texts[place],
                 reward=scores.totals[place] - (0.0 if one.ended else self._settings.missing_eos_penalty),
                 by_name={name: values[place] for name, values in scores.by_name.items()},
+                engine_log_probs=None if self._parts.engine.is_policy else one.log_probs,
             )
             for place, (index, one) in enumerate(zip(mine, completions, strict=True))
         ]
@@ -291,6 +311,20 @@ class Online(Method):
                 " learned from these rollouts. Lower spec.training.learningRate, raise the coefficient of the"
                 " distance, or raise maxKl"
             )
+
+    def _tell_of_gap(self, figures: Mapping[str, float]) -> None:
+        """Once in a run: the figure shows how it goes on."""
+        vllm = self._settings.vllm
+        if vllm is None or self._told_of_gap or figures.get(GAP, 0.0) <= vllm.gap_limit:
+            return
+        self._told_of_gap = True
+        sentence = (
+            f"vLLM and the trainer differ by {figures[GAP]:.3g} nats per token, and gapLimit is {vllm.gap_limit:g};"
+            " learning is corrected for it, and less sure. fp32 makes the difference smaller"
+        )
+        if self._context.rank == 0:
+            _log.warning(sentence)
+        self._context.report(Stage.TRAINING, urgent=True, message=sentence)
 
     def _tell_of_writing(self, num_done: int, num: int) -> None:
         self._context.report(Stage.TRAINING, message=f"writing rollouts: {num_done} of {num}")

@@ -62,6 +62,7 @@ class Ppo(Online):
             clip_low=self._ppo.clip_low,
             clip_high=self._ppo.clip_high,
             dual_clip=self._ppo.dual_clip,
+            weights=None if batch.importance is None else batch.importance[None],
         )
         critic = value_loss(
             values[None], batch.old_values[None], batch.returns[None], mask, clip=self._ppo.critic.clip or None

@@ -1,9 +1,13 @@
 """Rollout: the policy's own answers to prompts, with the probability of every token. Called by online methods.
 
-in_process   the policy's weights, in the process that trains them
-sampling     from logits to a token, pure
-row_cache    keys and values of a batch whose rows come and go
-zero3        parameters that ZeRO-3 keeps in parts, whole for a while
+in_process    the policy's weights, in the process that trains them
+sampling      from logits to a token, pure
+row_cache     keys and values of a batch whose rows come and go
+zero3         parameters that ZeRO-3 keeps in parts, whole for a while
+vllm_engine   vLLM, in a process and an environment of its own beside each trainer
+vllm_server   what runs there
+vllm_process  the trainer's end of the pipe to it
+vllm_weights  the policy as vLLM reads it: whole, adapters merged
 """
 
 from __future__ import annotations
@@ -57,6 +61,10 @@ class Completion:
 
 class RolloutEngine(Protocol):
     """What answers prompts with the policy as it is. All calls are collective."""
+
+    is_policy: bool
+    """Tokens have the very probabilities with which the trainer learns from them. Otherwise it asks the policy anew,
+    and corrects for the difference."""
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress | None = None

@@ -25,7 +25,7 @@ from finetune_trainers.evaluation import evaluating
 from finetune_trainers.rollout import Completion, OnProgress, Request, Sampling
 from finetune_trainers.rollout.row_cache import RowCache
 from finetune_trainers.rollout.sampling import draw, uniforms
-from finetune_trainers.rollout.zero3 import fits_whole, gathered, is_split, parameters_but
+from finetune_trainers.rollout.zero3 import fits_whole, gathered, inside, is_split, parameters_but
 
 __all__ = ["InProcessEngine"]
 
@@ -41,6 +41,8 @@ class InProcessEngine:
     Under ZeRO-3 parameters are gathered for the time of a call. Where that does not fit, all ranks make forward
     passes together until the last of them is done.
     """
+
+    is_policy = True
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class InProcessEngine:
         that weights are rounded once for all tokens. `gather`: under ZeRO-3, None for where it fits. `without`: names
         of parts that take no part in writing, such as a critic, and are not gathered."""
         assert batch_size > 0, "somebody must write"
-        self._module = _inside(module)
+        self._module = inside(module)
         self._pad_id = pad_id
         self._end_ids = frozenset(end_ids)
         self._context = context
@@ -134,14 +136,6 @@ class InProcessEngine:
         )
         logits: Tensor = output.logits[:, -1]
         return logits
-
-
-def _inside(module: nn.Module) -> nn.Module:
-    """What DeepSpeed's engine has inside, which needs none of its bookkeeping to write; any other module itself."""
-    if type(module).__module__.startswith("deepspeed."):
-        inner: nn.Module = module.module  # type: ignore[assignment]  # nn.Module's attributes are Tensor | Module
-        return inner
-    return module
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""Parameters that ZeRO-3 keeps in parts, whole on every rank while tokens are drawn. Called by `in_process`.
+"""Parameters that ZeRO-3 keeps in parts, whole on every rank while tokens are drawn. Called by `in_process`, and by
+`vllm_weights`.
 
 A token is one forward pass, and ZeRO-3 would gather the whole model for each. Gathered once, every rank writes its
 answers at its own pace. Facts about DeepSpeed are those of 0.19.8.
@@ -15,11 +16,19 @@ from torch import nn
 
 from finetune_trainers.context import WorkerContext
 
-__all__ = ["fits_whole", "gathered", "is_split", "parameters_but"]
+__all__ = ["fits_whole", "gathered", "inside", "is_split", "parameters_but"]
 
 SHARE = 0.6
 """Of free memory that gathered parameters may take; keys and values need the rest."""
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def inside(module: nn.Module) -> nn.Module:
+    """What DeepSpeed's engine has inside, which needs none of its bookkeeping to write; any other module itself."""
+    if type(module).__module__.startswith("deepspeed."):
+        inner: nn.Module = module.module  # type: ignore[assignment]  # nn.Module's attributes are Tensor | Module
+        return inner
+    return module
 
 
 def is_split(module: nn.Module) -> bool:

@@ -1,0 +1,222 @@
+"""Rollout by vLLM: one process of it beside each trainer, given the policy's weights before each iteration.
+
+Built by online methods where the job says `vllm`. Each rank's vLLM answers that rank's requests, so nothing but the
+gathering of weights is collective. Weights travel through memory without a name, a piece at a time; orders and answers
+are lines of JSON over a pipe. torch's group of one process, which vLLM wants, listens on loopback and has no members.
+
+vLLM draws by generators of its own: an answer follows from its seed, as everywhere, but is not the one that the
+trainer would have drawn. Its kernels are others too, so the probability of a token is nearly that of the trainer, which
+`online.method` measures and corrects for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune_api.failures import Problem
+from finetune_api.plan import RunPlan
+from finetune_api.progress import Stage
+from finetune_api.spec import Vllm
+from finetune_trainers.checkpoint.staging import Buffer, laid_out
+from finetune_trainers.context import WorkerContext
+from finetune_trainers.errors import TrainerError, UserError
+from finetune_trainers.models import DTYPES
+from finetune_trainers.prepared import PreparedModel
+from finetune_trainers.rollout import Completion, OnProgress, Request, Sampling
+from finetune_trainers.rollout.vllm_process import VllmProcess, VllmRefused, find_python, vllm_command
+from finetune_trainers.rollout.vllm_weights import policy_weights
+from finetune_trainers.rollout.zero3 import inside
+
+__all__ = ["PIECE_BYTES", "VllmEngine", "start_vllm"]
+
+PIECE_BYTES = 1 << 28
+"""Of weights that travel together, unless one is larger."""
+WRITTEN_AT_ONCE = 256
+_GIB = 1 << 30
+_log = logging.getLogger(__name__)
+
+
+def start_vllm(
+    plan: RunPlan,
+    model: PreparedModel,
+    settings: Vllm,
+    max_length: int,
+    module: nn.Module,
+    end_ids: Collection[int],
+    context: WorkerContext,
+    without: Collection[str] = (),
+) -> VllmEngine:
+    """vLLM beside this worker, which takes as long as its start takes. `module` is the engine's; `without` names parts
+    of it that are not the policy's. Raises UserError when there is no vLLM, or it cannot run the model."""
+    path = f"spec.method.{plan.method.chosen}.vllm"
+    _refuse_other_names(module, path)
+    python = find_python(path)
+    context.report(Stage.LOADING_MODEL, message="vLLM starts, which may take minutes")
+    asked = {
+        "model": model.folder,
+        "dtype": _name(DTYPES[plan.precision]),
+        "max_length": max_length,
+        "batch_size": WRITTEN_AT_ONCE,
+        "kv_cache_bytes": settings.kv_cache_gib * _GIB,
+        "trust_remote_code": plan.model.trust_remote_code,
+    }
+    try:
+        engine = VllmEngine(vllm_command(python), asked, module, end_ids, context, DTYPES[plan.precision], without)
+    except VllmRefused as error:
+        problem = Problem(path=path, message=f"{error.message}; the log has more. Mend it, or remove the field")
+        raise UserError(str(problem), [problem]) from error
+    if context.rank == 0 and not engine.about["gives_memory_back"]:
+        _log.info("vLLM %s keeps its memory while the policy learns: on this device it cannot sleep.", engine.about)
+    return engine
+
+
+class VllmEngine:
+    """Answers by vLLM, with the weights of the last `update_weights`."""
+
+    is_policy = False
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        settings: dict[str, Any],
+        module: nn.Module,
+        end_ids: Collection[int],
+        context: WorkerContext,
+        dtype: torch.dtype,
+        without: Collection[str] = (),
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
+        """Starts `command`. `settings` are the server's; `dtype` is what it computes in. Raises TrainerError."""
+        self._module, self._dtype, self._without = module, dtype, without
+        self._end_ids = sorted(end_ids)
+        self._piece_bytes = piece_bytes
+        self._buffer = Buffer()
+        try:
+            self._process = VllmProcess(command, settings, _variables(context), self._buffer.file)
+        except BaseException:
+            self._buffer.close()
+            raise
+        self.about: dict[str, Any] = self._process.about
+        """What vLLM says of itself."""
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress | None = None
+    ) -> list[Completion]:
+        if not requests:
+            return []
+        asked = {
+            "do": "generate",
+            "prompts": [list(request.prompt_ids) for request in requests],
+            "seeds": [request.seed for request in requests],
+            "end_ids": self._end_ids,
+            **asdict(sampling),
+        }
+
+        def tell(num_done: int) -> None:
+            if on_progress is not None:
+                on_progress(num_done, len(requests))
+
+        answers = self._process.ask(asked, tell).get("answers", [])
+        if len(answers) != len(requests):
+            raise TrainerError(f"vLLM gave {len(answers)} answers to {len(requests)} prompts")
+        tell(len(answers))
+        return [_completion(answer, sampling.max_new_tokens) for answer in answers]
+
+    def update_weights(self) -> None:
+        for piece, is_last in _with_last(self._pieces()):
+            self._process.ask({"do": "load", "tensors": piece, "is_last": is_last})
+
+    def digests(self) -> dict[str, tuple[str, list[int], str]]:
+        """Of each weight that vLLM computes with, by vLLM's name: dtype, shape and sha256 of its bytes. vLLM keeps
+        what is multiplied with the same input as one weight, row under row."""
+        found = self._process.ask({"do": "digests"})["digests"]
+        return {name: (dtype, shape, digest) for name, (dtype, shape, digest) in found.items()}
+
+    def sleep(self) -> None:
+        self._process.ask({"do": "sleep"})
+
+    def wake(self) -> None:
+        self._process.ask({"do": "wake"})
+
+    def close(self) -> None:
+        self._process.end()
+        self._buffer.close()
+
+    def _pieces(self) -> Iterator[list[dict[str, Any]]]:
+        """The policy's weights, some at a time, which lie in the shared memory until the next ones are asked for."""
+        piece: list[dict[str, Any]] = []
+        upto = 0
+        for name, tensor in policy_weights(self._module, self._dtype, self._without):
+            placed = laid_out([tensor.nbytes], upto)
+            if piece and placed.size > self._piece_bytes:
+                yield piece
+                piece, placed = [], laid_out([tensor.nbytes])
+            (start,), upto = placed
+            self._write(tensor, start, upto)
+            piece.append({"name": name, "dtype": _name(tensor.dtype), "shape": list(tensor.shape), "start": start})
+        yield piece
+
+    def _write(self, tensor: Tensor, start: int, end: int) -> None:
+        self._buffer.reserve(max(end, self._piece_bytes))
+        view = torch.frombuffer(self._buffer.view(start, end), dtype=torch.uint8)
+        view.copy_(tensor.contiguous().flatten().view(torch.uint8))
+
+
+def _completion(answer: dict[str, Any], max_new_tokens: int) -> Completion:
+    completion = Completion(answer["ids"], answer["log_probs"], answer["ended"])
+    num = len(completion.ids)
+    if not 1 <= num <= max_new_tokens or len(completion.log_probs) != num:
+        raise TrainerError(
+            f"vLLM gave {num} tokens with {len(completion.log_probs)} log-probabilities, of {max_new_tokens} at most"
+        )
+    return completion
+
+
+def _with_last(pieces: Iterator[list[dict[str, Any]]]) -> Iterator[tuple[list[dict[str, Any]], bool]]:
+    """Each piece as soon as it is there, and an empty one to say that it was the last: the next must not be made while
+    this one is still being read."""
+    for piece in pieces:
+        yield piece, False
+    yield [], True
+
+
+def _variables(context: WorkerContext) -> dict[str, str]:
+    """Of its environment: nothing is fetched or told to anybody, it runs in one process, on this worker's device."""
+    threads = str(torch.get_num_threads())
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "OMP_NUM_THREADS": threads,
+    }
+    if context.device.type == "cuda":
+        # torch numbers the devices that are visible; vLLM is to see this worker's alone
+        uuid = torch.cuda.get_device_properties(context.device).uuid
+        variables["CUDA_VISIBLE_DEVICES"] = f"GPU-{uuid}"
+    return variables
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _refuse_other_names(module: nn.Module, path: str) -> None:
+    """vLLM knows weights by their names in files; of some models transformers changes them when it reads."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    model_type = str(getattr(getattr(inside(module), "config", None), "model_type", ""))
+    if get_checkpoint_conversion_mapping(model_type) is not None:
+        message = f"cannot be given the weights of a model of type {model_type}; remove it"
+        problem = Problem(path=path, message=message)
+        raise UserError(str(problem), [problem])
