@@ -64,6 +64,10 @@ class Progress(Contract):
     """At most 16 figures by name: loss, learning_rate, grad_norm, eval_loss, ..."""
     message: str | None = None
     """A sentence for people."""
+    phase: Annotated[str, Field(max_length=40)] | None = None
+    """What is done within the stage: generate, score, judge, train, sync or save. Absent where it has one part only."""
+    role: Annotated[str, Field(max_length=200)] | None = None
+    """Who does it: policy, critic, vLLM, the rewards by name, or all workers, on whom the others wait."""
     resumed_from_step: int | None = None
     """Optimizer steps that an earlier attempt had done and that were not done again."""
     checkpoint: SavedCheckpoint | None = None
@@ -73,6 +77,12 @@ class Progress(Contract):
     save_failure: str | None = None
     """Why the last try to save a checkpoint failed; absent once another one has succeeded."""
     updated_at: datetime
+
+    @property
+    def doing(self) -> str:
+        """Where a run that falls silent is stuck: Training, or `Training: score (reward length)`."""
+        role = f" ({self.role})" if self.role else ""
+        return f"{self.stage}: {self.phase}{role}" if self.phase else self.stage.value
 
 
 class EvalSummary(Contract):

@@ -89,7 +89,7 @@ def running(result: str | None, progress: Progress | None) -> Finding:
     if progress is None:
         return Finding("Running", "False", "NotStarted", "The run has not reported yet.")
     status: Literal["True", "False"] = "True" if progress.stage in TRAINING_STAGES else "False"
-    return Finding("Running", status, progress.stage, progress.message or "")
+    return Finding("Running", status, progress.stage, progress.message or (progress.doing if progress.phase else ""))
 
 
 def ended(outcome: Outcome | None) -> list[Finding]:

@@ -260,11 +260,11 @@ class _Pass:
             self.draft.post_mortem = endings.post_mortem(attempt.number, found.failure_class, found)
 
     def _watch_clocks(self, ray_job: RayJobState) -> None:
-        attempt, heartbeat = self.draft.attempts[-1], self._heartbeat()
+        attempt, heartbeat, progress = self.draft.attempts[-1], self._heartbeat(), self.report.progress
         due = [
             active_due(attempt, self.draft.active_seconds, self.seen.lifecycle),
             start_due(attempt, heartbeat is not None, self.seen.lifecycle, obstacle(self.pods)),
-            hang_due(attempt, heartbeat, self.seen.policy),
+            hang_due(attempt, heartbeat, self.seen.policy, progress.doing if progress is not None else None),
         ]
         first = min((one for one in due if one is not None), key=lambda one: one.at, default=None)
         if first is None:

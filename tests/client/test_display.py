@@ -47,6 +47,13 @@ def test_a_file_gets_one_plain_line_per_report() -> None:
     ]
 
 
+def test_the_parts_of_a_step_are_no_lines_but_for_what_they_say_and_a_terminal_shows_who_is_at_work() -> None:
+    scoring = TRAINING.model_copy(update={"phase": "score", "role": "reward length"})
+    writing = TRAINING.model_copy(update={"phase": "generate", "role": "policy", "message": "writing: 3 of 8"})
+    assert len(shown(TRAINING, scoring, writing, writing, scoring, terminal=False).splitlines()) == 3
+    assert "score (reward length)" in shown(scoring, terminal=True)
+
+
 def test_a_terminal_shows_the_stage_and_the_training_with_its_figures() -> None:
     text = shown(TRAINING, report(Stage.EVALUATING, step=3, total_steps=10, percent=50.0), terminal=True)
     assert "Evaluating" in text

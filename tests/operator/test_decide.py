@@ -284,6 +284,16 @@ def test_a_silent_attempt_is_ended_as_hung() -> None:
     assert cluster.named(RAY_JOB) == []
 
 
+def test_an_attempt_that_falls_silent_in_a_part_of_a_step_says_in_which_and_who_was_at_work() -> None:
+    cluster = started({"failurePolicy": {"hangTimeoutSeconds": 300}})
+    cluster.report(step=2, phase="score", role="reward length").settle()
+    running = next(one for one in cluster.status["conditions"] if one["type"] == "Running")
+    assert running["message"] == "Training: score (reward length)"
+    cluster.wait(300).settle()
+    assert cluster.attempt["outcome"] == "Hang"
+    assert cluster.attempt["message"].endswith("The last report is of Training: score (reward length).")
+
+
 def test_the_last_hung_cluster_is_kept_to_be_looked_at() -> None:
     cluster = started(
         {

@@ -1,13 +1,14 @@
 """Progress reports on their way out: JSON lines in the run's folder, which the CLI follows, and the job's ConfigMap.
 
 The driver writes the stages before and after training, rank 0 writes those between; never both at the same time. What
-is said after training includes how far that has come: whoever follows the run may see only the last report.
+is said after training, or of a part of a step, includes how far that has come: whoever follows the run may see only the
+last report.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,11 @@ PROGRESS_FILE = "progress.jsonl"
 """In the run's folder."""
 MIN_INTERVAL_SECONDS = 0.2
 _AFTER_TRAINING = frozenset({Stage.EXPORTING, Stage.DONE})
-_LASTING = frozenset(Progress.model_fields) - {"stage", "percent", "eta_seconds", "message", "updated_at"}
+_OF_STEPS = frozenset({Stage.TRAINING, Stage.EVALUATING})
+_LASTING = frozenset(Progress.model_fields) - {
+    *("stage", "percent", "eta_seconds"),
+    *("message", "phase", "role", "updated_at"),
+}
 """Of a report, what still holds when training is over."""
 _LONGEST_LINE = 1 << 16
 
@@ -49,14 +54,15 @@ class FileSink:
         self._clock = clock
         self._last_stage: Stage | None = None
         self._last_time = float("-inf")
+        self._last: Progress | None = None
 
     def report(self, stage: Stage, urgent: bool = False, **figures: Any) -> None:
         now = self._clock()
         if not urgent and stage is self._last_stage and now - self._last_time < MIN_INTERVAL_SECONDS:
             return
         self._last_stage, self._last_time = stage, now
-        reached = self._reached() if stage in _AFTER_TRAINING else {}
-        progress = Progress(stage=stage, updated_at=datetime.now(UTC), **reached | figures)
+        reached = self._reached() if stage in _AFTER_TRAINING else self._reached_here(stage, figures)
+        progress = self._last = Progress(stage=stage, updated_at=datetime.now(UTC), **reached | figures)
         line = progress.model_dump_json(by_alias=True, exclude_none=True) + "\n"
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line)
@@ -67,6 +73,13 @@ class FileSink:
         """What the last report says of steps and checkpoints, whoever wrote it."""
         report = last_report(self._path)
         return {name: getattr(report, name) for name in report.model_fields_set & _LASTING} if report else {}
+
+    def _reached_here(self, stage: Stage, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """What this process has reported of steps, where a report of a part of one says nothing of them."""
+        if self._last is None or stage not in _OF_STEPS or "step" in figures:
+            return {}
+        names = _LASTING | ({"percent", "eta_seconds"} if stage is self._last.stage else set())
+        return {name: getattr(self._last, name) for name in self._last.model_fields_set & names}
 
     def begin(self) -> None:
         """The run starts: only its driver says so."""

@@ -92,7 +92,15 @@ class _Silent:
 class _Lines(_Silent):
     """One line per report, without control characters: for log files and CI."""
 
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._said: tuple[Stage, int, str | None] | None = None
+
     def report(self, report: Report) -> None:
+        says = (report.stage, report.step, report.message)
+        if report.phase is not None and (report.message is None or says == self._said):
+            return  # parts of a step come and go; what came of them is told with the step
+        self._said = says
         training = report.stage is Stage.TRAINING and report.total_steps is not None
         where = f"step {report.step}/{report.total_steps}" if training else f"{report.percent:.0f} %"
         parts = [f"{_STAGES[report.stage]}: {where}", _figures(report), report.message or ""]
@@ -130,7 +138,7 @@ class _Bars(_Silent):
             self._stage,
             description=_STAGES[report.stage],
             completed=report.percent,
-            text=report.message or "",
+            text=report.message or (f"{report.phase} ({report.role})" if report.phase and report.role else ""),
         )
         if report.total_steps is not None:
             self._train_bar.update(

@@ -18,11 +18,13 @@ from finetune_operator.times import after
 __all__ = ["hang_due"]
 
 
-def hang_due(attempt: Attempt, heartbeat: datetime | None, policy: FailurePolicy) -> Due | None:
+def hang_due(
+    attempt: Attempt, heartbeat: datetime | None, policy: FailurePolicy, doing: str | None = None
+) -> Due | None:
     """When `attempt` counts as hung, if nothing is heard of it until then.
 
     `heartbeat` is when its trainers last reported since it was admitted, None when they have not. None while it waits
-    in a queue, and before its first report.
+    in a queue, and before its first report. `doing`: what they said last that they were at.
     """
     if attempt.admitted_at is None or (heartbeat is None and attempt.running_at is None):
         return None
@@ -31,5 +33,6 @@ def hang_due(attempt: Attempt, heartbeat: datetime | None, policy: FailurePolicy
     return Due(
         after(max(sign for sign in signs if sign is not None), seconds),
         FailureClass.HANG,
-        f"The trainers have reported nothing for {seconds} s (failurePolicy.hangTimeoutSeconds).",
+        f"The trainers have reported nothing for {seconds} s (failurePolicy.hangTimeoutSeconds)."
+        + (f" The last report is of {doing}." if heartbeat is not None and doing is not None else ""),
     )

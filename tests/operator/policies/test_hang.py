@@ -42,6 +42,17 @@ def test_silence_is_counted_from_the_last_sign_of_life(
     assert "600 s (failurePolicy.hangTimeoutSeconds)" in due.message
 
 
+def test_who_was_at_work_is_told_where_the_trainers_have_said_it() -> None:
+    due = hang_due(attempt(), at(5), POLICY, "Training: score (reward length)")
+    assert due is not None
+    assert due.message.endswith(
+        "(failurePolicy.hangTimeoutSeconds). The last report is of Training: score (reward length)."
+    )
+    unheard = hang_due(attempt(running_at=at(7)), None, POLICY, "Training: score (reward length)")
+    assert unheard is not None
+    assert "The last report" not in unheard.message, "it is of an earlier start"
+
+
 def test_an_attempt_that_never_reported_is_not_hung_but_late() -> None:
     assert hang_due(attempt(), None, POLICY) is None
 

@@ -70,7 +70,7 @@ def pairs_of(scored: Scored, pairing: Pairing, min_gap: float = 0.0) -> tuple[li
             places = list(combinations(order, 2))
         case "adjacent":
             places = list(pairwise(order))
-        case "best-worst":
+        case _:
             places = [(order[0], order[-1])]
     pairs = []
     for better, worse in places:
