@@ -27,7 +27,7 @@ def test_lora_with_zero_2_on_two_nodes_ends_with_an_adapter(team: World, tiny: d
         nodes.update(pod["spec"].get("nodeName", "") for pod in team.pods(job, "worker"))
         return phase == "Succeeded"
 
-    team.wait(job, over, "the job to succeed", seconds=400)
+    team.wait(job, over, "the job to succeed", seconds=600)
 
     assert phases == [phase for phase in IN_ORDER if phase in phases]
     assert "Running" in phases
@@ -44,6 +44,13 @@ def test_lora_with_zero_2_on_two_nodes_ends_with_an_adapter(team: World, tiny: d
 
 def test_the_log_of_a_running_job_is_followed_from_outside(team: World, tiny: dict[str, Any], submit: Submit) -> None:
     job = submit("talking", {**tiny, **TWO_WORKERS})
-    told = team.finetune("logs", job, "--follow", seconds=400)
+    told = team.finetune("logs", job, "--follow", seconds=600)
     assert told.returncode == 0, told.stderr
     assert "step" in told.stdout
+
+
+def test_one_worker_trains_without_a_runtime(team: World, tiny: dict[str, Any], submit: Submit) -> None:
+    small = {"cpus": 0.5, "memory": "3Gi"}
+    spec = {key: value for key, value in tiny.items() if key != "runtimeRef"}
+    job = submit("alone", {**spec, "cluster": {"workers": {"cpus": 1, "memory": "3Gi"}, "head": small}})
+    team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed", seconds=600)

@@ -40,6 +40,8 @@ _USERS = {
     "kube-proxy": "system:kube-proxy",
 }
 _ADMINISTRATORS = "system:masters"
+_IMAGES = "images"
+"""The file that says where a cluster has its images from."""
 
 Say = Callable[[str], None]
 
@@ -101,7 +103,7 @@ def up(say: Say, install: bool = False) -> Cluster:
     """
     needs.check(install, say)
     place, programs = layout(), {name: program_path(name, say) for name in PROGRAMS}
-    cluster = Cluster(place, programs, images_path(say))
+    cluster = Cluster(place, programs, _images(place, say))
     began = time.monotonic()
 
     def tell(what: str) -> None:
@@ -109,7 +111,7 @@ def up(say: Say, install: bool = False) -> Cluster:
 
     if not _identities(place).exists():  # what is left of an earlier one, as after a restart of the machine, is no use
         down()
-        _prepare(place)
+        _prepare(place, cluster.images)
     for node in NODES:
         machine.make_namespace(node, NODES[0])
     start_control_plane(place, NODES[0], programs)
@@ -146,12 +148,19 @@ def down(keep_logs: bool = True) -> None:
             path.unlink()
 
 
-def _prepare(place: Layout) -> None:
+def _images(place: Layout, say: Say) -> Path:
+    """Of a cluster that is up, those that it was brought up with."""
+    known = Path((place.run / _IMAGES).read_text(encoding="utf-8")) if (place.run / _IMAGES).exists() else None
+    return known if known is not None and known.exists() else images_path(say)
+
+
+def _prepare(place: Layout, images: Path) -> None:
     """Folders, and what the machine was like."""
     for folder in (place.root, place.run, place.pki, place.shared):
         folder.mkdir(parents=True, exist_ok=True)
     place.shared.chmod(0o777)  # as a file system for everybody is
     machine.keep_settings(place)
+    (place.run / _IMAGES).write_text(str(images), encoding="utf-8")
     _write_identities(place)
 
 
