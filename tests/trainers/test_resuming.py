@@ -30,8 +30,9 @@ from finetune_trainers.loop import Loop
 from finetune_trainers.worker import load
 from tests.trainers.conftest import SmallWorld
 from tests.trainers.factories import tiny_model
+from tests.trainers.foreign_warnings import ENGINES
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.ray, *ENGINES]
 
 STEPS = {"training.maxSteps": 20, "training.microBatchSize": 2}
 LORA = {"tuning": {"lora": {"rank": 4, "dropout": 0.2, "targetModules": ["all-linear"]}}}
@@ -260,8 +261,9 @@ def test_resume_never_begins_at_step_0(place: Place) -> None:
         ({"keepLast": 2}, [16, 20]),
         ({"keepLast": 1, "keepEvery": 8}, [8, 16, 20]),
         ({"keepLast": 1, "keepBest": {"metric": "num_tokens", "mode": "min"}}, [4, 20]),
+        ({"keepLast": 5, "quota": "1Mi"}, [20]),
     ],
-    ids=["the last", "every so often", "the best"],
+    ids=["the last", "every so often", "the best", "what there is room for"],
 )
 def test_the_checkpoints_that_the_job_names_are_kept(kept: dict[str, Any], steps: list[int], place: Place) -> None:
     place.train(place.plan({}, everySteps=4, whenBehind="wait", **kept), "run")

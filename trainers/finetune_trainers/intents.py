@@ -33,6 +33,8 @@ class Intents:
     ) -> None:
         self._plan, self._settings, self._prepared = plan, settings, prepared
         self._state, self._world_size = state, world_size
+        # Asked once: the answer takes milliseconds, in which training would stand still.
+        self._versions = {package: version(package) for package in ("torch", "deepspeed")}
         self.parent: CheckpointId | None = None
         """What this attempt went on from."""
 
@@ -49,7 +51,7 @@ class Intents:
             job=self._settings.job,
             attempt=attempt_number(),
             created=now,
-            writer={package: version(package) for package in ("torch", "deepspeed")},
+            writer=self._versions,
             world=World(size=self._world_size, zero_stage=self._state.zero_stage),
             consumed_samples=consumed,
             global_batch=plan.batch.global_batch_size,

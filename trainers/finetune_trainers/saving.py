@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors.torch import save as save_tensors
 
 from finetune_api.plan import CheckpointPlan, RunPlan
@@ -54,6 +55,8 @@ FINISH_SECONDS = 600.0
 """How long the end of a training waits for what is still being written. The writers go on after it."""
 VISIBLE_SECONDS = 120.0
 """How long rank 0 looks for what the others say that they have written."""
+MOST_COPIERS = 4
+"""Threads: more do not make memory faster."""
 _FOLDER = "checkpoints"
 _log = logging.getLogger(__name__)
 
@@ -269,7 +272,8 @@ class Checkpoints:
             aux[f"{LOOP}.json"] = memory.model_dump_json().encode()
         try:
             folder = self._best_files(step) if memory.best_step is not None else None
-            flushes.stage(intent, self._state.slices(intent.tensors), self._state.fill(intent.tensors), aux, folder)
+            slices, fill = self._state.slices(intent.tensors), self._state.fill(intent.tensors)
+            flushes.stage(intent, slices, fill, aux, folder, self._copiers)
         except OSError as error:
             flushes.failures[step] = str(error)
             return
@@ -277,6 +281,11 @@ class Checkpoints:
         self.blocked_seconds += blocked
         self._interval.saved(blocked)
         _log.info("checkpoint of step %d: training stood still for %.3f s", step, blocked)
+
+    @property
+    def _copiers(self) -> int:
+        """Threads that copy: of a processor that trains no more than this process has; a device has one way out."""
+        return min(torch.get_num_threads(), MOST_COPIERS) if self._context.device.type == "cpu" else 1
 
     def _best_files(self, step: int) -> Path | None:
         """Rank 0: a folder with the files of the best parameters as they are now. Links: a better one replaces the

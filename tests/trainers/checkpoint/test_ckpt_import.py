@@ -120,10 +120,10 @@ def test_the_plan_of_a_job_says_what_the_checkpoint_does_not(
     run.mkdir(parents=True)
     (run / "plan.json").write_text(plan.model_dump_json(by_alias=True))
     (run / "state.json").write_text("{}")
-    named = {"folder": ["--for", run], "file": ["--for", run / "plan.json"], "where": []}[given]
+    ways: dict[str, list[str | Path]] = {"folder": ["--for", run], "file": ["--for", run / "plan.json"], "where": []}
     where = run if given == "where" else tmp_path / "new"
-    refused = ckpt("import", where, "--from", safetensors, "--global-batch", "4", *named)
-    assert f"--base: no such file or folder (found {base})" in refused.stderr
+    refused = ckpt("import", where, "--from", safetensors, "--global-batch", "4", *ways[given])
+    assert f"--base: no such file or folder; correct the path (found {base})" in refused.stderr
     (asked,) = ckpt.asked
     assert asked["uri"] == f"file://{where}{'/checkpoints' if given == 'where' else ''}"
     assert (asked["job"], asked["base"], asked["weightDecay"]) == ("default/tiny", base, 0.1)

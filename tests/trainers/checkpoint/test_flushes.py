@@ -68,7 +68,8 @@ class Run:
     def stage(self, step: int, ranks: list[int] | None = None) -> None:
         intent = self.intent(step)
         for rank in range(self.world) if ranks is None else ranks:
-            self.ranks[rank].stage(intent, synthetic.slices(intent, rank), filling(intent), {"rng.json": b"{}"})
+            slices, aux = synthetic.slices(intent, rank), {"rng.json": b"{}"}
+            self.ranks[rank].stage(intent, slices, filling(intent), aux, threads=2)
 
     def settle(self) -> None:
         for flushes in self.ranks:

@@ -90,7 +90,7 @@ def test_a_run_that_seems_to_be_at_work_is_left_alone(storage: Storage) -> None:
     said = collected(storage, ONE, Mandate("ann", early, dry_run=True))
     assert [one.id for one in said.deleted] == ["0000000020-e00001", "0000000010-e00001"]
     assert (said.completed, said.blobs) == ([], 0), "what it has begun, and what it shares, may be needed"
-    assert said.notes == ["a run seems to be at work: what it has begun and what it shares is left alone"]
+    assert said.notes[0] == "a run seems to be at work: what it has begun and what it shares is left alone"
     assert everything(storage) == before
 
 

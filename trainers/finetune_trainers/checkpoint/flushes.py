@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from finetune_api.progress import SavedCheckpoint
@@ -49,7 +50,7 @@ _ORPHANED = ("/bin/sh", "-c", '"$@" &', "sh")
 """Starts a command and ends at once, so that the command is nobody's child: Ray kills those of a worker that ends."""
 
 Fill = Callable[[Slice, memoryview], None]
-"""Copies a slice to where it is staged."""
+"""Copies a slice to where it is staged. Called by several threads, where so many are allowed."""
 
 
 class Flushes:
@@ -94,16 +95,23 @@ class Flushes:
         return tuple(self._unpublished)
 
     def stage(
-        self, intent: Intent, slices: Sequence[Slice], fill: Fill, aux: Mapping[str, bytes], folder: Path | None = None
+        self,
+        intent: Intent,
+        slices: Sequence[Slice],
+        fill: Fill,
+        aux: Mapping[str, bytes],
+        folder: Path | None = None,
+        threads: int = 1,
     ) -> None:
-        """Copy this rank's part, and have it written. `aux`: name with suffix -> content. `folder` (rank 0) holds files
-        that checkpoints share; it is deleted afterwards. Training may change everything once this has returned.
+        """Copy this rank's part, by so many threads, and have it written. `aux`: name with suffix -> content. `folder`
+        (rank 0) holds files that checkpoints share; it is deleted afterwards. Training may change everything once this
+        has returned.
 
         Raises OSError when there is no memory, or no writer can be started.
         """
         assert not self.is_behind, "nobody stages while both buffers are taken"
         number = next(index for index in range(NUM_BUFFERS) if index not in self._writing.values())
-        start, end = _fill_buffer(self._buffers[number], intent, slices, fill, aux, folder)
+        start, end = _fill_buffer(self._buffers[number], intent, slices, fill, aux, folder, threads)
         if self._writer is None:
             self._writer = _Process(self._begin, [buffer.file for buffer in self._buffers])
         self._writing[intent.step] = number
@@ -177,7 +185,13 @@ class Flushes:
 
 
 def _fill_buffer(
-    buffer: Buffer, intent: Intent, slices: Sequence[Slice], fill: Fill, aux: Mapping[str, bytes], folder: Path | None
+    buffer: Buffer,
+    intent: Intent,
+    slices: Sequence[Slice],
+    fill: Fill,
+    aux: Mapping[str, bytes],
+    folder: Path | None,
+    threads: int,
 ) -> tuple[int, int]:
     """-> where the staged set lies: behind what it describes."""
     sizes = [
@@ -197,8 +211,9 @@ def _fill_buffer(
     document = staged.model_dump_json(by_alias=True, exclude_none=True).encode()
     start, end = small.size, small.size + len(document)
     buffer.reserve(end)
-    for piece, size, offset in zip(slices, sizes, data.offsets, strict=True):
-        fill(piece, buffer.view(offset, offset + size))
+    with ThreadPoolExecutor(threads, thread_name_prefix="stage") as pool:
+        views = [buffer.view(offset, offset + size) for size, offset in zip(sizes, data.offsets, strict=True)]
+        list(pool.map(fill, slices, views))
     for content, offset in zip(aux.values(), small.offsets, strict=True):
         buffer.view(offset, offset + len(content))[:] = content
     buffer.view(start, end)[:] = document
