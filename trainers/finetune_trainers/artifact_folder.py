@@ -20,6 +20,7 @@ from finetune_api.failures import Problem
 from finetune_api.progress import Artifact
 from finetune_api.spec import Precision
 from finetune_trainers.errors import UserError
+from finetune_trainers.places import uri_of
 from finetune_trainers.weights import file_digest
 
 __all__ = [
@@ -70,7 +71,7 @@ def seal(unfinished: Path, folder: Path, kind: str, base: dict[str, Any]) -> Art
     for path in paths:
         path.chmod(0o644)
         files[str(path.relative_to(unfinished))] = (path.stat().st_size, file_digest(path))
-    data, artifact = digest_list(folder.absolute().as_uri(), kind, base, files)
+    data, artifact = digest_list(uri_of(folder), kind, base, files)
     (unfinished / DIGESTS).write_bytes(data)
     return artifact
 

@@ -12,6 +12,7 @@ from finetune_api.plan import RunPlan
 from finetune_api.progress import Artifact
 from finetune_trainers.errors import UserError
 from finetune_trainers.model_sources import local_path
+from finetune_trainers.places import uri_of
 from finetune_trainers.prepared import PreparedModel
 
 __all__ = ["check_outputs", "publish"]
@@ -41,7 +42,8 @@ def check_outputs(plan: RunPlan) -> None:
 
 def publish(plan: RunPlan, model: PreparedModel, artifact: Artifact) -> list[Artifact]:
     """Write each output of the job from the artifact in the run's folder: a copy, or the merged model."""
-    source = Path(unquote(urlsplit(artifact.uri).path))
+    parts = urlsplit(artifact.uri)
+    source = Path(unquote(parts.path)) if parts.scheme == "file" else local_path(artifact.uri)
     published = []
     for output in plan.outputs:
         folder = local_path(output.to).absolute()
@@ -51,7 +53,7 @@ def publish(plan: RunPlan, model: PreparedModel, artifact: Artifact) -> list[Art
             published.append(merge_adapter(Path(model.folder), source, folder, plan.precision))
         else:
             _copy(source, folder)
-            published.append(artifact.model_copy(update={"uri": folder.as_uri()}))
+            published.append(artifact.model_copy(update={"uri": uri_of(folder)}))
     return published
 
 

@@ -1,4 +1,4 @@
-"""Where claims and installed packages are on this machine's disk: what the sources of models and of data share."""
+"""Where claims and installed packages are on this machine, and back: for sources of models and data, and results."""
 
 from __future__ import annotations
 
@@ -6,12 +6,27 @@ import importlib.util
 import os
 from pathlib import Path
 
-__all__ = ["claim_folder", "package_folder"]
+__all__ = ["claim_folder", "package_folder", "uri_of"]
 
 
 def claim_folder(claim: str) -> Path:
     """Where a PersistentVolumeClaim is mounted, whether or not it is."""
-    return Path(os.environ.get("FINETUNE_PVC_ROOT", "/mnt/pvc")) / claim
+    return _claims() / claim
+
+
+def uri_of(folder: Path) -> str:
+    """What others call a folder of this machine's disk: on a claim by the claim, for it may be mounted elsewhere there.
+
+    A job that begins with another one's model knows by this name which claim it has to mount.
+    """
+    absolute = folder.absolute()
+    if absolute.is_relative_to(_claims()) and absolute != _claims():
+        return f"pvc://{absolute.relative_to(_claims())}"
+    return absolute.as_uri()
+
+
+def _claims() -> Path:
+    return Path(os.environ.get("FINETUNE_PVC_ROOT", "/mnt/pvc"))
 
 
 def package_folder(package: str) -> Path | None:
