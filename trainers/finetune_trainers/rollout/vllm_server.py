@@ -205,8 +205,8 @@ def _scale_logits(model: Any, scale: float) -> None:
 
 def _keep_plain_weights() -> None:
     """On a CPU vLLM would keep linear layers in a packed form alone, into which no new weights can be loaded."""
-    from vllm import _custom_ops  # type: ignore[import-not-found]
-    from vllm.model_executor.layers import utils
+    from vllm import _custom_ops
+    from vllm.model_executor.layers import utils  # type: ignore[import-not-found]
 
     _custom_ops._supports_onednn = False
     utils.check_cpu_sgl_kernel = lambda *_: False
