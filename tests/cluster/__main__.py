@@ -1,6 +1,6 @@
 """Brings a Kubernetes cluster with two real nodes up on this machine, and takes it down.
 
-    python -m tests.cluster up [--install]      as root; `make cluster-up`
+    python -m tests.cluster up [--install]      as root; `make cluster-up`. One that is up gets our code as it is now
     python -m tests.cluster down                leaves nothing behind but the logs; `make cluster-down`
     python -m tests.cluster images              makes the images alone
 
@@ -15,7 +15,7 @@ import sys
 import time
 
 from tests.cluster.build import BuildError
-from tests.cluster.images import images_path
+from tests.cluster.images import ready_images
 from tests.cluster.nodes.cluster import down, up
 from tests.cluster.nodes.daemons import DaemonFailed
 from tests.cluster.nodes.needs import CannotRun
@@ -32,7 +32,7 @@ def main() -> int:
         if options.verb == "down":
             down()
         elif options.verb == "images":
-            print(images_path(_say))
+            print(ready_images(_say).archive)
         else:
             began = time.monotonic()
             cluster = up(_say, install=options.install or in_ci)

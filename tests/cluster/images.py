@@ -1,11 +1,10 @@
 """Makes the images that a cluster with real nodes runs, on a machine without Docker, and keeps them for its nodes.
 
-    python -m tests.cluster.images          makes what the cache lacks; prints where it is
-
-What Docker would make of operator/Dockerfile and trainers/Dockerfile is made here from the same lines by debootstrap
-and uv: a layer of Debian, a layer of what uv.lock pins, a layer of our code. Images are imported once into a folder of
-containerd's, and every node begins with a copy of it that shares the files: six gigabytes are kept twice, not six
-times. A change of code makes the last layers again, which takes seconds.
+`python -m tests.cluster images` makes what the cache lacks. What Docker would make of operator/Dockerfile and
+trainers/Dockerfile is made here from the same lines by debootstrap and uv: a layer of Debian, a layer of what uv.lock
+pins, a layer of our code. The first two are imported once into a folder of containerd's, and every node begins with a
+copy of it that shares the files: six gigabytes are kept twice, not six times. Layers of code are a few megabytes, which
+a node imports while it runs.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster.build import BuildError, Say, cache_folder, cached, program_path
@@ -27,7 +26,17 @@ from tests.cluster.dockerfile import Dockerfile, read_dockerfile
 from tests.cluster.layers import Image, Layer, Start, write_archive, write_layer
 from tests.cluster.processes import started, wait_until
 
-__all__ = ["COREDNS", "KUBERAY", "OPERATOR", "SANDBOX", "TRAINER", "copy_images", "images_path"]
+__all__ = [
+    "COREDNS",
+    "KUBERAY",
+    "OPERATOR",
+    "SANDBOX",
+    "TRAINER",
+    "Images",
+    "copy_store",
+    "import_images",
+    "ready_images",
+]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _VERSION = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
@@ -49,26 +58,44 @@ _LEFT_OUT = ("dev", "var/cache/apt", "var/lib/apt/lists", "var/log", "usr/share/
 _LAYERS = "layers.json"
 
 
-def images_path(say: Say) -> Path:
-    """A folder of containerd's with all images; see `copy_images`.
+@dataclass(frozen=True)
+class Images:
+    """`store` is a folder of containerd's with all packages; `archive` has the images on top of them."""
 
-    The first call on a machine takes minutes. Raises BuildError when it cannot be made.
+    store: Path
+    archive: Path
+
+
+def ready_images(say: Say) -> Images:
+    """All images. The first call on a machine takes minutes, one after a change of code seconds.
+
+    Raises BuildError when they cannot be made.
     """
-    base = cached(f"packages-{_packages_key()}", lambda into: _make_packages(into, say))
+    store = cached(f"packages-{_packages_key()}", lambda into: _make_packages(into, say))
     programs = {COREDNS: program_path("coredns", say), KUBERAY: program_path("kuberay", say)}
-    key = _key([base.name, *(path.parent.name for path in programs.values()), *map(_text, _DOCKERFILES.values())])
-    sources = _digest_of_code()
-    path = cached(f"images-{key}-{sources}", lambda into: _make_images(into, base, programs, say))
-    _forget_others("packages-", base)
-    _forget_others("images-", path)
-    return path
+    key = _key([store.name, *(path.parent.name for path in programs.values()), *map(_text, _DOCKERFILES.values())])
+    folder = cached(f"images-{key}-{_digest_of_code()}", lambda into: _make_images(into, store, programs, say))
+    _forget_others("packages-", store)
+    _forget_others("images-", folder)
+    return Images(store, folder / "images.tar")
 
 
-def copy_images(images: Path, target: Path) -> None:
+def copy_store(images: Images, target: Path) -> None:
     """A folder for a containerd of its own: files of images are shared, for nobody changes them; its databases are
     not."""
     shutil.rmtree(target, ignore_errors=True)
-    _copy_linked(images / "containerd", target)
+    _run(["cp", "--archive", "--link", images.store / "containerd", target])
+    for database in target.rglob("*.db"):
+        if "snapshots" not in database.relative_to(target).parts:  # in there it is an image's file
+            original = images.store / "containerd" / database.relative_to(target)
+            database.unlink()
+            shutil.copy2(original, database)
+
+
+def import_images(images: Images, socket: Path) -> None:
+    """Gives them to the containerd that listens on `socket` and began with a copy of the store, in the place of older
+    ones of the same names. Raises BuildError."""
+    _run([*_ctr(socket), "images", "import", images.archive])
 
 
 def _make_packages(into: Path, say: Say) -> None:
@@ -115,10 +142,9 @@ def _read_layers(folder: Path) -> dict[str, list[Layer]]:
     return {name: [Layer(digest, size) for digest, size in stack] for name, stack in known.items()}
 
 
-def _make_images(into: Path, base: Path, programs: Mapping[str, Path], say: Say) -> None:
-    """The images of the cluster, on top of a copy of `base`."""
-    stacks = _read_layers(base)
-    _copy_linked(base / "containerd", into / "containerd")
+def _make_images(into: Path, store: Path, programs: Mapping[str, Path], say: Say) -> None:
+    """An archive of the cluster's images, without the layers that `store` has."""
+    stacks = _read_layers(store)
     with tempfile.TemporaryDirectory(dir=into) as temporary:
         work = Path(temporary)
         say("our code as a layer, and images of programs")
@@ -134,7 +160,8 @@ def _make_images(into: Path, base: Path, programs: Mapping[str, Path], say: Say)
             layer = write_layer(work / f"{program.name}.tar", {"": folder})
             files[layer.digest] = work / f"{program.name}.tar"
             images.append(Image(tag, [layer], Start(["/manager"], user="65532:65532")))
-        _import(into / "containerd", images, files)
+        with (into / "images.tar").open("wb") as archive:
+            write_archive(archive, images, files)
 
 
 def _start(dockerfile: Dockerfile) -> Start:
@@ -221,17 +248,12 @@ def _containerd(root: Path) -> Iterator[list[str]]:
         )
         with started(["containerd", "--config", config], Path(temporary) / "log") as process:
             wait_until(socket.exists, "containerd to listen", process)
-            yield ["ctr", "--address", str(socket), "--namespace", "k8s.io"]
+            yield _ctr(socket)
 
 
-def _copy_linked(source: Path, target: Path) -> None:
-    """By hard links, but for what is written in place: containerd's databases."""
-    _run(["cp", "--archive", "--link", source, target])
-    for database in target.rglob("*.db"):
-        if "snapshots" not in database.relative_to(target).parts:  # in there it is an image's file
-            original = source / database.relative_to(target)
-            database.unlink()
-            shutil.copy2(original, database)
+def _ctr(socket: Path) -> list[str]:
+    """containerd's own command, in the namespace of Kubernetes' images."""
+    return ["ctr", "--address", str(socket), "--namespace", "k8s.io"]
 
 
 def _packages_key() -> str:
@@ -263,17 +285,3 @@ def _forget_others(prefix: str, kept: Path) -> None:
     for path in cache_folder().glob(f"{prefix}*"):
         if path.is_dir() and path != kept:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def main() -> int:
-    """0 when the images are there."""
-    try:
-        print(images_path(lambda text: print(text, file=sys.stderr, flush=True)))
-    except BuildError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.cluster.build import program_path
 from tests.cluster.client import ApiError, Client
-from tests.cluster.images import images_path
+from tests.cluster.images import Images, ready_images
 from tests.cluster.nodes import daemons, machine, needs
 from tests.cluster.nodes.certificates import new_authority, new_key
 from tests.cluster.nodes.configs import coredns_objects, kubeconfig
@@ -40,8 +40,6 @@ _USERS = {
     "kube-proxy": "system:kube-proxy",
 }
 _ADMINISTRATORS = "system:masters"
-_IMAGES = "images"
-"""The file that says where a cluster has its images from."""
 
 Say = Callable[[str], None]
 
@@ -52,7 +50,7 @@ class Cluster:
 
     layout: Layout
     programs: Mapping[str, Path]
-    images: Path
+    images: Images
 
     @cached_property
     def client(self) -> Client:
@@ -97,13 +95,13 @@ class Cluster:
 
 
 def up(say: Say, install: bool = False) -> Cluster:
-    """Brings the cluster up, or finds it up.
+    """Brings the cluster up, or finds it up and gives its nodes our code as it is now.
 
     Raises CannotRun, BuildError, DaemonFailed or OSError, each with a reason.
     """
     needs.check(install, say)
     place, programs = layout(), {name: program_path(name, say) for name in PROGRAMS}
-    cluster = Cluster(place, programs, _images(place, say))
+    cluster = Cluster(place, programs, ready_images(say))
     began = time.monotonic()
 
     def tell(what: str) -> None:
@@ -111,7 +109,7 @@ def up(say: Say, install: bool = False) -> Cluster:
 
     if not _identities(place).exists():  # what is left of an earlier one, as after a restart of the machine, is no use
         down()
-        _prepare(place, cluster.images)
+        _prepare(place)
     for node in NODES:
         machine.make_namespace(node, NODES[0])
     start_control_plane(place, NODES[0], programs)
@@ -148,19 +146,12 @@ def down(keep_logs: bool = True) -> None:
             path.unlink()
 
 
-def _images(place: Layout, say: Say) -> Path:
-    """Of a cluster that is up, those that it was brought up with."""
-    known = Path((place.run / _IMAGES).read_text(encoding="utf-8")) if (place.run / _IMAGES).exists() else None
-    return known if known is not None and known.exists() else images_path(say)
-
-
-def _prepare(place: Layout, images: Path) -> None:
+def _prepare(place: Layout) -> None:
     """Folders, and what the machine was like."""
     for folder in (place.root, place.run, place.pki, place.shared):
         folder.mkdir(parents=True, exist_ok=True)
     place.shared.chmod(0o777)  # as a file system for everybody is
     machine.keep_settings(place)
-    (place.run / _IMAGES).write_text(str(images), encoding="utf-8")
     _write_identities(place)
 
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.cluster.images import copy_images
+from tests.cluster.images import Images, copy_store, import_images
 from tests.cluster.nodes import daemons, machine
 from tests.cluster.nodes.configs import cni_config, containerd_config, kubelet_config, proxy_config
 from tests.cluster.nodes.layout import Layout, Node
@@ -15,7 +15,7 @@ from tests.cluster.nodes.layout import Layout, Node
 __all__ = ["lose_node", "start_node", "stop_node"]
 
 
-def start_node(layout: Layout, node: Node, programs: Mapping[str, Path], images: Path) -> None:
+def start_node(layout: Layout, node: Node, programs: Mapping[str, Path], images: Images) -> None:
     """Starts it with `images`; returns before it is ready. Its namespace must be there."""
     run = layout.run_of(node)
     if not daemons.running(layout, _name(node, "containerd")):
@@ -23,24 +23,33 @@ def start_node(layout: Layout, node: Node, programs: Mapping[str, Path], images:
     containerd = ["containerd", "--config", run / "containerd.toml"]
     daemons.start(layout, _name(node, "containerd"), containerd, node)
     daemons.wait(layout, layout.socket_of(node).exists, "containerd to listen", _name(node, "containerd"))
+    _refresh(layout, node, images)
     daemons.start(layout, _name(node, "kubelet"), _kubelet(layout, node, programs["kubelet"]), node)
     proxy = [programs["kube-proxy"], f"--config={run / 'kube-proxy.json'}"]
     daemons.start(layout, _name(node, "kube-proxy"), proxy, node)
 
 
-def _prepare(layout: Layout, node: Node, images: Path) -> None:
+def _prepare(layout: Layout, node: Node, images: Images) -> None:
     """Images and configuration of a node that is about to start. Files of one that runs stay as they are: kube-proxy
     ends when its own is written again."""
     run = layout.run_of(node)
     (run / "cni").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(layout.of(node), ignore_errors=True)
     layout.of(node).mkdir(parents=True)
-    copy_images(images, layout.of(node) / "containerd")
+    copy_store(images, layout.of(node) / "containerd")
     (run / "containerd.toml").write_text(containerd_config(layout, node), encoding="utf-8")
     (run / "cni" / "pods.conflist").write_text(cni_config(layout, node), encoding="utf-8")
     (run / "kubelet.json").write_text(json.dumps(kubelet_config(layout, node)), encoding="utf-8")
     (run / "kube-proxy.json").write_text(json.dumps(proxy_config(layout, node)), encoding="utf-8")
     machine.make_group(node)
+
+
+def _refresh(layout: Layout, node: Node, images: Images) -> None:
+    """Our code as it is now, for containers that start from now on."""
+    imported = layout.run_of(node) / "imported"
+    if not imported.exists() or imported.read_text(encoding="utf-8") != str(images.archive):
+        import_images(images, layout.socket_of(node))
+        imported.write_text(str(images.archive), encoding="utf-8")
 
 
 def lose_node(layout: Layout, node: Node) -> None:
