@@ -158,6 +158,24 @@ def test_people_are_told_what_is_valid(finetune: Any, write_job: Any) -> None:
     assert finetune("validate", job).stdout == f"{job}: job tiny is valid\n"
 
 
+def test_all_faults_of_all_files_are_told_at_once(finetune: Any, write_job: Any, tmp_path: Path) -> None:
+    shape = write_job({"spec.training.seed": -1, "spec.tuning.lora.rank": 0, "spec.typo": 1}, name="shape.yaml")
+    batch = write_job({"spec.cluster.workers.replicas": 3, "spec.training.precision": "fp16"}, name="batch.yaml")
+    syntax = tmp_path / "syntax.yaml"
+    syntax.write_text("a: [")
+    write_job(name="good.yaml")
+    found = finetune("validate", tmp_path, tmp_path / "absent.yaml", "-o", "json").document["errors"]
+    assert {(error["file"], error["path"]) for error in found} == {
+        (str(batch), "spec.training.globalBatchSize"),
+        (str(batch), "spec.training.precision"),
+        (str(shape), "spec.training.seed"),
+        (str(shape), "spec.tuning.lora.rank"),
+        (str(shape), "spec.typo"),
+        (f"{syntax}:1", None),
+        (str(tmp_path / "absent.yaml"), None),
+    }
+
+
 def test_validate_with_data_lets_the_trainers_check_every_row(finetune: Any, write_job: Any) -> None:
     job = write_job()
     assert finetune("validate", job, "--data", "-o", "json").document == {"valid": True, "errors": []}

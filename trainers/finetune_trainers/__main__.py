@@ -47,15 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(given)
     os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, from the first moment on
-    complaints = os.fdopen(os.dup(2), "w")  # stays with the terminal when the run's output goes to its log
-    try:
-        return {"run": _run, "check": _check, "export": _export, "chat": _chat}[options.verb](options, complaints)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except Exception as error:
-        failure = classified(error).to_failure()
-        _complain(failure, complaints)
-        return EXIT_CODES[failure.failure_class]
+    with os.fdopen(os.dup(2), "w") as complaints:  # stays with the terminal when the run's output goes to its log
+        try:
+            return {"run": _run, "check": _check, "export": _export, "chat": _chat}[options.verb](options, complaints)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except Exception as error:
+            failure = classified(error).to_failure()
+            _complain(failure, complaints)
+            return EXIT_CODES[failure.failure_class]
 
 
 def _run(options: argparse.Namespace, complaints: TextIO) -> int:

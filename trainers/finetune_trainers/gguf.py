@@ -76,7 +76,7 @@ def _convert(path: Path, folder: Path) -> None:
         problem = Problem(
             path="spec.model.source",
             value=str(path),
-            message=f"is not a whole GGUF file of an architecture that transformers knows: {reason}",
+            message=f"is not a whole GGUF file of an architecture that transformers knows: {reason}; copy it again",
         )
         raise UserError(str(problem), [problem]) from error
     # not model.save_pretrained, which imports every training engine that is installed: ten seconds on a cold machine

@@ -40,7 +40,9 @@ def _refused(plan: RunPlan, message: str, path: str = SOURCE, value: str | None 
 
 def _read_config(folder: Path, plan: RunPlan) -> Any:
     if not folder.is_dir():
-        raise _refused(plan, f"{folder.name} is neither a folder in Hugging Face layout nor a GGUF file")
+        raise _refused(
+            plan, f"{folder.name} is neither a folder in Hugging Face layout nor a GGUF file; name one of these"
+        )
     file = folder / "config.json"
     if not file.is_file():
         raise _refused(plan, f"{folder} has no config.json; name the folder of a model in Hugging Face layout")
@@ -49,19 +51,19 @@ def _read_config(folder: Path, plan: RunPlan) -> Any:
         if not isinstance(raw, dict):
             raise ValueError("not an object")
     except ValueError as error:
-        raise _refused(plan, f"{file} is not JSON: {error}") from error
+        raise _refused(plan, f"{file} is not JSON: {error}; copy it again") from error
     kind = str(raw.get("model_type"))
     if not plan.model.trust_remote_code and kind not in CONFIG_MAPPING_NAMES:
         if raw.get("auto_map"):
             message = f"the model type {kind} is Python code of its repository; read it, then set trustRemoteCode: true"
             raise _refused(plan, message, "spec.model.trustRemoteCode", "false")
-        raise _refused(plan, f"{file}: transformers knows no model_type {kind}")
+        raise _refused(plan, f"{file}: transformers knows no model_type {kind}; use a model of a type that it knows")
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=plan.model.trust_remote_code, local_files_only=True
         )
     except Exception as error:  # a configuration class may raise whatever it likes about its fields
-        raise _refused(plan, f"{file} cannot be used: {_first_line(error)}") from error
+        raise _refused(plan, f"{file} cannot be used: {_first_line(error).rstrip(':')}; copy it again") from error
     _check_causal(config, raw, plan)
     return config
 
@@ -99,7 +101,7 @@ def _read_weights(folder: Path, plan: RunPlan) -> WeightFiles:
             f"{folder} holds its weights as pickles, which can run code when read; convert them where you trust them:"
             " AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)",
         )
-    raise _refused(plan, f"{folder} has no model.safetensors and no {INDEX}")
+    raise _refused(plan, f"{folder} has no model.safetensors and no {INDEX}; copy the whole model")
 
 
 def _first_line(error: Exception) -> str:
@@ -172,10 +174,14 @@ def _check_tensors(plan: RunPlan, model: PreTrainedModel, weights: WeightFiles) 
             continue  # begins anew
         stored = [found for name in names if (found := weights.stored_name(name)) is not None]
         if not stored:
-            problems.append(f"the tensor {names[0]} is in none of its {len(weights.shards)} weight files")
+            problems.append(
+                f"the tensor {names[0]} is in none of its {len(weights.shards)} weight files; copy all of them"
+            )
         elif weights.shapes[stored[0]] != shapes[key]:
             sizes = f"{list(weights.shapes[stored[0]])}, and config.json says {list(shapes[key])}"
-            problems.append(f"the tensor {stored[0]} in {weights.shard_of[stored[0]]} has the shape {sizes}")
+            problems.append(
+                f"the tensor {stored[0]} in {weights.shard_of[stored[0]]} has the shape {sizes}; copy both again"
+            )
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return [Problem(path=SOURCE, value=plan.model.source, message=text + more) for text in problems[:1]]
 

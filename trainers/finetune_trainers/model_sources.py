@@ -32,13 +32,13 @@ def locate_model(source: str, field: str, revision: str | None = None, remote_co
             top = uri.authority.split(".")[0]
             raise _refused(field, source, f"the Python package {top} is not installed here; pip install it")
         path = folder / uri.path
-        where = f"the installed package {uri.authority} has no such file or folder"
+        where = f"the installed package {uri.authority} has no such file or folder; correct the path"
     elif uri.scheme is Scheme.PVC:
         path = local_path(source)
         where = f"nothing is at {path}; mount the claim there, or set FINETUNE_PVC_ROOT to where it is mounted"
     elif uri.scheme is Scheme.FILE:
         path = local_path(source)
-        where = "no such file or folder"
+        where = "no such file or folder; correct the path"
     else:
         raise _refused(field, source, f"a model cannot be read from {uri.scheme}://")
     if not path.exists():

@@ -97,7 +97,8 @@ class WeightFiles:
             for name, shard in _index(folder).items():
                 if shard_of.get(name) != shard:
                     raise BrokenWeightsError(
-                        folder / shard, f"the index promises the tensor {name}, which is not in it"
+                        folder / shard,
+                        f"the index promises the tensor {name}, which is not in it; copy the whole model",
                     )
         return cls(folder, tuple(shards), shard_of, shapes, places)
 
@@ -124,7 +125,9 @@ def _shards(folder: Path) -> list[str]:
         shards = sorted(set(_index(folder).values()))
         for shard in shards:
             if not (folder / shard).is_file():
-                raise BrokenWeightsError(folder / shard, f"is missing; {INDEX} lists {len(shards)} shards")
+                raise BrokenWeightsError(
+                    folder / shard, f"is missing; {INDEX} lists {len(shards)} shards; copy the whole model"
+                )
         return shards
     return [SINGLE] if (folder / SINGLE).is_file() else []
 
@@ -135,7 +138,7 @@ def _index(folder: Path) -> dict[str, str]:
         return {str(name): str(shard) for name, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BrokenWeightsError(
-            folder / INDEX, "is not an index: JSON with a weight_map from tensor to shard"
+            folder / INDEX, "is not an index: JSON with a weight_map from tensor to shard; copy it again"
         ) from error
 
 
@@ -145,16 +148,20 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(LONGEST_HEADER, size - 8):
-            raise BrokenWeightsError(path, f"is not a safetensors file ({size} bytes, header of {length} bytes)")
+            raise BrokenWeightsError(
+                path, f"is not a safetensors file ({size} bytes, header of {length} bytes); copy it again"
+            )
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             end = max((stop for _, stop in (entry["data_offsets"] for entry in header.values())), default=0)
             shapes_given = all(isinstance(entry["shape"], list) for entry in header.values())
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise BrokenWeightsError(path, "is not a safetensors file: its header cannot be read") from error
+            raise BrokenWeightsError(
+                path, "is not a safetensors file: its header cannot be read; copy it again"
+            ) from error
     if not shapes_given:
-        raise BrokenWeightsError(path, "is not a safetensors file: its header cannot be read")
+        raise BrokenWeightsError(path, "is not a safetensors file: its header cannot be read; copy it again")
     if 8 + length + end != size:
         raise BrokenWeightsError(
             path, f"is cut off: {size} bytes where its header promises {8 + length + end}; copy it again"

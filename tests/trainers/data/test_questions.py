@@ -15,7 +15,7 @@ from finetune_trainers.data.formats import choose_format
 from finetune_trainers.data.order import TrainOrder
 from finetune_trainers.data.questions import Questions
 from finetune_trainers.data.turns import Prompt
-from tests.trainers.data.test_bad_data import asking
+from tests.bad_input.data_sets import asking
 
 USER = {"role": "user", "content": "one two"}
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -77,7 +77,7 @@ class RowFormat:
     def read(self, row: Any) -> Row:
         """The row as a conversation, a document, answers that were judged, or a question. Raises RowError."""
         if not isinstance(row, dict):
-            raise RowError("is not an object with columns", value=shorten(row))
+            raise RowError('is not an object with columns; write {"column": value}', value=shorten(row))
         for column in REQUIRED[self.format]:
             if self.names[column] not in row:
                 raise RowError(
@@ -112,7 +112,7 @@ def choose_format(source: DataSource, first_row: Any, known: Collection[DataForm
     chosen: DataFormat = source.format
     if chosen is DataFormat.AUTO:
         if not isinstance(first_row, dict):
-            raise RowError("is not an object with columns", value=shorten(first_row))
+            raise RowError('is not an object with columns; write {"column": value}', value=shorten(first_row))
         chosen = _detect(first_row, mapped, known)
     columns = (*REQUIRED[chosen], *OPTIONAL.get(chosen, ()))
     for column in mapped:

@@ -153,10 +153,12 @@ class Limits:
         if name == MISMATCHED:
             return _Fate.KEPT, [(start, min(end, start + self._limit))]
         if self._is_prompt and not length:
-            self._faults.add("becomes no tokens, so there is nothing to answer", file=place)
+            self._faults.add(
+                "becomes no tokens, so there is nothing to answer; choose another chatTemplate", file=place
+            )
             return _Fate.FAULTY, []
         if not self._is_prompt and not rows.trained[start:end].any():
-            what = "has no token that could be trained on; the answer becomes no tokens"
+            what = "has no token that could be trained on: the answer becomes none; choose another chatTemplate"
             self._faults.add(what, file=place, path=name)
             return _Fate.FAULTY, []
         if length <= self._limit:

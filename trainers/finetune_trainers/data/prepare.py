@@ -160,7 +160,9 @@ class _Preparation:
             return None
         if form is None:
             if self.faults.num_found == faults_before:
-                self.faults.add("has no rows", path=f"{place.path}.source", value=place.source.source)
+                self.faults.add(
+                    "has no rows; fill it, or remove the source", path=f"{place.path}.source", value=place.source.source
+                )
             return None
         tokenizer = self._tokenizer(form.format)
         limits = Limits(self.settings, form.format, self.faults)

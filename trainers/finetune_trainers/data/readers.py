@@ -153,14 +153,14 @@ def _read_csv(file: Path, faults: Faults) -> Rows:
                 record = next(reader, None)
             except csv.Error as error:
                 # After a quote that is never closed nothing that follows can be trusted.
-                faults.add(f"is not valid CSV: {error}", file=f"{file}:{line}")
+                faults.add(f"is not valid CSV: {error}; close the quote that is open", file=f"{file}:{line}")
                 return
             if record is None:
                 return
             if not record:
                 continue
             if len(record) != len(columns):
-                message = f"has {len(record)} fields, but the header has {len(columns)}"
+                message = f"has {len(record)} fields, but the header has {len(columns)}; put commas into quotes"
                 faults.add(message, file=f"{file}:{line}", value=clip(",".join(record)))
                 continue
             if not all(_is_utf8(field) for field in record):
@@ -175,7 +175,7 @@ def _header_is_sound(columns: list[str], file: Path, faults: Faults) -> bool:
         return False
     repeated = sorted({column for column in columns if columns.count(column) > 1})
     if repeated:
-        faults.add("names a column twice in the header", file=f"{file}:1", value=clip(repeated[0]))
+        faults.add("names a column twice in the header; rename one", file=f"{file}:1", value=clip(repeated[0]))
     if not all(_is_utf8(column) for column in columns):
         faults.add("is not UTF-8 text; save the file as UTF-8", file=f"{file}:1")
         return False
@@ -227,7 +227,7 @@ def _read_parquet(file: Path, faults: Faults) -> Rows:
                     number += 1
                     yield number, row, size * number // max(table.metadata.num_rows, 1)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        faults.add(f"is not a readable Parquet file: {_first_line(error)}", file=str(file))
+        faults.add(f"is not a readable Parquet file: {_first_line(error)}; write it again", file=str(file))
 
 
 def _read_hub(source: HubSplit, path: str, cache: Path, faults: Faults) -> Iterator[Chunk]:
@@ -286,7 +286,7 @@ def _add_json_fault(error: Exception, line: str, place: str, faults: Faults) -> 
     if isinstance(error, json.JSONDecodeError):
         message = f"is not valid JSON: {error.msg} at column {error.colno}; one JSON object a line is right"
     else:
-        message = "is nested too deeply for JSON data"
+        message = "is nested too deeply for JSON data; a row is one object with columns"
     faults.add(message, file=place, value=clip(line.strip()))
 
 

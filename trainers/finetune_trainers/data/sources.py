@@ -84,7 +84,7 @@ def find_files(source: DataSource, path: str) -> DataFiles:
     kinds = sorted({SUFFIXES[file.suffix] for file in found})
     if len(kinds) > 1:
         listed = " and ".join(f".{kind}" for kind in kinds)
-        raise _refuse(source, path, f"holds {listed} files; name one kind by a glob, such as /*.{kinds[0]}")
+        raise _refuse(source, path, f"holds {listed} files; name one kind by a glob that ends in *.{kinds[0]}")
     return DataFiles(FileKind(kinds[0]), found)
 
 
@@ -95,12 +95,14 @@ def _place(uri: Uri, source: DataSource, path: str) -> Path:
     if uri.scheme is Scheme.PVC:
         claim = claim_folder(uri.authority)
         if not claim.is_dir():
-            raise _refuse(source, path, f"names a claim that is not mounted at {claim}")
+            raise _refuse(
+                source, path, f"names a claim that is not mounted at {claim}; mount it there, or set FINETUNE_PVC_ROOT"
+            )
         return claim / uri.path
     folder = package_folder(uri.authority)
     if folder is None:
         top = uri.authority.split(".")[0]
-        raise _refuse(source, path, f"names the Python package {top!r}, which is not installed here")
+        raise _refuse(source, path, f"names the Python package {top!r}, which is not installed here; pip install it")
     return folder / uri.path
 
 
@@ -120,12 +122,14 @@ def _in_folder(folder: Path, source: DataSource, path: str) -> list[Path]:
 
 def _by_glob(pattern: Path, source: DataSource, path: str) -> list[Path]:
     if not any(character in str(pattern) for character in "*?["):
-        raise _refuse(source, path, f"does not exist: there is no file or folder at {pattern.absolute()}")
+        raise _refuse(
+            source, path, f"does not exist: there is no file or folder at {pattern.absolute()}; correct the path"
+        )
     base = Path(pattern.anchor)
     matches = sorted(base.glob(str(pattern.relative_to(base))))
     found = [match for match in matches if match.is_file() and match.suffix in SUFFIXES]
     if not found:
-        what = f"only files that do not end in {SUFFIX_LIST}" if matches else "no file"
+        what = f"no data files; they end in {SUFFIX_LIST}" if matches else "no file; correct the pattern"
         raise _refuse(source, path, f"is a glob that matches {what}")
     return found
 
@@ -140,7 +144,9 @@ def _hub_files(uri: Uri, source: DataSource, path: str) -> DataFiles:
     try:
         folder = snapshot_download(repository, repo_type="dataset", revision=source.revision)
     except LocalEntryNotFoundError as error:
-        raise _refuse(source, path, "is not in the local Hub cache, and the Hub cannot be reached") from error
+        raise _refuse(
+            source, path, "is not in the local Hub cache, and the Hub cannot be reached; name a file"
+        ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         # The first line says it; the rest are addresses and request ids.
         raise _refuse(source, path, f"cannot be read from the Hub: {str(error).strip().splitlines()[0]}") from error

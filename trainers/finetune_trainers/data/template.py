@@ -130,7 +130,7 @@ class ChatTemplate:
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._variables
             )
         except TEMPLATE_ERRORS as error:
-            raise RowError(f"the model's chat template refuses the conversation: {error}") from None
+            raise _refused(error) from None
         return text
 
     def _render_tagged(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
@@ -141,7 +141,7 @@ class ChatTemplate:
         try:
             text, spans = render(self._template, messages, add_generation_prompt=False, **self._variables)
         except TEMPLATE_ERRORS as error:
-            raise RowError(f"the model's chat template refuses the conversation: {error}") from None
+            raise _refused(error) from None
         return text, spans
 
     def _find_spans(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
@@ -222,6 +222,11 @@ class ChatTemplate:
             )
         ]
         return Skeleton(pieces, tail, spans, [m["role"] == "assistant" for m in messages])
+
+
+def _refused(error: Exception) -> RowError:
+    """What the template itself says, and whose it is to change."""
+    return RowError(f"the model's chat template refuses the conversation: {error}; change the row, or the chatTemplate")
 
 
 @dataclass(frozen=True, slots=True)

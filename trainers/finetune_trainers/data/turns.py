@@ -142,13 +142,15 @@ def required_text(value: Any, path: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise RowError("holds half of a surrogate pair, which is no character", path, shorten(value)) from None
+            raise RowError(
+                "holds half of a surrogate pair, which is no character; remove it", path, shorten(value)
+            ) from None
         return value
     if value is None:
         raise RowError("is missing; it must be text", path)
     if not isinstance(value, str):
         raise RowError(f"must be text, not {kind_of(value)}", path, shorten(value))
-    raise RowError("is empty", path, shorten(value))
+    raise RowError("is empty; it must hold text", path, shorten(value))
 
 
 def kind_of(value: Any) -> str:

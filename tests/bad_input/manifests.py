@@ -1,20 +1,20 @@
-"""Bad manifests, each through `finetune validate -o json`: exit code 2, the path, the value, and what would be right.
-
-A row is the complete job with a few changes by dotted path, or a text that is not even YAML.
-"""
+"""Bad manifests. A row is the complete job with a few changes by dotted path, or a text that is not even YAML."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from finetune_api.problems import shorten
+from tests.bad_input.rows import MANIFEST, Row
 from tests.client.conftest import JOB
 from tests.factories import ABSENT, runtime_document, with_changes
+
+__all__ = ["MANIFESTS"]
 
 KNOWN_SCHEMES = "hf://, file://, pvc://, package://"
 LONG_NAME = "a" * 41
@@ -23,43 +23,49 @@ SAME_AT = [{"at": 0.5, "layers": ["b"]}, {"at": 0.5, "layers": ["c"]}]
 NO_VALUE: Any = object()
 
 
-@dataclass(frozen=True)
-class Bad:
-    """A manifest and the one thing that is wrong with it. `value` is what stands at `path`; `line` where YAML broke."""
-
-    what: str
-    changes: dict[str, Any]
-    path: str | None
-    value: Any
-    right: str
-    runtime: dict[str, Any] | None = None
-    text: str | bytes | None = None
-    line: int | None = None
-
-    def write(self, folder: Path) -> Path:
-        file = folder / "job.yaml"
-        if self.text is not None:
-            file.write_bytes(self.text if isinstance(self.text, bytes) else self.text.encode())
-            return file
-        documents = [with_changes(JOB, self.changes), *([runtime_document(self.runtime)] if self.runtime else [])]
-        file.write_text(yaml.safe_dump_all(documents, sort_keys=False))
-        return file
-
-
-def bad(what: str, path: str, value: Any, right: str, **others: Any) -> Bad:
+def bad(
+    what: str,
+    path: str,
+    value: Any,
+    right: str,
+    also: Mapping[str, Any] | None = None,
+    runtime: Mapping[str, Any] | None = None,
+) -> Row:
     """One field, by its path as the message gives it, is set to `value` (ABSENT: taken out)."""
     changed = path.replace("[", ".").replace("]", "")
-    changes = {**others.pop("also", {}), changed: value}
-    return Bad(what, changes, path, NO_VALUE if value is ABSENT else value, right, **others)
+    changes = {**(also or {}), changed: value}
+    return at(what, path, changes, NO_VALUE if value is ABSENT else value, right, runtime)
 
 
-def at(what: str, path: str, changes: dict[str, Any], value: Any, right: str, **others: Any) -> Bad:
+def at(
+    what: str,
+    path: str,
+    changes: Mapping[str, Any],
+    value: Any,
+    right: str,
+    runtime: Mapping[str, Any] | None = None,
+) -> Row:
     """The message is about `path`, and other fields are changed."""
-    return Bad(what, changes, path, value, right, **others)
+    return Row(what, partial(write_job, changes, runtime), right, path=path, value=shown(value))
 
 
-def text(what: str, content: str | bytes, right: str, line: int | None = None, value: Any = NO_VALUE) -> Bad:
-    return Bad(what, {}, None, value, right, text=content, line=line)
+def text(what: str, content: str | bytes, right: str, line: int | None = None, value: Any = NO_VALUE) -> Row:
+    """The whole file; `line` where YAML broke."""
+    place = MANIFEST if line is None else f"{MANIFEST}:{line}"
+    return Row(what, partial(write_text, content), right, file=place, value=shown(value))
+
+
+def write_job(changes: Mapping[str, Any], runtime: Mapping[str, Any] | None, folder: Path) -> None:
+    documents = [with_changes(JOB, changes), *([runtime_document(runtime)] if runtime else [])]
+    (folder / MANIFEST).write_text(yaml.safe_dump_all(documents, sort_keys=False))
+
+
+def write_text(content: str | bytes, folder: Path) -> None:
+    (folder / MANIFEST).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def shown(value: Any) -> str | None:
+    return None if value is NO_VALUE else shorten(value)
 
 
 FULL: dict[str, Any] = {"spec.tuning": {"full": {}}}
@@ -76,7 +82,7 @@ def rewards(method: str, *listed: dict[str, Any]) -> dict[str, Any]:
     return {"spec.method": {method: {"rewards": list(listed)}}}
 
 
-TABLE = [
+MANIFESTS = [
     # Kind, version, metadata.
     bad("the kind is misspelt", "kind", "FinetuneJob", "must be one of FineTuneJob, FineTuneRuntime"),
     bad("the kind is missing", "kind", ABSENT, "must be one of FineTuneJob, FineTuneRuntime"),
@@ -341,7 +347,7 @@ TABLE = [
         "learn from format preference",
     ),
     at(
-        "pairs for supervised fine-tuning",
+        "a format of pairs for supervised fine-tuning",
         "spec.data.train",
         {"spec.data.train.0.format": "preference"},
         [{"source": "hf://org/rows", "format": "preference", "weight": 1.0}],
@@ -535,8 +541,8 @@ TABLE = [
     bad("a mode that does not exist", "spec.tracking.wandb.mode", "on", "online or offline", also=WANDB),
     at("no experiment", "spec.tracking.mlflow.experiment", {"spec.tracking.mlflow": {}}, NO_VALUE, "is required"),
     # Not even a job.
-    text("an empty file", "", "is empty; write a FineTuneJob into it"),
-    text("only a comment", "# nothing\n", "is empty; write a FineTuneJob into it"),
+    text("an empty manifest", "", "is empty; write a FineTuneJob into it"),
+    text("a manifest of a comment", "# nothing\n", "is empty; write a FineTuneJob into it"),
     text("a list", "- a\n", "must be a mapping with apiVersion, kind, metadata and spec", value=["a"]),
     text("a word", "hello\n", "must be a mapping with apiVersion, kind, metadata and spec", value="hello"),
     text("a tab", "a:\n\tb: 1\n", "cannot start any token", line=2),
@@ -551,45 +557,3 @@ TABLE = [
     text("thousands of brackets", "a: " + "[" * 5000, "is nested too deeply"),
     text("thousands of digits", "a: " + "9" * 5000, "is not valid YAML"),
 ]
-
-
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.what)
-def test_it_is_refused_with_the_path_the_value_and_what_would_be_right(finetune: Any, tmp_path: Path, row: Bad) -> None:
-    file = row.write(tmp_path)
-    done = finetune("validate", file, "-o", "json")
-    assert done.code == 2
-    assert set(done.document) == {"valid", "errors"}
-    assert done.document["valid"] is False
-    [error] = done.document["errors"]
-    assert set(error) == {"file", "path", "value", "message"}
-    assert error["file"] == (str(file) if row.line is None else f"{file}:{row.line}")
-    assert error["path"] == row.path
-    assert error["value"] == (None if row.value is NO_VALUE else shorten(row.value))
-    assert row.right in error["message"]
-
-
-def test_every_row_has_a_name_of_its_own() -> None:
-    assert len({row.what for row in TABLE}) == len(TABLE) >= 60
-
-
-def test_the_job_that_the_rows_change_is_valid(finetune: Any, write_job: Any) -> None:
-    done = finetune("validate", write_job(), "-o", "json")
-    assert (done.code, done.document) == (0, {"valid": True, "errors": []})
-
-
-def test_all_faults_of_all_files_are_told_at_once(finetune: Any, write_job: Any, tmp_path: Path) -> None:
-    shape = write_job({"spec.training.seed": -1, "spec.tuning.lora.rank": 0, "spec.typo": 1}, name="shape.yaml")
-    batch = write_job({"spec.cluster.workers.replicas": 3, "spec.training.precision": "fp16"}, name="batch.yaml")
-    syntax = tmp_path / "syntax.yaml"
-    syntax.write_text("a: [")
-    write_job(name="good.yaml")
-    found = finetune("validate", tmp_path, tmp_path / "absent.yaml", "-o", "json").document["errors"]
-    assert {(error["file"], error["path"]) for error in found} == {
-        (str(batch), "spec.training.globalBatchSize"),
-        (str(batch), "spec.training.precision"),
-        (str(shape), "spec.training.seed"),
-        (str(shape), "spec.tuning.lora.rank"),
-        (str(shape), "spec.typo"),
-        (f"{syntax}:1", None),
-        (str(tmp_path / "absent.yaml"), None),
-    }
