@@ -454,10 +454,21 @@ def test_a_checkpoint_that_is_whole_is_in_every_later_report() -> None:
     saved.news = SaveNews(whole)
     world = World(3, saved=saved)
     world.run()
-    told = [report for report in world.context.reports if report.get("checkpoint")]
+    told = [report for report in world.context.reports if report.get("checkpoint") and "phase" not in report]
     assert [report["step"] for report in told] == [2, 3, 3, 3]
     assert {report["checkpoint"].step for report in told} == {2}
     assert {report["save_failure"] for report in told} == {None}
+
+
+def test_while_a_checkpoint_is_made_the_last_report_says_so_and_afterwards_no_longer() -> None:
+    saved = Saved(every_steps=2)
+    world = World(5, saved=saved)
+    world.run()
+    phases = [(report["step"], report.get("phase")) for report in world.context.reports if report.get("step")]
+    for step in saved.memories:
+        place = phases.index((step, "save"))
+        assert phases[place + 1] == (step, None)
+    assert phases[-1] == (5, "save"), "the end waits for what is being written"
 
 
 @pytest.mark.parametrize("total_steps", [4, 5])

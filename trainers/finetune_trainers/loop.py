@@ -162,6 +162,7 @@ class Loop:
         self._evaluated_at = self._evaluations(plan) if evaluate is not None else []
         self._checkpoints = checkpoints
         self._save_sums: Sequence[float] = ()
+        self._told_of_saving = False
         self._lasting: dict[str, Any] = {}  # what every report says
         self._evaluated = False
         self._num_trained_tokens = 0
@@ -231,18 +232,28 @@ class Loop:
         """What a step's end, or the end of training, has to do with checkpoints."""
         if self._checkpoints is None:
             return
-        step, start = self.result.step, self._clock()
+        step, start, self._told_of_saving = self.result.step, self._clock(), False
         if ended:
+            self._tell_of_saving()
             news = self._checkpoints.finish(step, self._memory() if self.result.cancelled else None)
         else:
-            news = self._checkpoints.after_step(step, self._save_sums, self._memory)
+            news = self._checkpoints.after_step(step, self._save_sums, self._memory_to_save)
         self.result.seconds[_SAVING] = self.result.seconds.get(_SAVING, 0.0) + self._clock() - start
         if news.checkpoint is not None:
             self.always_report(checkpoint=news.checkpoint, save_failure=None)
         if news.failure is not None:
             self.always_report(save_failure=news.failure)
-        if any(news):
+        if any(news) or (self._told_of_saving and not ended):
             self._report(Stage.TRAINING, urgent=True, message=news.failure or news.skipped)
+
+    def _memory_to_save(self) -> LoopMemory:
+        """Asked for when a checkpoint is about to be made."""
+        self._tell_of_saving()
+        return self._memory()
+
+    def _tell_of_saving(self) -> None:
+        self._told_of_saving = True
+        self._report(Stage.TRAINING, urgent=True, phase="save", role="the writer of checkpoints")
 
     def _stop_was_requested(self) -> bool:
         """The same answer on every rank. Within a step, the loss's all-reduce carries the question."""

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_api.plan import BatchPlan
 from finetune_api.progress import Stage
-from finetune_api.spec import OnlineMethod
+from finetune_api.spec import OnlineMethod, reward_names
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.data.batches import StepBatches
 from finetune_trainers.data.questions import Question, Questions
@@ -44,6 +44,8 @@ from finetune_trainers.rollout.sampling import seed_of
 __all__ = ["Asked", "Judged", "Online", "Parts"]
 
 _log = logging.getLogger(__name__)
+_OTHERS = "other workers"
+_LONGEST_ROLE = 200
 _SAMPLES = 16
 """Answers of an evaluation that are kept for people to read."""
 
@@ -104,6 +106,10 @@ class Online(Method):
         self._cursor = 0
         """Prompts of the stream that were asked."""
         self._seconds: dict[str, float] = {}
+        self._train_began: float | None = None
+        self._phase: str | None = None
+        self._stage = Stage.TRAINING
+        self._roles = _roles(settings, asked)
         self._samples: list[dict[str, Any]] = []
         self._told_of_gap = False
 
@@ -120,6 +126,8 @@ class Online(Method):
             self._iteration = None  # its memory is wanted
             self._iteration = self._iterate(number)
         part, mini_batch = divmod(within, self._settings.mini_batches)
+        self._enter("train")
+        self._train_began = time.perf_counter()
         if within and self._is_to_stop():
             return StepBatches([], num_trained_tokens=0, num_tokens=0, is_left_out=True)
         return self._batches(self._iteration, part, mini_batch)
@@ -141,14 +149,15 @@ class Online(Method):
 
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
         of_iteration = self._iteration.figures if self._iteration is not None else {}
-        return {**of_iteration, **self._figures(sums)}
+        seconds = {} if self._train_began is None else {"seconds/train": time.perf_counter() - self._train_began}
+        return {**of_iteration, **self._figures(sums), **seconds}
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         greedy = Sampling(max_new_tokens=self._sampling.max_new_tokens, temperature=0.0)
         asked = [(question, index, 0) for index, question in enumerate(self._parts.eval_questions)]
         if not asked:
             raise DataError("the evaluation data has no rows")
-        with self._writing():
+        with self._during(Stage.EVALUATING), self._writing():
             rollouts = self._rollouts(asked, greedy)
         self._samples = [_for_people(rollout) for rollout in rollouts[:_SAMPLES]]
         found = _reward_figures(rollouts)
@@ -280,6 +289,8 @@ class Online(Method):
             )
             for place, (index, one) in enumerate(zip(mine, completions, strict=True))
         ]
+        if self._context.world_size > 1:
+            self._enter("score", _OTHERS)
         everybodys = self._context.all_gather_object(found)
         return [everybodys[index % world][index // world] for index in range(len(asked))]
 
@@ -327,15 +338,47 @@ class Online(Method):
         self._context.report(Stage.TRAINING, urgent=True, message=sentence)
 
     def _tell_of_writing(self, num_done: int, num: int) -> None:
-        self._context.report(Stage.TRAINING, message=f"writing rollouts: {num_done} of {num}")
+        role = _OTHERS if num_done == num and self._context.world_size > 1 else self._roles["generate"]
+        message = f"writing rollouts: {num_done} of {num}"
+        self._context.report(self._stage, urgent=num_done == num, phase="generate", role=role, message=message)
+
+    def _enter(self, phase: str, role: str | None = None) -> None:
+        """Tell what is done from now on: whoever hears nothing more knows what is stuck."""
+        if role is not None or phase != self._phase:
+            self._phase = phase
+            self._context.report(self._stage, urgent=True, phase=phase, role=role or self._roles[phase])
+
+    @contextmanager
+    def _during(self, stage: Stage) -> Iterator[None]:
+        self._stage, self._phase = stage, None
+        try:
+            yield
+        finally:
+            self._stage, self._phase = Stage.TRAINING, None
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
+        self._enter(phase)
         started = time.perf_counter()
         try:
             yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+def _roles(settings: OnlineMethod, asked: Asked) -> dict[str, str]:
+    """Who does what."""
+    names = reward_names(settings.rewards)
+    rewards = f"reward{'s' if len(names) > 1 else ''} {', '.join(names)}"
+    models = [name for name, is_asked in asked._asdict().items() if is_asked]
+    writer = "policy" if settings.vllm is None else "vLLM"
+    return {
+        "generate": writer,
+        "score": rewards[:_LONGEST_ROLE],
+        "judge": ", ".join(models) or "policy",
+        "train": "policy and critic" if asked.critic else "policy",
+        "sync": writer,
+    }
 
 
 def _split(said: Tensor | None, lengths: list[int]) -> Sequence[Tensor | None]:
