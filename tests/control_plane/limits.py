@@ -99,7 +99,7 @@ _ONLINE: dict[str, dict[str, Any]] = {
         "gamma": 0.99,
         "gaeLambda": 0.95,
         "kl": {"coefficient": 0.1, "target": 6.0, "horizon": 1000},
-        "critic": {"learningRate": 1e-4, "warmupIterations": 2, "coefficient": 0.5, "clip": 0.2},
+        "critic": {"learningRate": 1e-4, "warmupIterations": 2, "coefficient": 0.5, "clip": 0.2, "beginsAs": "policy"},
         "whitenAdvantages": False,
         "normalizeRewards": True,
         "rewardClip": 5.0,

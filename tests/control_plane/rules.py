@@ -339,6 +339,12 @@ RULE_ROWS = [
         {"method": {"ppo": {"rewards": [_EXACT_MATCH], "dualClip": 1.25, "clipHigh": 0.25}}},
     ),
     RuleRow(
+        "Ppo",
+        "beginsAs reward needs one model among rewards, and one only; add it, or set beginsAs to policy",
+        "spec.method.ppo.critic.beginsAs",
+        {"method": {"ppo": {"rewards": [_EXACT_MATCH], "critic": {"beginsAs": "reward"}}}},
+    ),
+    RuleRow(
         "KlPenalty",
         "a coefficient of 0 can never be raised to reach the target; set it above 0",
         "spec.method.ppo.kl.coefficient",

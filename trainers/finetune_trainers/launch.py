@@ -160,6 +160,7 @@ class _Launch:
         with self._timed(Stage.CHECKING_MODEL):
             model = self._check_model()
             teacher = self._check_teacher(model)
+            self._check_critic(model)
         with self._timed(Stage.PREPARING_DATA):
             data = self._prepare_data(model)
         prepared = self._settle(model, data, teacher)
@@ -189,6 +190,12 @@ class _Launch:
         return prepare_model(
             self.plan, self.cache, lambda percent, text: self.report(Stage.CHECKING_MODEL, percent, text)
         )
+
+    def _check_critic(self, model: PreparedModel) -> None:
+        if self.plan.method.ppo is not None:
+            from finetune_trainers.online.critic_beginning import check_beginning
+
+            check_beginning(self.plan, model)
 
     def _check_teacher(self, model: PreparedModel) -> PreparedModel | None:
         if self.plan.method.distill is None:

@@ -132,6 +132,9 @@ class Critic(Contract):
     alone."""
     clip: Annotated[float, Field(ge=0, le=1000)] = 0.2
     """How far one iteration may move a value; 0 for no bound."""
+    begins_as: Literal["policy", "reward"] = "policy"
+    """`policy`: the model itself with a value of 0. `reward`: the model among rewards; with tuning.lora it must be an
+    adapter of the same model."""
 
 
 class Ppo(OnlineMethod):
@@ -149,7 +152,7 @@ class Ppo(OnlineMethod):
     kl: KlPenalty = Field(default_factory=KlPenalty)
     """What it costs to stray from the reference."""
     critic: Critic = Field(default_factory=Critic)
-    """The critic, which begins as the model itself with a value of 0."""
+    """The critic."""
     whiten_advantages: bool = True
     """Advantages of an iteration get mean 0 and deviation 1."""
     normalize_rewards: bool = False
@@ -169,6 +172,12 @@ class Ppo(OnlineMethod):
             message="dualClip must be above 1 + clipHigh; raise it, or remove it",
             holds=lambda p: p.dual_clip is None or p.dual_clip > 1 + p.clip_high,
             field="dualClip",
+        ),
+        Rule(
+            cel="self.critic.beginsAs == 'policy' || self.rewards.exists_one(r, has(r.model))",
+            message="beginsAs reward needs one model among rewards, and one only; add it, or set beginsAs to policy",
+            holds=lambda p: p.critic.begins_as == "policy" or sum(r.model is not None for r in p.rewards) == 1,
+            field="critic.beginsAs",
         ),
         *_OF_ALL,
     )

@@ -2,8 +2,8 @@
 that one engine, one optimizer and one checkpoint hold both.
 
 With LoRA the critic is a second adapter on the policy's frozen base; otherwise it is a second model. Its head begins at
-zero, so that the first iteration's advantages are those of the rewards alone. The policy is then called with
-`values_at` for values in the place of logits.
+zero, so that the first iteration's advantages are those of the rewards alone, unless it begins as the reward model. The
+policy is then called with `values_at` for values in the place of logits.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from finetune_api.plan import RunPlan
 from finetune_api.spec import Ppo
 from finetune_trainers.models import load_dtype, load_model
 from finetune_trainers.online.adapters import Adapters
+from finetune_trainers.online.critic_beginning import reward_beginning
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.tuning import TunedModel, UnfreezeSchedule, peft_warnings_off
 
@@ -42,19 +43,30 @@ def add_critic(
     """`tuned` with a critic that learns beside it. Collective under ZeRO-3."""
     model: Any = tuned.model
     own_masters = plan.deepspeed.engine == "torch"
+    beginning = reward_beginning(ppo, plan, prepared.model) if ppo.critic.begins_as == "reward" else None
     in_use: Callable[[], AbstractContextManager[None]]
     if plan.tuning.lora is not None:
         with torch.random.fork_rng(range(torch.cuda.device_count())), peft_warnings_off():
             torch.manual_seed(plan.optimization.seed + 1)
-            model.add_adapter(CRITIC, model.peft_config["default"], autocast_adapter_dtype=own_masters)
+            config = beginning.adapter_config(prepared.model) if beginning is not None else model.peft_config["default"]
+            model.add_adapter(CRITIC, config, autocast_adapter_dtype=own_masters)
+        if beginning is not None:
+            beginning.fill_adapter(model, CRITIC)
         backbone, in_use = model.get_base_model().base_model, partial(Adapters(model).using, CRITIC)
     else:
-        backbone, in_use = load_model(prepared.model, plan, device, zero3_config).base_model, nullcontext
+        in_use = nullcontext
+        if beginning is not None:
+            backbone = beginning.backbone(plan, prepared.model, device, zero3_config)
+        else:
+            backbone = load_model(prepared.model, plan, device, zero3_config).base_model
         model.add_module(CRITIC, backbone)
         backbone.train()
     config = backbone.config.get_text_config()
-    head = nn.Linear(config.hidden_size, 1, bias=False, dtype=load_dtype(plan), device=device)
-    nn.init.zeros_(head.weight)
+    if beginning is not None:
+        head = beginning.head(config.hidden_size, load_dtype(plan), device)
+    else:
+        head = nn.Linear(config.hidden_size, 1, bias=False, dtype=load_dtype(plan), device=device)
+        nn.init.zeros_(head.weight)
     model.add_module(HEAD, head)
     _read_values(model, backbone, head, in_use)
     names = _names(model, set(tuned.trainable))

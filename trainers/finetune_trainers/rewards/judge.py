@@ -39,7 +39,7 @@ from finetune_trainers.score_head import read_packed, scores
 from finetune_trainers.tuning import peft_warnings_off
 from finetune_trainers.whole_models import not_split
 
-__all__ = ["Judge", "load_judge"]
+__all__ = ["Judge", "load_judge", "load_report_off"]
 
 _TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 """Enough to keep the device busy; a longer answer goes alone."""
@@ -157,7 +157,7 @@ def _batch(documents: Sequence[Sequence[int]]) -> Batch:
 
 
 def _load(files: JudgeFiles, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    with _without_load_report() if files.adapter is not None else nullcontext():
+    with load_report_off() if files.adapter is not None else nullcontext():
         model: Any = AutoModelForSequenceClassification.from_pretrained(
             files.model, dtype=dtype, attn_implementation=PACKED_ATTENTION, local_files_only=True, num_labels=1
         )
@@ -175,7 +175,7 @@ def _load(files: JudgeFiles, dtype: torch.dtype, device: torch.device) -> nn.Mod
 
 
 @contextmanager
-def _without_load_report() -> Iterator[None]:
+def load_report_off() -> Iterator[None]:
     """transformers warns of the head that the base does not have, and the adapter brings it."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
