@@ -12,6 +12,7 @@ asked for by name: python -m tests.lanes --lane cluster
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,10 +133,14 @@ def tiny(team: World) -> dict[str, Any]:
 
 @pytest.fixture
 def submit(team: World) -> Iterator[Submit]:
-    """Applies a job by its name and spec; the name. It is deleted after the test, and its pods are gone then."""
+    """Applies a job; its name, which begins as asked for. It is deleted after the test, and its pods are gone then.
+
+    No two have the same one: what a run leaves on the claim stays there when its job is deleted.
+    """
     names: list[str] = []
 
-    def apply(name: str, spec: dict[str, Any]) -> str:
+    def apply(begins: str, spec: dict[str, Any]) -> str:
+        name = f"{begins}-{secrets.token_hex(2)}"
         names.append(name)
         head = {"apiVersion": "finetune-operator.io/v1alpha1", "kind": "FineTuneJob"}
         team.apply({**head, "metadata": {"name": name}, "spec": spec})
