@@ -79,6 +79,7 @@ class DeepSpeedEngine:
         self._precision = plan.precision
         self._world_size = context.world_size
         self._is_writer = context.rank == 0
+        self._scale = 1.0
         self.groups = param_groups(
             tuned.model, plan.optimization.adamw.weight_decay, opening_fractions(tuned), tuned.rate_scales
         )
@@ -114,9 +115,16 @@ class DeepSpeedEngine:
         return [self.adamw.state[param] for param in params if param in self.adamw.state]
 
     def backward(self, loss_sum: Tensor, divisor: int) -> None:
-        self.ds.backward(loss_sum * (self._world_size / divisor), scale_wrt_gas=False)
+        self._scale = self._scale_left_out()
+        self.ds.backward(loss_sum * (self._world_size * self._scale / divisor), scale_wrt_gas=False)
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()  # only counts the micro-batch
+
+    def _scale_left_out(self) -> float:
+        """In fp16 stage 0's wrapper divides gradients by the loss scale, with which DeepSpeed multiplies the loss for
+        the other stages alone."""
+        scaling = getattr(self.ds.optimizer, "loss_scale_config", None)
+        return 1.0 if scaling is None else float(scaling.cur_scale)
 
     def step(self) -> float | None:
         norm = self._norm_of_plain_gradients()
@@ -137,9 +145,7 @@ class DeepSpeedEngine:
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def _norm_of_wrapper(self) -> float:
-        norm = float(self.ds.get_global_grad_norm())
-        scaling = getattr(self.ds.optimizer, "loss_scale_config", None)
-        return norm / scaling.cur_scale if scaling is not None else norm  # stage 0 measures the scaled gradient
+        return float(self.ds.get_global_grad_norm()) / self._scale  # stage 0 measures the scaled gradient
 
     def parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         wanted = [(name, param) for name, param in self.ds.module.named_parameters() if names is None or name in names]
