@@ -66,9 +66,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def value_at_the_end(plan: RunPlan, prepared: PreparedRun, judge: Judge) -> float:
     """Of the answer's last token, by the critic as it begins."""
     device = torch.device("cpu")
-    tuned = add_critic(
-        apply_tuning(load_model(prepared.model, plan, device), plan), plan.method.ppo, plan, prepared, device
-    )  # type: ignore[arg-type]
+    assert plan.method.ppo is not None
+    policy = apply_tuning(load_model(prepared.model, plan, device), plan)
+    tuned = add_critic(policy, plan.method.ppo, plan, prepared, device)
     ids = judge._encode([_episode()])[0][0]
     batch = Batch(
         torch.tensor([ids]),

@@ -89,7 +89,7 @@ def test_beams_are_those_that_transformers_finds_and_the_likeliest_comes_first(d
                 do_sample=False,
                 early_stopping=True,
             )
-        wanted = [tokenizer.decode(one[len(ids) :], skip_special_tokens=True).strip() for one in found]
+        wanted = [str(tokenizer.decode(one[len(ids) :], skip_special_tokens=True)).strip() for one in found]
         assert row["answers"] == list(dict.fromkeys(text for text in wanted if text))
     assert report.answers == 9
 

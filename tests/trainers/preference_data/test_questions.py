@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from finetune_api.preference_data import ToJudge
@@ -71,7 +73,12 @@ def test_a_question_is_known_by_all_that_could_change_its_answer_and_by_nothing_
     question = Question([{"role": "user", "content": "q"}], "a", "b")
     key = question.key(asked)
     assert key == question.key(asked.model_copy(update={"url": "http://elsewhere/v1", "concurrency": 2, "seed": 9}))
-    changes = [{"model": "small"}, {"temperature": 0.5}, {"max_tokens": 9}, {"instructions": "other"}]
+    changes: list[dict[str, Any]] = [
+        {"model": "small"},
+        {"temperature": 0.5},
+        {"max_tokens": 9},
+        {"instructions": "other"},
+    ]
     others = [question.key(asked.model_copy(update=change)) for change in changes]
     others.append(Question(question.prompt, "b", "a").key(asked))
     assert len({key, *others}) == 6
