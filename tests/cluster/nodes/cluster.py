@@ -168,7 +168,7 @@ def _write_identities(place: Layout) -> None:
     authority.issue("apiserver", "kube-apiserver", addresses=[*SERVER_NAMES, first])
     authority.issue("kubelet-client", "kube-apiserver", [_ADMINISTRATORS])
     new_key(place.pki / "accounts.key")
-    users = [(name, user, []) for name, user in _USERS.items()]
+    users: list[tuple[str, str, list[str]]] = [(name, user, []) for name, user in _USERS.items()]
     users += [(node.name, f"system:node:{node.name}", ["system:nodes"]) for node in NODES]
     addresses = {node.name: [node.name, node.address] for node in NODES}
     for name, user, groups in users:

@@ -25,23 +25,23 @@ def place(tmp_path: Path) -> Layout:
 
 
 def test_no_two_parts_of_the_cluster_share_an_address() -> None:
-    pods = [ipaddress.ip_network(f"{node.pods}.0.0/16") for node in NODES]
-    networks = [*pods, ipaddress.ip_network(SERVICES)]
+    pods = [ipaddress.IPv4Network(f"{node.pods}.0.0/16") for node in NODES]
+    networks = [*pods, ipaddress.IPv4Network(SERVICES)]
     assert not any(one.overlaps(other) for one in networks for other in networks if one is not other)
-    assert all(one.subnet_of(ipaddress.ip_network(NETWORK)) for one in networks)
+    assert all(one.subnet_of(ipaddress.IPv4Network(NETWORK)) for one in networks)
     fixed = [HOST_ADDRESS, *(node.address for node in NODES)]
     assert len(set(fixed)) == len(fixed)
     assert {API_ADDRESS, DNS_ADDRESS} <= {
-        str(host) for host in ipaddress.ip_network(f"{API_ADDRESS}/27", False).hosts()
+        str(host) for host in ipaddress.IPv4Network(f"{API_ADDRESS}/27", strict=False).hosts()
     }
 
 
 def test_pods_get_no_address_that_a_node_or_this_machine_has(place: Layout) -> None:
     for node in NODES:
         ((addresses,),) = json.loads(cni_config(place, node))["plugins"][0]["ipam"]["ranges"]
-        first, last = (ipaddress.ip_address(addresses[key]) for key in ("rangeStart", "rangeEnd"))
+        first, last = (ipaddress.IPv4Address(addresses[key]) for key in ("rangeStart", "rangeEnd"))
         taken = [HOST_ADDRESS, addresses["gateway"], *(one.address for one in NODES)]
-        assert not any(first <= ipaddress.ip_address(address) <= last for address in taken)
+        assert not any(first <= ipaddress.IPv4Address(address) <= last for address in taken)
 
 
 def test_what_a_node_mounts_and_listens_on_lies_in_its_own_folders(place: Layout) -> None:
