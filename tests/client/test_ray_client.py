@@ -18,8 +18,9 @@ from tests.client.ray_head import RayHead, ray_head
 from tests.client.test_ray_jobs import SLOW, STEPS, document, trainers
 from tests.cluster.processes import wait_until
 from tests.trainers.factories import tiny_model, write_rows
+from tests.trainers.foreign_warnings import ENGINES
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.ray, *ENGINES]
 
 
 @pytest.fixture(scope="module")

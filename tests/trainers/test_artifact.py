@@ -25,9 +25,10 @@ from finetune_trainers.models import load_model, prepare_model
 from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedSource
 from finetune_trainers.tuning import TunedModel, apply_tuning
 from finetune_trainers.weights import WeightFiles, write_tensors
+from tests.trainers.foreign_warnings import PEFT_ASKS_TRANSFORMERS
 from tests.trainers.tiny import CHATML, packed_inputs, plan_for, tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = PEFT_ASKS_TRANSFORMERS
 
 CPU = torch.device("cpu")
 ROWS = PreparedSource(

@@ -18,8 +18,9 @@ from finetune_api.failures import FailureClass
 from finetune_api.progress import Outcome, Progress, Result
 from finetune_trainers import launch
 from tests.trainers.conftest import SmallWorld
+from tests.trainers.foreign_warnings import ENGINES
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.ray, *ENGINES]
 
 STEPS = 100_000
 """More than can be made before the kill."""

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune_api.spec import Precision
 from finetune_trainers.errors import UserError
 from finetune_trainers.merge import merge_adapter
+from tests.trainers.foreign_warnings import PEFT_ASKS_TRANSFORMERS
 from tests.trainers.test_artifact import PROBE, Trained, trained
 from tests.trainers.tiny import CHATML, tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = PEFT_ASKS_TRANSFORMERS
 
 
 def adapter(tmp_path: Path, changes: dict[str, Any] | None = None, **model: Any) -> Trained:

@@ -83,6 +83,6 @@ def checkpoint_activations(model: nn.Module, reentrant: bool) -> None:
     The non-reentrant kind compares the shapes of saved tensors, which ZeRO-3 changes by gathering and releasing
     parameters in between; there the reentrant kind is right, and it needs an input that carries a gradient.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})  # type: ignore[operator]
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})  # type: ignore[operator]
     if reentrant:
         model.enable_input_require_grads()  # type: ignore[operator]

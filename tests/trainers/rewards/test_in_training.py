@@ -11,11 +11,12 @@ import pytest
 
 from finetune_api.failures import FailureClass
 from finetune_api.plan import RunPlan
+from tests.trainers.foreign_warnings import ENGINES
 from tests.trainers.judged_world import JudgedWorld
 from tests.trainers.online.online_world import OnlineWorld
 from tests.trainers.rewards.worlds import MODULE
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.ray, *ENGINES]
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,12 @@ from finetune_trainers.data.batches import Batch
 from finetune_trainers.engine import checkpoint_activations
 from finetune_trainers.rollout import Completion, Request, Sampling
 from finetune_trainers.rollout import in_process as in_process_module
+from tests.trainers.foreign_warnings import PEFT_ASKS_TRANSFORMERS
 from tests.trainers.rollout.writers import GREEDY, PROMPTS, engine_for, greedy_by_transformers, policy, requests_for
 from tests.trainers.tiny import VOCABULARY
 
 # PEFT and we ask transformers by names that are going to change
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = PEFT_ASKS_TRANSFORMERS
 
 DRAWN = Sampling(max_new_tokens=20, temperature=0.9, top_p=0.95, top_k=200)
 
