@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,11 @@ def trained(world: World) -> Finished:
     )
 
 
-def begin_long_run(world: World, name: str, *options: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+def begin_long_run(
+    world: World, name: str, *options: str, changes: Mapping[str, Any] | None = None
+) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """Start a run that will not end by itself; returns it, and all its processes once it trains."""
-    job = world.write_job(name, {"training": {"maxSteps": 100_000, "globalBatchSize": 8}})
+    job = world.write_job(name, {"training": {"maxSteps": 100_000, "globalBatchSize": 8}, **(changes or {})})
     process = world.start("run", job, "--workdir", world.folder / name, "-o", "json", *options)
     reports = world.folder / name / "progress.jsonl"
     wait_until(
@@ -191,6 +194,8 @@ def steps_made_in(folder: Path) -> list[int]:
 LONG = {"maxSteps": 200, "globalBatchSize": 8}
 UNJUDGED = {"data": {"train": [{"source": "file://./rows.jsonl"}]}}
 """Without evaluations, of which a few rows would make one every third step."""
+ALONE = {"cluster": {"workers": {"replicas": 1, "cpus": 2}}}
+"""One process and no Ray, where it does not matter who trains: Ray's start takes most of a minute."""
 
 
 def test_after_a_kill_the_next_attempt_goes_on_from_the_last_checkpoint(world: World) -> None:
@@ -224,7 +229,7 @@ def test_after_a_kill_the_next_attempt_goes_on_from_the_last_checkpoint(world: W
 
 def test_a_suspended_run_saves_and_goes_on_after_the_step_that_it_had_come_to(world: World) -> None:
     folder = world.folder / "suspended"
-    job = world.write_job("suspended", UNJUDGED | {"training": LONG, "checkpoint": {"everySteps": 100_000}})
+    job = world.write_job("suspended", UNJUDGED | ALONE | {"training": LONG, "checkpoint": {"everySteps": 100_000}})
     done = world.finetune("run", job, "--workdir", folder, "-o", "json", "--suspend-after", "5")
     assert done.code == SUSPENDED, done.stderr
     checkpoint = done.document["checkpoint"]
@@ -239,7 +244,7 @@ def test_a_suspended_run_saves_and_goes_on_after_the_step_that_it_had_come_to(wo
 
 
 def test_a_killed_trainer_is_a_failure_and_leaves_nothing(world: World) -> None:
-    process, children = begin_long_run(world, "killed", "--no-retry")
+    process, children = begin_long_run(world, "killed", "--no-retry", changes=ALONE)
     trainer_among(children).kill()
     done = finish(process)
     assert done.code == 1
