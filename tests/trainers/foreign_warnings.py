@@ -25,5 +25,10 @@ TORCH_SCRIPTS = pytest.mark.filterwarnings(
 )
 """torch's own modules for oneDNN, which DeepSpeed imports, are made of what torch has replaced."""
 
-ENGINES = (PEFT_ASKS_TRANSFORMERS, DEEPSPEED_CALLS_TORCH, TORCH_SCRIPTS)
+RAY_DATA_FILLS_ITS_FIELDS = pytest.mark.filterwarnings(
+    "ignore:`use_[a-z_]+` is deprecated:DeprecationWarning:ray.data.context"
+)
+"""Ray Train makes Ray Data's settings, which set their own old fields too."""
+
+ENGINES = (PEFT_ASKS_TRANSFORMERS, DEEPSPEED_CALLS_TORCH, TORCH_SCRIPTS, RAY_DATA_FILLS_ITS_FIELDS)
 """In tests that train."""
