@@ -26,7 +26,7 @@ TORCH_SCRIPTS = pytest.mark.filterwarnings(
 """torch's own modules for oneDNN, which DeepSpeed imports, are made of what torch has replaced."""
 
 RAY_DATA_FILLS_ITS_FIELDS = pytest.mark.filterwarnings(
-    "ignore:`use_[a-z_]+` is deprecated:DeprecationWarning:ray.data.context"
+    "ignore:`[a-z0-9_]+` is deprecated:DeprecationWarning:ray.data.context"
 )
 """Ray Train makes Ray Data's settings, which set their own old fields too."""
 
