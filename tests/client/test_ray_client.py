@@ -18,9 +18,9 @@ from tests.client.ray_head import RayHead, ray_head
 from tests.client.test_ray_jobs import SLOW, STEPS, document, trainers
 from tests.cluster.processes import wait_until
 from tests.trainers.factories import tiny_model, write_rows
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 
-pytestmark = [pytest.mark.ray, *ENGINES]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-__all__ = ["ENGINES", "PEFT_ASKS_TRANSFORMERS"]
+__all__ = ["PEFT_ASKS_TRANSFORMERS", "WHEN_TRAINING"]
 
 PEFT_ASKS_TRANSFORMERS = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning:transformers.modeling_utils"
@@ -30,5 +30,5 @@ RAY_DATA_FILLS_ITS_FIELDS = pytest.mark.filterwarnings(
 )
 """Ray Train makes Ray Data's settings, which set their own old fields too."""
 
-ENGINES = (PEFT_ASKS_TRANSFORMERS, DEEPSPEED_CALLS_TORCH, TORCH_SCRIPTS, RAY_DATA_FILLS_ITS_FIELDS)
+WHEN_TRAINING = (PEFT_ASKS_TRANSFORMERS, DEEPSPEED_CALLS_TORCH, TORCH_SCRIPTS, RAY_DATA_FILLS_ITS_FIELDS)
 """In tests that train."""

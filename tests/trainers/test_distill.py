@@ -19,11 +19,11 @@ from finetune_trainers.ray_workers import RayWorkers
 from finetune_trainers.teacher import load_teacher
 from tests.trainers import reference, tiny
 from tests.trainers.factories import tiny_model
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.parity_group import train_all
 from tests.trainers.school import LORA, School, artifact, curve, zero
 
-pytestmark = [pytest.mark.ray, *ENGINES]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 ROOT = Path(__file__).parents[2]
 DIVERGENCES = ("forward-kl", "reverse-kl", "jsd")

@@ -18,9 +18,9 @@ from finetune_trainers.methods.building import build_method
 from finetune_trainers.methods.sft import sum_nll
 from finetune_trainers.worker import load
 from tests.trainers.conftest import SmallWorld
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 
-pytestmark = [pytest.mark.ray, *ENGINES]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 ENGINES: dict[str, dict[str, Any]] = {
     "torch": {},

@@ -20,10 +20,10 @@ from finetune_trainers.context import SingleProcessContext
 from finetune_trainers.methods.building import build_method
 from finetune_trainers.worker import load
 from tests.trainers.conftest import SmallWorld
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.test_resuming import Place, assert_same
 
-pytestmark = [pytest.mark.ray, *ENGINES]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 SMALL_BUCKETS = {"wall_clock_breakdown": False, "zero_optimization": {"reduce_bucket_size": 1_000_000}}
 WAYS: dict[str, dict[str, Any]] = {

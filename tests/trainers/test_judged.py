@@ -27,11 +27,11 @@ from finetune_trainers.methods.pairs import Dpo
 from finetune_trainers.methods.references import References
 from finetune_trainers.ray_workers import RayWorkers
 from finetune_trainers.worker import load
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.judged_world import LORA, METHODS, JudgedWorld, zero
 from tests.trainers.parity_group import train_all
 
-pytestmark = [pytest.mark.ray, *ENGINES]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 ROOT = Path(__file__).parents[2]
 STEPS = {"training.maxSteps": 8, "training.learningRate": 0.003}

@@ -18,9 +18,9 @@ from finetune_api.failures import FailureClass
 from finetune_api.progress import Outcome, Progress, Result
 from finetune_trainers import launch
 from tests.trainers.conftest import SmallWorld
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 
-pytestmark = [pytest.mark.ray, *ENGINES]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 STEPS = 100_000
 """More than can be made before the kill."""

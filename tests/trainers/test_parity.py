@@ -19,10 +19,10 @@ from finetune_trainers.ray_workers import RayWorkers
 from finetune_trainers.worker import artifact_folder
 from tests.trainers import reference
 from tests.trainers.conftest import SmallWorld
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.parity_group import train_all
 
-pytestmark = [pytest.mark.ray, *ENGINES]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 STEPS = 20
 TOLERANCE = 1e-4

@@ -30,9 +30,9 @@ from finetune_trainers.loop import Loop
 from finetune_trainers.worker import load
 from tests.trainers.conftest import SmallWorld
 from tests.trainers.factories import tiny_model
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 
-pytestmark = [pytest.mark.ray, *ENGINES]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 STEPS = {"training.maxSteps": 20, "training.microBatchSize": 2}
 LORA = {"tuning": {"lora": {"rank": 4, "dropout": 0.2, "targetModules": ["all-linear"]}}}

@@ -30,10 +30,10 @@ from finetune_trainers.loop import Loop, LoopMemory
 from finetune_trainers.saving import VISIBLE_SECONDS, Checkpoints
 from finetune_trainers.worker import load
 from tests.trainers.conftest import SmallWorld
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.test_killed_worker import training_workers
 
-pytestmark = [pytest.mark.ray, *ENGINES]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 MARK = "FINETUNE_RUN_MARK"
 WRITER = "finetune_trainers.checkpoint.writer"

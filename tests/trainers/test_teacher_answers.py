@@ -22,10 +22,10 @@ from finetune_trainers.methods.teacher_answers import with_teacher_answers
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.teacher import load_teacher
 from tests.trainers import reference
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.school import School, curve
 
-pytestmark = [pytest.mark.ray, *ENGINES]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 LONGEST = 8
 

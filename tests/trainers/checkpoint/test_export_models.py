@@ -27,11 +27,11 @@ from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.errors import UserError
 from finetune_trainers.merge import merge_adapter
 from tests.trainers.conftest import SmallWorld
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.judged_world import JudgedWorld
 
 pytestmark = [
-    *ENGINES,
+    *WHEN_TRAINING,
 ]
 STEPS = {"training.maxSteps": 3, "training.precision": "fp32", "checkpoint": {"everySteps": 3}}
 FP32 = ExportOptions(dtype=Precision.FP32)

@@ -23,11 +23,11 @@ from finetune_trainers.checkpoint.slices import even_slice
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.errors import UserError
 from tests.trainers.checkpoint.trained import NOON, RATE, STATES, Training, contents
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
-    *ENGINES,
+    *WHEN_TRAINING,
 ]
 ALLOWED = ImportOptions(allow_pickle=True)
 

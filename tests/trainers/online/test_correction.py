@@ -15,9 +15,10 @@ from finetune_trainers.methods.building import build_method
 from finetune_trainers.online.correction import corrections
 from finetune_trainers.online.episodes import Experience, Rollout, Said, packed
 from finetune_trainers.worker import load
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.online.online_world import OnlineWorld
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 
 def rollout(*engine_log_probs: float, drawn_by_policy: bool = False) -> Rollout:

@@ -21,11 +21,12 @@ from finetune_trainers.online.critic_beginning import check_beginning
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.rewards.judge import Judge, load_judge
 from finetune_trainers.tuning import apply_tuning
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.judged_world import JudgedWorld
 from tests.trainers.online.online_world import COMMON, LORA, OnlineWorld, write_prompts
 
 # PEFT and we ask transformers by names that are going to change
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = WHEN_TRAINING
 
 TUNINGS: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA}
 PROMPT = [{"role": "user", "content": "which of two?"}]

@@ -30,14 +30,14 @@ from finetune_trainers.methods.building import build_method
 from finetune_trainers.online.episodes import Experience
 from finetune_trainers.ray_workers import RayWorkers
 from finetune_trainers.worker import load
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.judged_world import zero
 from tests.trainers.online.online_world import COMMON, LORA, METHODS, OnlineWorld
 from tests.trainers.parity_group import train_all
 
 ROOT = Path(__file__).parents[3]
 
-pytestmark = [pytest.mark.ray, *ENGINES]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.online.online_world import OnlineWorld
 
 # PEFT and we ask transformers by names that are going to change
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = WHEN_TRAINING
 
 
 @pytest.fixture(scope="module")

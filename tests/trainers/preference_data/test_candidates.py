@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 from finetune_api.preference_data import CandidatesReport, Step, ToWrite
 from finetune_trainers.errors import DataError, UserError
 from finetune_trainers.preference_data.candidates import write_candidates
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.tiny import tiny_model, tiny_tokenizer
 
 # PEFT and we ask transformers by names that are going to change
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = WHEN_TRAINING
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "hi", "answer": "42"},

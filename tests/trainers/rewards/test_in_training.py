@@ -11,12 +11,12 @@ import pytest
 
 from finetune_api.failures import FailureClass
 from finetune_api.plan import RunPlan
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.judged_world import JudgedWorld
 from tests.trainers.online.online_world import OnlineWorld
 from tests.trainers.rewards.worlds import MODULE
 
-pytestmark = [pytest.mark.ray, *ENGINES]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 
 @pytest.fixture(scope="module")

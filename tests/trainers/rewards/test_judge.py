@@ -28,10 +28,10 @@ from finetune_trainers.rewards import judge as judge_module
 from finetune_trainers.rewards.building import build_rewards, check_rewards
 from finetune_trainers.rewards.judge import Judge, load_judge
 from tests.trainers.factories import tiny_model, write_rows
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.judged_world import LORA, JudgedWorld
 
-pytestmark = [pytest.mark.ray, *ENGINES]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 WAYS = ("chosen", "rejected")
 FIELD = "spec.method.grpo.rewards[0].model"

@@ -22,11 +22,12 @@ from finetune_trainers.rollout.vllm_engine import VllmEngine
 from finetune_trainers.rollout.vllm_process import VARIABLE, vllm_command
 from finetune_trainers.rollout.vllm_weights import policy_weights
 from finetune_trainers.tuning import peft_warnings_off
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.online.online_world import LORA, METHODS, OnlineWorld
 from tests.trainers.rollout.vllm_environments import NOT_ASKED_FOR, has_real_vllm, real_python, stand_in_python
 from tests.trainers.rollout.writers import PAD, PROMPTS, Alone, engine_for, policy, requests_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 END_IDS = [7, 8, 9]
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0)

@@ -17,10 +17,10 @@ from finetune_trainers.rollout.in_process import InProcessEngine
 from finetune_trainers.rollout.zero3 import fits_whole, gathered, is_split, parameters_but
 from finetune_trainers.worker import load
 from tests.trainers.conftest import SmallWorld
-from tests.trainers.foreign_warnings import ENGINES
+from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.rollout.writers import PROMPTS, requests_for
 
-pytestmark = [pytest.mark.ray, *ENGINES]
+pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 DRAWN = Sampling(max_new_tokens=12, temperature=0.9)
 LORA = {"tuning": {"lora": {"rank": 4, "alpha": 8, "targetModules": ["q_proj", "v_proj"]}}}
