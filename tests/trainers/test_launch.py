@@ -119,6 +119,18 @@ def test_an_output_can_be_the_merged_model(small_world: SmallWorld, tmp_path: Pa
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+def test_the_artifact_of_an_earlier_job_of_that_name_is_kept_beside_the_new_one(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "adapter_model.safetensors").write_text("the earlier one's")
+    outcome = small_world.train(small_world.plan({"training.maxSteps": 1}), tmp_path)
+    assert outcome.result is Result.SUCCEEDED, outcome.failure
+    assert outcome.artifacts[0].uri == f"file://{tmp_path}/artifact"
+    [kept] = tmp_path.glob("artifact-*")
+    assert (kept / "adapter_model.safetensors").read_text() == "the earlier one's"
+
+
 @pytest.mark.usefixtures("no_worker")
 def test_an_output_that_is_there_already_is_refused_before_training(small_world: SmallWorld, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()

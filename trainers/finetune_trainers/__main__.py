@@ -28,6 +28,7 @@ from finetune_api.plan import RunPlan
 from finetune_api.progress import Outcome, Result
 from finetune_api.spec import Precision
 from finetune_trainers.errors import UserError, classified
+from finetune_trainers.places import cache_folder
 from finetune_trainers.worker_process import LOG_FILE, log_to
 
 QUIET = {
@@ -64,7 +65,7 @@ def _run(options: argparse.Namespace, complaints: TextIO) -> int:
     log_to(workdir / LOG_FILE, "launcher")
     from finetune_trainers.launch import run
 
-    return _exit_code(run(plan, workdir, _cache(), use_ray=options.ray), complaints)
+    return _exit_code(run(plan, workdir, cache_folder(), use_ray=options.ray), complaints)
 
 
 def _check(options: argparse.Namespace, complaints: TextIO) -> int:
@@ -72,7 +73,7 @@ def _check(options: argparse.Namespace, complaints: TextIO) -> int:
     from finetune_trainers.launch import check
 
     with tempfile.TemporaryDirectory(prefix="finetune-check-") as scratch:
-        return _exit_code(check(plan, options.workdir or Path(scratch), _cache()), complaints)
+        return _exit_code(check(plan, options.workdir or Path(scratch), cache_folder()), complaints)
 
 
 def _export(options: argparse.Namespace, complaints: TextIO) -> int:
@@ -140,10 +141,6 @@ def _read_plan(path: Path) -> RunPlan:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise UserError(f"{path}: {where}: {first['msg']}; write it with: finetune plan JOB -o json") from error
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune").absolute()
 
 
 def _exit_code(outcome: Outcome, complaints: TextIO) -> int:

@@ -28,6 +28,7 @@ __all__ = [
     "CALIBRATION",
     "DIGESTS",
     "PEFT_PREFIX",
+    "RUN_ARTIFACT",
     "TOKENIZER_FILES",
     "digest_list",
     "model_config",
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 DIGESTS = "digests.json"
+RUN_ARTIFACT = "artifact"
+"""In a run's folder: what it has trained."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CALIBRATION = "calibration.json"
 """Of a reward model: where its scores lie."""

@@ -3,8 +3,7 @@
     check the model      no weights loaded, no worker started
     prepare the data     every row read
     count the steps, settle the learning rate, write prepared.json
-    start the workers    Ray Train, or this process
-    write the outputs    copies of the artifact, or merged models
+    start the workers    Ray Train, or this process; they write the artifact and the job's outputs
 
 Called by `__main__`. A run that fails still has an outcome: nothing but a stop request leaves `run` as an exception.
 """
@@ -27,7 +26,8 @@ from typing import TYPE_CHECKING, TypeVar
 from finetune_api.failures import Failure, FailureClass
 from finetune_api.learning_rate import auto_learning_rate
 from finetune_api.plan import RunPlan
-from finetune_api.progress import Artifact, Outcome, Result, Stage
+from finetune_api.progress import Outcome, Result, Stage
+from finetune_trainers.artifact_folder import RUN_ARTIFACT
 from finetune_trainers.context import STOP_FILE
 from finetune_trainers.errors import UserError, classified
 from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedRun
@@ -118,6 +118,7 @@ class _Launch:
             raise UserError(f"--no-ray trains in one process, and the plan has {world_size}; leave --no-ray out")
         with _ray(self.plan) if use_ray else nullcontext() as ray, _StopRequests(self.workdir) as stops:
             prepared = self.prepare()
+            self._set_aside()
             asked_at = time.time()
             self.report(Stage.STARTING_WORKERS)
             with stops.at_step_boundaries():
@@ -127,7 +128,6 @@ class _Launch:
                     result = ray.run(prepared, self.workdir, stops.wait, self._tell_of_workers)
             self.seconds[Stage.STARTING_WORKERS] = result.started_at - asked_at
             self.seconds |= result.seconds
-            artifacts = self._publish(result.artifact, prepared.model)
         training = result.training
         return Outcome(
             result=Result.CANCELLED if training.cancelled else Result.SUCCEEDED,
@@ -135,10 +135,19 @@ class _Launch:
             total_steps=prepared.total_steps,
             stopped_early=training.stopped_early,
             eval=training.eval,
-            artifacts=artifacts,
+            artifacts=result.artifacts,
             metrics={name: value for name, value in training.metrics.items() if math.isfinite(value)},
             seconds=self.seconds,
         )
+
+    def _set_aside(self) -> None:
+        """An artifact that lies here already stays, under another name: on a claim it may be that of a job of the same
+        name, which was deleted."""
+        found = self.workdir / RUN_ARTIFACT
+        if found.exists():
+            aside = f"{RUN_ARTIFACT}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(found.stat().st_mtime))}"
+            found.rename(self.workdir / aside)
+            logger.warning("%s holds an earlier artifact, which is now called %s", self.workdir, aside)
 
     def _tell_of_workers(self, sentence: str) -> None:
         logger.warning(sentence)
@@ -232,15 +241,6 @@ class _Launch:
             learning_rate=rate,
             teacher=teacher,
         )
-
-    def _publish(self, artifact: Artifact | None, model: PreparedModel) -> list[Artifact]:
-        """The artifact in the run's folder, and one at each of the job's outputs."""
-        if artifact is None:
-            return []
-        from finetune_trainers.outputs import publish
-
-        with self._timed(Stage.EXPORTING):
-            return [artifact, *publish(self.plan, model, artifact)]
 
     @contextmanager
     def _timed(self, stage: Stage) -> Iterator[None]:

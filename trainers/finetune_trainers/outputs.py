@@ -1,4 +1,4 @@
-"""The places that a job names for its result: checked before training, filled after it. Called by `launch`."""
+"""The places that a job names for its result: checked before training by `launch`, filled after it by `worker`."""
 
 from __future__ import annotations
 

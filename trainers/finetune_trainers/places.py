@@ -1,4 +1,5 @@
-"""Where claims and installed packages are on this machine, and back: for sources of models and data, and results."""
+"""Where claims, installed packages and the cache are on this machine, and back: for sources of models and data, and
+results."""
 
 from __future__ import annotations
 
@@ -6,7 +7,12 @@ import importlib.util
 import os
 from pathlib import Path
 
-__all__ = ["claim_folder", "package_folder", "uri_of"]
+__all__ = ["cache_folder", "claim_folder", "package_folder", "uri_of"]
+
+
+def cache_folder() -> Path:
+    """Where unpacked models and tokenized data are kept from run to run."""
+    return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune").absolute()
 
 
 def claim_folder(claim: str) -> Path:

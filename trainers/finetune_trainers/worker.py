@@ -17,6 +17,7 @@ from torch import Tensor
 from finetune_api.plan import RunPlan
 from finetune_api.progress import Artifact, Result, Stage
 from finetune_trainers.artifact import write_artifact
+from finetune_trainers.artifact_folder import RUN_ARTIFACT
 from finetune_trainers.best import BestParameters
 from finetune_trainers.context import WorkerContext, threads_per_worker
 from finetune_trainers.data.prepare import EvalPrompt, eval_prompts
@@ -28,6 +29,7 @@ from finetune_trainers.methods.building import build_method
 from finetune_trainers.methods.reward import Calibration, Reward
 from finetune_trainers.model_card import CardFacts
 from finetune_trainers.models import load_model, load_tokenizer
+from finetune_trainers.outputs import publish
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.tracking import Trackers, open_trackers
 from finetune_trainers.tuning import TunedModel, apply_tuning
@@ -45,12 +47,13 @@ class WorkerResult:
     started_at: float
     """time.time() when the worker began."""
     training: LoopResult
-    artifact: Artifact | None = None
+    artifacts: list[Artifact] = field(default_factory=list)
+    """The one in the run's folder, and one at each of the job's outputs."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 def artifact_folder(workdir: Path) -> Path:
-    return workdir / "artifact"
+    return workdir / RUN_ARTIFACT
 
 
 def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: Path) -> WorkerResult:
@@ -90,11 +93,11 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
         calibration = _calibrated(method, engine, evaluator, training)
         engine.close()
         exporting_at = time.time()
-        artifact = None
+        artifacts: list[Artifact] = []
         if not training.cancelled:
             context.report(Stage.EXPORTING, step=training.step, total_steps=prepared.total_steps)
             tensors = _tensors(tuned, engine, training, best)
-            artifact = _write(plan, prepared, context, workdir, training, tensors, calibration)
+            artifacts = _write(plan, prepared, context, workdir, training, tensors, calibration)
         result = Result.CANCELLED if training.cancelled else Result.SUCCEEDED
     finally:
         if trackers is not None:
@@ -108,7 +111,7 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
         **training.seconds,
         Stage.EXPORTING: time.time() - exporting_at,
     }
-    return WorkerResult(started_at, training, artifact, {str(stage): value for stage, value in seconds.items()})
+    return WorkerResult(started_at, training, artifacts, {str(stage): value for stage, value in seconds.items()})
 
 
 def load(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> tuple[TunedModel, Engine]:
@@ -214,12 +217,13 @@ def _write(
     training: LoopResult,
     tensors: Iterator[tuple[str, Tensor]],
     calibration: Calibration | None,
-) -> Artifact | None:
-    """The artifact, written by rank 0 while all ranks gather."""
+) -> list[Artifact]:
+    """The artifact, written by rank 0 while all ranks gather; then the job's outputs, by the same process: in a cluster
+    nobody else may see what it has written."""
     if context.rank != 0:
         for _ in tensors:
             pass
-        return None
+        return []
     rate = prepared.learning_rate.peak
     assert rate is not None
     step = training.step if training.best_step is None else training.best_step
@@ -231,4 +235,5 @@ def _write(
         eval=training.eval,
         metrics=training.metrics,
     )
-    return write_artifact(artifact_folder(workdir), tensors, prepared.model, plan, card, calibration)
+    artifact = write_artifact(artifact_folder(workdir), tensors, prepared.model, plan, card, calibration)
+    return [artifact, *publish(plan, prepared.model, artifact)]

@@ -35,10 +35,12 @@ def train(orders: dict[str, str]) -> WorkerResult:
     try:
         from finetune_trainers import worker
         from finetune_trainers.context import RayTrainContext
+        from finetune_trainers.preparing import prepared_here
 
         plan = RunPlan.model_validate_json(orders["plan"])
-        prepared = PreparedRun.model_validate_json(orders["prepared"])
-        return worker.run(plan, prepared, RayTrainContext(plan, workdir), workdir)
+        context = RayTrainContext(plan, workdir)
+        prepared = prepared_here(plan, PreparedRun.model_validate_json(orders["prepared"]), context)
+        return worker.run(plan, prepared, context, workdir)
     except BaseException as error:
         logging.getLogger(__name__).exception("The worker failed")
         raise classified(error) from None
