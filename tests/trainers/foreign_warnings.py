@@ -30,5 +30,5 @@ RAY_DATA_FILLS_ITS_FIELDS = pytest.mark.filterwarnings(
 )
 """Ray Train makes Ray Data's settings, which set their own old fields too."""
 
-WHEN_TRAINING = (PEFT_ASKS_TRANSFORMERS, DEEPSPEED_CALLS_TORCH, TORCH_SCRIPTS, RAY_DATA_FILLS_ITS_FIELDS)
+WHEN_TRAINING = [PEFT_ASKS_TRANSFORMERS, DEEPSPEED_CALLS_TORCH, TORCH_SCRIPTS, RAY_DATA_FILLS_ITS_FIELDS]
 """In tests that train."""
