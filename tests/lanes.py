@@ -97,11 +97,22 @@ def run(lane: Lane, arguments: Sequence[str]) -> _Ran:
 
 
 def _parts(lane: Lane, arguments: Sequence[str]) -> list[list[str]]:
-    """The files of each pytest process; none named is all of them."""
-    if not lane.apart or any(Path(argument.partition("::")[0]).exists() for argument in arguments):
+    """The files of each pytest process; none named is all of them.
+
+    A lane with a marker looks only into its own files: collecting all of them takes as long as many a test.
+    """
+    if lane.marker is None or any(Path(argument.partition("::")[0]).exists() for argument in arguments):
         return [[]]
-    files = sorted(Path(__file__).parent.rglob("test_*.py"))
-    return [[str(file)] for file in files if f"mark.{lane.marker}" in file.read_text(encoding="utf-8")]
+    files = [str(file) for file in _carrying(f"mark.{lane.marker}")]
+    return [[file] for file in files] if lane.apart else [files]
+
+
+def _carrying(mark: str) -> list[Path]:
+    """The test files in which the mark is written, in their own text or in a conftest.py that holds for them."""
+    tests = Path(__file__).parent
+    marked = {file for file in tests.rglob("*.py") if mark in file.read_text(encoding="utf-8")}
+    folders = {file.parent for file in marked if file.name == "conftest.py"}
+    return sorted(file for file in tests.rglob("test_*.py") if file in marked or folders & set(file.parents))
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +48,29 @@ def test_a_lane_that_is_named_runs_alone(
 def test_the_quick_lane_has_nothing_of_the_others() -> None:
     expression = lanes.expression(LANES[0])
     assert all(f"not {lane.marker}" in expression for lane in LANES[1:])
+
+
+def test_a_lane_looks_for_its_tests_where_its_mark_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def written(name: str, text: str) -> str:
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        return str(file)
+
+    monkeypatch.setattr(lanes, "__file__", written("lanes.py", "mark.ray"))
+    in_itself = written("test_a.py", "pytestmark = pytest.mark.ray")
+    written("test_b.py", "pytestmark = pytest.mark.e2e")
+    written("stores/conftest.py", "pytest.param('s3', marks=pytest.mark.ray)")
+    by_its_folder = written("stores/test_c.py", "")
+    together, apart = Lane("l", "", "ray"), Lane("l", "", "ray", apart=True)
+    assert lanes._parts(together, []) == [[by_its_folder, in_itself]]
+    assert lanes._parts(apart, ["-k", "saves"]) == [[by_its_folder], [in_itself]]
+    assert lanes._parts(together, [in_itself]) == [[]]
+
+
+def test_marks_of_lanes_are_written_where_they_are_looked_for() -> None:
+    """In a file that tests import, pytest would see the mark and the choice of files would not."""
+    marks = [f"pytest.mark.{lane.marker}" for lane in LANES if lane.marker]
+    for file in Path(lanes.__file__).parent.rglob("*.py"):
+        if not file.name.startswith("test_") and file.name != "conftest.py":
+            assert not [mark for mark in marks if mark in file.read_text(encoding="utf-8")], file
