@@ -14,7 +14,7 @@ from pydantic import Field
 from finetune_api.base import Contract
 from finetune_api.failures import Failure
 
-__all__ = ["Artifact", "EvalSummary", "Outcome", "Progress", "Result", "SavedCheckpoint", "Stage"]
+__all__ = ["Artifact", "EvalSummary", "Outcome", "Progress", "Result", "RolloutGap", "SavedCheckpoint", "Stage"]
 
 
 class Stage(StrEnum):
@@ -43,6 +43,31 @@ class SavedCheckpoint(Contract):
     """Training processes that wrote it; any other number can go on from it."""
     bytes: int
     """Of all its files."""
+
+
+class RolloutGap(Contract):
+    """How far another engine that writes rollouts was from the trainer, when it last wrote some."""
+
+    nats: float | None = None
+    """Mean |log p - log p_engine| over their tokens; absent where that is no finite number."""
+    limit: float
+    """The job's gapLimit."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the rollouts are too little those of the policy that learns."""
+        return self.nats is None or self.nats > self.limit
+
+    @property
+    def sentence(self) -> str:
+        """For people: what there is, and what can be done about it."""
+        differ = "without measure" if self.nats is None else f"by {self.nats:.3g} nats per token"
+        if not self.is_over:
+            return f"vLLM and the trainer differ {differ}; gapLimit is {self.limit:g}."
+        return (
+            f"vLLM and the trainer differ {differ}, and gapLimit is {self.limit:g}; learning is corrected for it, and"
+            " less sure. fp32 makes the difference smaller; without vllm there is none."
+        )
 
 
 class Progress(Contract):
@@ -76,6 +101,8 @@ class Progress(Contract):
     """Checkpoints that this attempt would not go on from, each with its name and the reason; the newest four."""
     save_failure: str | None = None
     """Why the last try to save a checkpoint failed; absent once another one has succeeded."""
+    rollout_gap: RolloutGap | None = None
+    """Of the newest iteration; absent before it and where the policy itself writes."""
     updated_at: datetime
 
     @property

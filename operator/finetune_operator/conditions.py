@@ -26,6 +26,7 @@ __all__ = [
     "conditions",
     "ended",
     "find",
+    "rollout_faithful",
     "running",
     "updated",
 ]
@@ -37,7 +38,7 @@ JOBS_FAULT = frozenset({FailureClass.USER_ERROR, FailureClass.DATA_ERROR})
 
 _MESSAGE_LIMIT = 4096
 _ORDER = (
-    *("Valid", "Admitted", "ClusterReady", "Running", "Checkpointed", "Suspended"),
+    *("Valid", "Admitted", "ClusterReady", "Running", "RolloutFaithful", "Checkpointed", "Suspended"),
     *("ArtifactsPublished", "Complete", "Failed"),
 )
 _PLACES = {name: place for place, name in enumerate(_ORDER)}
@@ -62,7 +63,8 @@ def conditions(
 ) -> list[Condition]:
     """All conditions of a run without a cluster. One whose status did not change keeps its transition time."""
     published = artifacts_published(outcome.artifacts if outcome else (), outcome is not None)
-    findings = [_valid(outcome), running(outcome.result if outcome else None, progress), *ended(outcome), published]
+    goes_on = running(outcome.result if outcome else None, progress)
+    findings = [_valid(outcome), goes_on, *rollout_faithful(progress), *ended(outcome), published]
     before = {condition.type: condition for condition in previous}
     return [_dated(finding, before.get(finding.type), now, generation) for finding in findings]
 
@@ -90,6 +92,16 @@ def running(result: str | None, progress: Progress | None) -> Finding:
         return Finding("Running", "False", "NotStarted", "The run has not reported yet.")
     status: Literal["True", "False"] = "True" if progress.stage in TRAINING_STAGES else "False"
     return Finding("Running", status, progress.stage, progress.message or (progress.doing if progress.phase else ""))
+
+
+def rollout_faithful(progress: Progress | None) -> list[Finding]:
+    """Whether what another engine writes is what the policy would write; nothing where no other engine has written."""
+    gap = progress.rollout_gap if progress is not None else None
+    if gap is None:
+        return []
+    if gap.is_over:
+        return [Finding("RolloutFaithful", "False", "GapOverLimit", gap.sentence)]
+    return [Finding("RolloutFaithful", "True", "GapWithinLimit", gap.sentence)]
 
 
 def ended(outcome: Outcome | None) -> list[Finding]:

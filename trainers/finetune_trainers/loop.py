@@ -322,6 +322,7 @@ class Loop:
             tokens_per_second=self._pace.tokens_per_second or None,
             metrics={name: value for name, value in self.result.metrics.items() if math.isfinite(value)},
             **self._lasting,
+            **self._method.lasting(),
             **figures,
         )
 

@@ -49,7 +49,7 @@ class Vllm(Contract):
     kv_cache_gib: Annotated[int, Field(ge=1, le=1024)] = 2
     """GiB of each process for keys and values."""
     gap_limit: Annotated[float, Field(gt=0, le=100)] = 0.05
-    """Nats per token between trainer and vLLM, on average, from which on the run warns."""
+    """Nats per token between trainer and vLLM, on average, above which condition RolloutFaithful is False."""
 
 
 class OnlineMethod(Contract):

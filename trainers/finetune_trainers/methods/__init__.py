@@ -47,6 +47,10 @@ class Method(Protocol):
         """What the model wrote in the last evaluation, for people to read: on rank 0, at least."""
         return []
 
+    def lasting(self) -> dict[str, Any]:
+        """Fields of Progress that hold until it says otherwise; every report has them."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """What the method would need to know, beside the model, if it went on in another process: JSON, small."""
         return {}

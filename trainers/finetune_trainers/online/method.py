@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.plan import BatchPlan
-from finetune_api.progress import Stage
+from finetune_api.progress import RolloutGap, Stage
 from finetune_api.spec import OnlineMethod, reward_names
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.data.batches import StepBatches
@@ -111,6 +111,8 @@ class Online(Method):
         self._stage = Stage.TRAINING
         self._roles = _roles(settings, asked)
         self._samples: list[dict[str, Any]] = []
+        self._gap: RolloutGap | None = None
+        """Of the newest iteration, where another engine writes."""
         self._told_of_gap = False
 
     @property
@@ -165,6 +167,9 @@ class Online(Method):
 
     def samples(self) -> list[dict[str, Any]]:
         return self._samples
+
+    def lasting(self) -> dict[str, Any]:
+        return {} if self._gap is None else {"rollout_gap": self._gap}
 
     def state(self) -> dict[str, Any]:
         return {"cursor": self._cursor}
@@ -324,18 +329,19 @@ class Online(Method):
             )
 
     def _tell_of_gap(self, figures: Mapping[str, float]) -> None:
-        """Once in a run: the figure shows how it goes on."""
+        """In every report from now on, and once in a run by a sentence."""
         vllm = self._settings.vllm
-        if vllm is None or self._told_of_gap or figures.get(GAP, 0.0) <= vllm.gap_limit:
+        if vllm is None or GAP not in figures:
             return
-        self._told_of_gap = True
-        sentence = (
-            f"vLLM and the trainer differ by {figures[GAP]:.3g} nats per token, and gapLimit is {vllm.gap_limit:g};"
-            " learning is corrected for it, and less sure. fp32 makes the difference smaller"
-        )
-        if self._context.rank == 0:
-            _log.warning(sentence)
-        self._context.report(Stage.TRAINING, urgent=True, message=sentence)
+        nats, before = figures[GAP], self._gap
+        self._gap = gap = RolloutGap(nats=nats if math.isfinite(nats) else None, limit=vllm.gap_limit)
+        is_first = gap.is_over and not self._told_of_gap
+        self._told_of_gap |= gap.is_over
+        if is_first and self._context.rank == 0:
+            _log.warning(gap.sentence)
+        is_news = before is None or before.is_over != gap.is_over
+        message = gap.sentence if is_first else None
+        self._context.report(Stage.TRAINING, urgent=is_news, message=message, **self.lasting())
 
     def _tell_of_writing(self, num_done: int, num: int) -> None:
         role = _OTHERS if num_done == num and self._context.world_size > 1 else self._roles["generate"]
