@@ -46,6 +46,7 @@ LANES = (
     Lane("control-plane", "a real API server", "control_plane"),
     Lane("ray", "Ray Train and DeepSpeed on this machine", "ray", apart=True),
     Lane("e2e", "from a manifest to a tuned model", "e2e"),
+    Lane("vllm", "rollouts by vLLM itself, in an environment that is made for it", "vllm", only_by_name=True),
     Lane("cluster", "images and pods on two real nodes, as root", "cluster", only_by_name=True),
 )
 
@@ -72,9 +73,10 @@ class _Ran:
 
 def expression(lane: Lane) -> str:
     """The lane as pytest's -m takes it."""
-    if lane.marker:
-        return lane.marker
-    return " and ".join(f"not {other.marker}" for other in LANES if other.marker)
+    if lane.only_by_name:
+        return str(lane.marker)
+    others = [other for other in LANES if other.marker and (lane.marker is None or other.only_by_name)]
+    return " and ".join([*filter(None, [lane.marker]), *(f"not {other.marker}" for other in others)])
 
 
 def run(lane: Lane, arguments: Sequence[str]) -> _Ran:

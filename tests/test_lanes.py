@@ -30,10 +30,12 @@ def test_a_lane_that_is_run_by_name_only_is_left_out_and_said_to_be(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lanes"])
     assert lanes.main() == 0
-    assert ran == [lane.name for lane in LANES if lane.name != "cluster"]
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("cluster"))
-    assert "NOT RUN" in line
-    assert line.endswith("python -m tests.lanes --lane cluster")
+    assert ran == [lane.name for lane in LANES if lane.name not in ("cluster", "vllm")]
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("cluster", "vllm"):
+        (line,) = (line for line in lines if line.startswith(name))
+        assert "NOT RUN" in line
+        assert line.endswith(f"python -m tests.lanes --lane {name}")
 
 
 def test_a_lane_that_is_named_runs_alone(
@@ -42,12 +44,19 @@ def test_a_lane_that_is_named_runs_alone(
     monkeypatch.setattr(sys, "argv", ["lanes", "--lane", "cluster"])
     assert lanes.main() == 0
     assert ran == ["cluster"]
-    assert "NOT RUN" not in capsys.readouterr().out
+    assert not [line for line in capsys.readouterr().out.splitlines() if "cluster" in line and "NOT RUN" in line]
 
 
 def test_the_quick_lane_has_nothing_of_the_others() -> None:
     expression = lanes.expression(LANES[0])
     assert all(f"not {lane.marker}" in expression for lane in LANES[1:])
+
+
+def test_no_lane_has_tests_of_one_that_is_run_by_name_only() -> None:
+    """Rollouts by vLLM start Ray too."""
+    named = {lane.name: lane for lane in LANES}
+    assert lanes.expression(named["ray"]) == "ray and not vllm and not cluster"
+    assert lanes.expression(named["vllm"]) == "vllm"
 
 
 def test_a_lane_looks_for_its_tests_where_its_mark_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,12 +66,12 @@ def test_a_lane_looks_for_its_tests_where_its_mark_is_written(tmp_path: Path, mo
         file.write_text(text)
         return str(file)
 
-    monkeypatch.setattr(lanes, "__file__", written("lanes.py", "mark.ray"))
-    in_itself = written("test_a.py", "pytestmark = pytest.mark.ray")
-    written("test_b.py", "pytestmark = pytest.mark.e2e")
-    written("stores/conftest.py", "pytest.param('s3', marks=pytest.mark.ray)")
+    monkeypatch.setattr(lanes, "__file__", written("lanes.py", "mark.slow"))
+    in_itself = written("test_a.py", "pytestmark = pytest.mark.slow")
+    written("test_b.py", "pytestmark = pytest.mark.other")
+    written("stores/conftest.py", "pytest.param('s3', marks=pytest.mark.slow)")
     by_its_folder = written("stores/test_c.py", "")
-    together, apart = Lane("l", "", "ray"), Lane("l", "", "ray", apart=True)
+    together, apart = Lane("l", "", "slow"), Lane("l", "", "slow", apart=True)
     assert lanes._parts(together, []) == [[by_its_folder, in_itself]]
     assert lanes._parts(apart, ["-k", "saves"]) == [[by_its_folder], [in_itself]]
     assert lanes._parts(together, [in_itself]) == [[]]

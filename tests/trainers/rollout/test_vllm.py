@@ -1,6 +1,6 @@
 """Rollout by vLLM: it has the trainer's weights to the bit, and writes what the trainer would.
 
-Each test runs against a stand-in by transformers, and where somebody asks for it against vLLM itself.
+Each test runs against a stand-in by transformers, and in a lane of their own against vLLM itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from finetune_trainers.rollout.vllm_weights import policy_weights
 from finetune_trainers.tuning import peft_warnings_off
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.online.online_world import LORA, METHODS, OnlineWorld
-from tests.trainers.rollout.vllm_environments import NOT_ASKED_FOR, has_real_vllm, real_python, stand_in_python
+from tests.trainers.rollout.vllm_environments import real_python, stand_in_python
 from tests.trainers.rollout.writers import PAD, PROMPTS, Alone, engine_for, policy, requests_for
 
 pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
@@ -35,10 +35,7 @@ FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj
 """What vLLM keeps as one weight."""
 TOLERANCE = 1e-3
 """Nats, of log-probabilities in fp32."""
-BOTH = [
-    "stand-in",
-    pytest.param("vllm", marks=pytest.mark.skipif(not has_real_vllm(), reason=NOT_ASKED_FOR)),
-]
+BOTH = ["stand-in", pytest.param("vllm", marks=pytest.mark.vllm)]
 
 
 def head_of_32(folder: Path, architecture: str = "Llama") -> nn.Module:

@@ -1,7 +1,7 @@
 """Interpreters with vLLM for tests: one that has the stand-in, and the real one where somebody asks for it.
 
-The real one is that of ROLLOUT_VLLM_PYTHON, or with FINETUNE_LONG=1 the one that vllm_env.sh makes; it takes a minute
-to start, and two cores while it does.
+The real one is that of ROLLOUT_VLLM_PYTHON, or else the one that vllm_env.sh makes; it takes a minute to start, and two
+cores while it does.
 """
 
 from __future__ import annotations
@@ -14,14 +14,9 @@ from pathlib import Path
 
 from finetune_trainers.rollout.vllm_process import VARIABLE
 
-__all__ = ["NOT_ASKED_FOR", "has_real_vllm", "real_python", "stand_in_python"]
+__all__ = ["real_python", "stand_in_python"]
 
 HERE = Path(__file__).parent
-NOT_ASKED_FOR = f"real vLLM takes minutes: set {VARIABLE}, or FINETUNE_LONG=1 to have an environment made for it"
-
-
-def has_real_vllm() -> bool:
-    return bool(os.environ.get(VARIABLE) or os.environ.get("FINETUNE_LONG"))
 
 
 def real_python() -> str:
