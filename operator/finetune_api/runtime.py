@@ -10,6 +10,7 @@ from finetune_api.base import API_VERSION, Contract
 from finetune_api.meta import Metadata
 from finetune_api.spec import Head, Pods, Precision, Scheduling
 from finetune_api.spec.fields import ImageName, Memory, OutputUri
+from finetune_api.spec.pods import ObjectName
 
 __all__ = ["FineTuneRuntime", "FineTuneRuntimeSpec", "RuntimeWorkers"]
 
@@ -51,7 +52,13 @@ class FineTuneRuntimeSpec(Contract):
     ray_token_auth: bool = True
     """Make Ray ask for a token that only the job's pods have. Needs Ray 2.52 or newer in the image."""
     storage: OutputUri | None = None
-    """Where runs keep their files; each job gets a folder of its own below it."""
+    """Where runs keep their files, each job in a folder of its own: pvc://claim/path or file:///path, which every pod
+    sees; or s3://bucket/prefix or gs://bucket/prefix, where checkpoints and artifacts go while all else stays on each
+    pod's own disk."""
+    storage_secret: ObjectName | None = None
+    """A Secret in the job's namespace, whose keys become environment variables of its pods: what a bucket is opened
+    with, such as AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL. The operator only passes
+    the name on; it cannot read secrets."""
     precision: Precision = Precision.AUTO
     """Precision of jobs that leave it to `auto`."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None

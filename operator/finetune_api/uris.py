@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["Scheme", "Uri", "parse_uri"]
+__all__ = ["BUCKETS", "Scheme", "Uri", "in_bucket", "parse_uri"]
 
 
 class Scheme(StrEnum):
@@ -29,6 +29,9 @@ class Scheme(StrEnum):
     PACKAGE = "package"
     JOB = "job"
 
+
+BUCKETS = (Scheme.S3, Scheme.GS)
+"""Object stores: what lies there is reached by requests, and nothing is mounted."""
 
 _SHAPES: dict[Scheme, tuple[re.Pattern[str], str]] = {
     Scheme.HF: (re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?"), "hf://org/name"),
@@ -53,6 +56,11 @@ class Uri:
     def __str__(self) -> str:
         rest = "/".join(part for part in (self.authority, self.path) if part)
         return f"{self.scheme}://{rest}"
+
+
+def in_bucket(text: str | None) -> bool:
+    """Whether a URI, or the lack of one, names a place in an object store. `text` is not looked at otherwise."""
+    return text is not None and text.partition("://")[0] in BUCKETS
 
 
 def parse_uri(text: str, allowed: tuple[Scheme, ...] = tuple(Scheme)) -> Uri:

@@ -23,6 +23,7 @@ __all__ = [
     "RAY_CONTAINER",
     "RAY_JOB_NAME_LENGTH",
     "ROLE_LABEL",
+    "SCRATCH",
     "SUBMITTER",
     "WORKER",
     "attempt_from",
@@ -65,6 +66,8 @@ SUBMITTER = "submitter"
 
 RAY_CONTAINER = "ray"
 """The container of every pod in which Ray runs."""
+SCRATCH = "/var/finetune"
+"""A folder of each pod's own, which goes with the pod; it is also the home folder."""
 
 _ATTEMPT = re.compile(r"[1-9][0-9]{0,8}")
 

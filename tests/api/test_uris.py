@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from finetune_api.uris import Scheme, Uri, parse_uri
+from finetune_api.uris import Scheme, Uri, in_bucket, parse_uri
 
 TAKEN = [
     ("hf://org/name", Uri(Scheme.HF, "org", "name")),
@@ -81,3 +81,11 @@ def test_a_scheme_that_is_not_for_this_field_is_refused_with_those_that_are() ->
 
 def test_two_dots_inside_a_name_are_not_a_way_up() -> None:
     assert parse_uri("s3://bucket/a..b/c").path == "a..b/c"
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [("s3://bucket/a", True), ("gs://bucket", True), ("pvc://s3/a", False), ("file:///s3://x", False), (None, False)],
+)
+def test_what_lies_in_an_object_store(text: str | None, holds: bool) -> None:
+    assert in_bucket(text) is holds

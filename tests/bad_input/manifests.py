@@ -114,7 +114,7 @@ MANIFESTS = [
     bad("the source is missing", "spec.model.source", ABSENT, "is required"),
     bad("the source has no scheme", "spec.model.source", "Qwen/Qwen3-8B", f"start it with one of {KNOWN_SCHEMES}"),
     bad("the scheme is unknown", "spec.model.source", "http://x/y", f"use one of {KNOWN_SCHEMES}"),
-    bad("the scheme cannot hold models", "spec.model.source", "s3://bucket/a", "cannot be s3:// here"),
+    bad("the scheme cannot hold tokenizers", "spec.model.tokenizer", "s3://bucket/a", "cannot be s3:// here"),
     bad("the Hub's path is too deep", "spec.model.source", "hf://a/b/c", "is not of the form hf://org/name"),
     bad("a file has a host", "spec.model.source", "file://model", "file:///absolute/path or file://./relative"),
     bad("a claim is left upwards", "spec.model.source", "pvc://claim/../x", "must not contain '..'"),

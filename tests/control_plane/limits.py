@@ -268,6 +268,7 @@ EXAMPLES = {
             "networkPolicy": True,
             "rayTokenAuth": True,
             "storage": "pvc://claim/runs",
+            "storageSecret": "bucket-keys",
             "precision": "bf16",
             "zeroStage": 2,
         }

@@ -34,7 +34,16 @@ _TEXTS = st.one_of(
     st.sampled_from(["", "Valid", "Complete", "Failed", "Suspended", "True", "FailurePolicy", "NodeLost", "example-1"]),
 )
 _URIS = st.sampled_from(
-    ["hf://org/name", "file:///x", "job://sft", "job://example", "pvc://c/p", "package://p/q", "hf://?"]
+    [
+        "hf://org/name",
+        "file:///x",
+        "job://sft",
+        "job://example",
+        "pvc://c/p",
+        "s3://bucket/p",
+        "package://p/q",
+        "hf://?",
+    ]
 )
 
 

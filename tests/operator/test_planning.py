@@ -475,6 +475,11 @@ class TestCheckpoints:
             True,
         )
 
+    def test_a_storage_may_be_a_bucket(self) -> None:
+        planned = plan({"checkpoint": {}}, {"storage": "s3://runs/team/"})
+        assert planned.checkpoint is not None
+        assert planned.checkpoint.uri == "s3://runs/team/default/example/checkpoints"
+
     def test_without_a_storage_they_are_in_the_runs_own_folder(self) -> None:
         planned = plan({"checkpoint": {"keepLast": 1, "resume": "never"}})
         assert planned.checkpoint is not None

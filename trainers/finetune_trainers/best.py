@@ -46,7 +46,10 @@ class BestParameters:
         shutil.rmtree(older, ignore_errors=True)
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, CPU tensor) of what was saved last."""
+        """(name, CPU tensor) of what was saved last. Other ranks than the one that wrote it get nothing: they may be on
+        a machine that does not see it."""
+        if not self._is_writer:
+            return iter(())
         files = WeightFiles.of(self._folder)
         assert files is not None, "read comes after save"
         return read_tensors(files)

@@ -1,5 +1,6 @@
 """The launcher: one run from a plan to its outcome, in the order in which things can go wrong.
 
+    try the buckets      that the run will write to
     check the model      no weights loaded, no worker started
     prepare the data     every row read
     count the steps, settle the learning rate, write prepared.json
@@ -117,6 +118,7 @@ class _Launch:
         if not use_ray and world_size > 1:
             raise UserError(f"--no-ray trains in one process, and the plan has {world_size}; leave --no-ray out")
         with _ray(self.plan) if use_ray else nullcontext() as ray, _StopRequests(self.workdir) as stops:
+            self._try_buckets()
             prepared = self.prepare()
             self._set_aside()
             asked_at = time.time()
@@ -139,6 +141,12 @@ class _Launch:
             metrics={name: value for name, value in training.metrics.items() if math.isfinite(value)},
             seconds=self.seconds,
         )
+
+    def _try_buckets(self) -> None:
+        """Not a part of `check`, which writes nowhere but here."""
+        from finetune_trainers.outputs import check_buckets
+
+        check_buckets(self.plan)
 
     def _set_aside(self) -> None:
         """An artifact that lies here already stays, under another name: on a claim it may be that of a job of the same

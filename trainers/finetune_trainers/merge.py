@@ -34,6 +34,7 @@ __all__ = [
     "copy_files",
     "merge_adapter",
     "merged_weights",
+    "named_base",
     "pair_of",
     "transposed_by_shape",
 ]
@@ -69,20 +70,28 @@ class _Adapter:
     """By module."""
 
 
-def merge_adapter(base_folder: Path, adapter_folder: Path, out_folder: Path, dtype: Precision) -> Artifact:
-    """Write the model of `base_folder` with the LoRA adapter of `adapter_folder` merged in, at `out_folder`.
+def merge_adapter(
+    base_folder: Path,
+    adapter_folder: Path,
+    to: Path | str,
+    dtype: Precision,
+    field: str = "spec.outputs",
+    writer: str | None = None,
+) -> Artifact:
+    """Write the model of `base_folder` with the LoRA adapter of `adapter_folder` merged in, at `to`: a folder or a URI.
 
-    Raises UserError when the adapter is not plain LoRA or not this base's, or something is at `out_folder`.
+    `field` named that, and `writer` is who writes there. Raises UserError when the adapter is not plain LoRA or not
+    this base's, or something is at `to` that is not left of this writer.
     """
     base, adapter = base_weights(base_folder), _read_adapter(adapter_folder)
     pairs = _by_weight(base, adapter, adapter_folder)
-    named_base = _named_base(adapter_folder, base)
-    with new_destination(str(out_folder), "spec.outputs") as out:
+    named = named_base(adapter_folder, base)
+    with new_destination(str(to), field, writer) as out:
         weights = merged_weights(base, pairs, adapter.scale, adapter.transposed, SAFETENSORS_TYPES[dtype])
         out.record(write_weights(out.sink, weights))
         out.add_config(base_folder, dtype)
         copy_files(out, adapter_folder, _COPIED)
-        return out.seal("model", named_base)
+        return out.seal("model", named)
 
 
 def copy_files(out: Destination, folder: Path, patterns: tuple[str, ...]) -> None:
@@ -203,7 +212,7 @@ def pair_of(down: Weight, up: Weight) -> Pair:
     return Pair(up.entry.shape[0], down.entry.shape[1], load)
 
 
-def _named_base(adapter_folder: Path, base: WeightFiles) -> dict[str, Any]:
+def named_base(adapter_folder: Path, base: WeightFiles) -> dict[str, Any]:
     """How the adapter names its base; refused when the weights at hand are others."""
     digest = base.digest()
     try:

@@ -4,6 +4,7 @@ hf://org/name           a snapshot in the Hub's own cache (HF_HOME), downloaded 
 file:///path            a folder or a GGUF file
 pvc://claim/path        the claim mounted under FINETUNE_PVC_ROOT (default /mnt/pvc)
 package://package/path  a file or folder inside an installed package, which is not imported
+s3://, gs://            an artifact in a bucket, fetched into the cache and verified
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune_api.failures import Problem
-from finetune_api.uris import Scheme, Uri, parse_uri
+from finetune_api.uris import Scheme, Uri, in_bucket, parse_uri
 from finetune_trainers.errors import UserError
 from finetune_trainers.places import claim_folder, package_folder
 
@@ -26,6 +27,10 @@ def locate_model(source: str, field: str, revision: str | None = None, remote_co
     uri = parse_uri(source)
     if uri.scheme is Scheme.HF:
         return _hub_snapshot(uri, source, field, revision, remote_code)
+    if in_bucket(source):
+        from finetune_trainers.buckets import fetch_artifact
+
+        return fetch_artifact(source, field)
     if uri.scheme is Scheme.PACKAGE:
         folder = package_folder(uri.authority)
         if folder is None:

@@ -48,7 +48,7 @@ class WorkerResult:
     """time.time() when the worker began."""
     training: LoopResult
     artifacts: list[Artifact] = field(default_factory=list)
-    """The one in the run's folder, and one at each of the job's outputs."""
+    """The one in the run's folder, or in the storage that is a bucket; and one at each of the job's outputs."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -236,4 +236,8 @@ def _write(
         metrics=training.metrics,
     )
     artifact = write_artifact(artifact_folder(workdir), tensors, prepared.model, plan, card, calibration)
-    return [artifact, *publish(plan, prepared.model, artifact)]
+
+    def tell(place: str) -> None:
+        context.report(Stage.EXPORTING, step=training.step, message=f"Writing the artifact to {place}")
+
+    return publish(plan, prepared.model, artifact, tell)

@@ -10,7 +10,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from finetune_api.base import Rule
-from finetune_api.uris import Scheme, parse_uri
+from finetune_api.uris import BUCKETS, Scheme, parse_uri
 
 __all__ = [
     "DataUri",
@@ -29,9 +29,9 @@ __all__ = [
 
 
 TOKENIZER_SCHEMES = (Scheme.HF, Scheme.FILE, Scheme.PVC, Scheme.PACKAGE)
-MODEL_SCHEMES = (*TOKENIZER_SCHEMES, Scheme.JOB)
+MODEL_SCHEMES = (*TOKENIZER_SCHEMES, *BUCKETS, Scheme.JOB)
 DATA_SCHEMES = (Scheme.HF, Scheme.FILE, Scheme.PVC, Scheme.PACKAGE)
-OUTPUT_SCHEMES = (Scheme.FILE, Scheme.PVC)
+OUTPUT_SCHEMES = (Scheme.FILE, Scheme.PVC, *BUCKETS)
 _URI_LENGTH = 1024
 
 

@@ -17,8 +17,9 @@ class Model(Contract):
 
     source: ModelUri
     """Where the model is: hf://org/name, a folder in Hugging Face layout or a single GGUF file by file:///path,
-    pvc://claim/path or package://python_package/path, or the model that another job of the namespace wrote, by
-    job://name: this job then waits for that one. A GGUF file is dequantized once, before training."""
+    pvc://claim/path or package://python_package/path; what a job wrote into a bucket, by s3:// or gs://; or the model
+    that another job of the namespace writes, by job://name: this job then waits for that one. A GGUF file is
+    dequantized once, before training."""
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Branch, tag or commit of an hf:// source. Pin a commit to make the job repeatable."""
     tokenizer: TokenizerUri | None = None

@@ -16,7 +16,7 @@ class Output(Contract):
     """Where the trained model goes."""
 
     to: OutputUri
-    """A folder by file:///path or pvc://claim/path. It must not hold an artifact yet."""
+    """A folder by file:///path or pvc://claim/path, or a place in a bucket by s3:// or gs://. It must be empty."""
     merge: bool = False
     """LoRA: merge the adapters into the base and write a whole model instead of the adapters alone."""
 

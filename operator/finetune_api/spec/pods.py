@@ -11,7 +11,7 @@ from pydantic import Field
 
 from finetune_api.base import Contract, Rule, exactly_one
 
-__all__ = ["EnvVar", "KeyOf", "Pods", "Toleration", "Volume"]
+__all__ = ["EnvVar", "KeyOf", "ObjectName", "Pods", "Toleration", "Volume"]
 
 LabelKey = Annotated[str, Field(min_length=1, max_length=317)]
 LabelValue = Annotated[str, Field(max_length=63)]

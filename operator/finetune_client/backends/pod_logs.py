@@ -20,9 +20,8 @@ from finetune_client.views import JobView, LogChoice, LogLine
 from finetune_operator.cluster.connection import Connection
 from finetune_operator.errors import ClusterError
 from finetune_operator.kinds import POD, Key
-from finetune_operator.names import ATTEMPT_LABEL, HEAD, JOB_LABEL, RAY_CONTAINER, ROLE_LABEL, WORKER
+from finetune_operator.names import ATTEMPT_LABEL, HEAD, JOB_LABEL, RAY_CONTAINER, ROLE_LABEL, SCRATCH, WORKER
 from finetune_operator.raw import Document, at, items, text
-from finetune_operator.resources.storage import SCRATCH
 
 __all__ = ["PodLogs"]
 

@@ -17,11 +17,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_api.progress import Artifact
+from finetune_operator.names import SCRATCH
 from finetune_operator.raw import at, items, text
 
 __all__ = ["Dependencies", "dependency_names", "dependency_paths", "resolve"]
 
 _PREFIX = "job://"
+_POD_DISK = f"file://{SCRATCH}/"
+"""What is there nobody else can read, and soon nobody at all."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,13 @@ def resolve(names: Iterable[str], jobs: Mapping[str, Any]) -> Dependencies:
             waiting.append(f"job://{name} is {at(other, 'status', 'phase') or 'Pending'}.")
         elif not written:
             failed.append(f"job://{name} succeeded without writing a model.")
+        elif not (kept := [one for one in written if not one.uri.startswith(_POD_DISK)]):
+            failed.append(
+                f"job://{name} succeeded, and its model went with its pods: give it spec.outputs, or a runtime with a"
+                " storage."
+            )
         else:
-            artifacts[name] = next((one for one in written if one.kind == "model"), written[0])
+            artifacts[name] = next((one for one in kept if one.kind == "model"), kept[0])
     return Dependencies(artifacts, tuple(waiting), tuple(failed))
 
 

@@ -14,10 +14,11 @@ from finetune_api.plan import Device, RunPlan
 from finetune_api.runtime import FineTuneRuntimeSpec
 from finetune_api.spec import EnvVar, Pods, Toleration
 from finetune_operator import names
+from finetune_operator.names import SCRATCH
 from finetune_operator.resources.metadata import Document, Owner
 from finetune_operator.resources.scheduling import Placement
 from finetune_operator.resources.sizes import Size
-from finetune_operator.resources.storage import PVC_ROOT, SCRATCH, mounts, places
+from finetune_operator.resources.storage import PVC_ROOT, mounts, places
 
 __all__ = ["DRAIN_SECONDS", "GRACE_SECONDS", "Software", "pod_template"]
 
@@ -67,6 +68,7 @@ def pod_template(
     container = {
         "name": names.RAY_CONTAINER,
         "image": software.image,
+        **_from_secret(runtime),
         "env": _environment(owner, plan, runtime, attempt, size, software, added),
         "resources": size.resources(),
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
@@ -141,6 +143,13 @@ def _environment(
     for one in reversed(added):
         variables |= {variable.name: _variable(variable) for variable in one.env if variable.name not in fixed}
     return list(variables.values())
+
+
+def _from_secret(runtime: FineTuneRuntimeSpec) -> Document:
+    """Variables that a Secret names itself. Those of `env` stand over them, ours among them."""
+    if runtime.storage_secret is None:
+        return {}
+    return {"envFrom": [{"secretRef": {"name": runtime.storage_secret}}]}
 
 
 def _variable(variable: EnvVar) -> Document:

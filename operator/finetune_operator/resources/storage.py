@@ -1,7 +1,8 @@
 """Which volumes a job's pods mount, and where in them the run keeps its files.
 
-Head and workers are different pods: what the driver prepares (tokenized data, unpacked models) and what rank 0 writes
-must lie where all of them see it. That is the runtime's `storage`, a claim that many nodes can mount at once.
+Head and workers are different pods. Where the runtime's `storage` is a claim that many nodes can mount at once, all of
+them see what the driver prepares (tokenized data, unpacked models) and what rank 0 writes. Where it is a bucket they
+share that alone: checkpoints and artifacts go there, and each pod prepares model and data on a disk of its own.
 """
 
 from __future__ import annotations
@@ -16,18 +17,17 @@ from finetune_api.plan import RunPlan
 from finetune_api.problems import InvalidManifest
 from finetune_api.runtime import FineTuneRuntimeSpec
 from finetune_api.spec import Pods
-from finetune_api.uris import Scheme, Uri, parse_uri
+from finetune_api.uris import Scheme, Uri, in_bucket, parse_uri
 from finetune_operator import names
+from finetune_operator.names import SCRATCH
 from finetune_operator.resources.config_map import PLAN_KEY
 from finetune_operator.resources.metadata import Document, Owner
 
-__all__ = ["PLAN_FOLDER", "PVC_ROOT", "SCRATCH", "Mounts", "Places", "check_shared_files", "mounts", "places"]
+__all__ = ["PLAN_FOLDER", "PVC_ROOT", "Mounts", "Places", "check_shared_files", "mounts", "places"]
 
 PVC_ROOT = "/mnt/pvc"
 """Each claim is a folder below it."""
 PLAN_FOLDER = "/etc/finetune"
-SCRATCH = "/var/finetune"
-"""A folder of each pod's own, which goes with the pod; it is also the home folder."""
 _SHARED_MEMORY = "/dev/shm"
 _TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 _TOKEN_SECONDS = 3600
@@ -68,7 +68,7 @@ class Mounts:
 def places(plan: RunPlan, runtime: FineTuneRuntimeSpec, attempt: int) -> Places:
     """The working folder of one attempt, and the cache that attempts and jobs share.
 
-    Without storage that pods share both are the pod's own, which only a run in one pod can use.
+    Without storage that pods mount both are the pod's own.
     """
     storage, root = _folder(plan.storage), _folder(runtime.storage)
     return Places(
@@ -80,11 +80,17 @@ def places(plan: RunPlan, runtime: FineTuneRuntimeSpec, attempt: int) -> Places:
 def check_shared_files(plan: RunPlan) -> None:
     """Whether the pods of the plan see what they must see of each other's files. Raises InvalidManifest.
 
-    What is in a pod goes with it, checkpoints too; and workers on several nodes read what the head has prepared.
+    What is in a pod goes with it, checkpoints too; and where there are several workers one of them writes what all of
+    them read.
     """
+    if in_bucket(plan.storage):
+        _check_without_shared_disk(plan)
     if plan.storage is not None:
         return
-    remedy = "name a runtime whose spec.storage every pod can mount, such as pvc://claim/path"
+    remedy = (
+        "name a runtime whose spec.storage every pod can mount, such as pvc://claim/path, or is a bucket, such as"
+        " s3://bucket/prefix"
+    )
     found = []
     if plan.checkpoint is not None:
         message = f"would be lost with the pods, because no runtime names a storage; {remedy}, or leave it out"
@@ -95,6 +101,18 @@ def check_shared_files(plan: RunPlan) -> None:
         found.append(Problem(path="spec.cluster.workers.replicas", value=value, message=message))
     if found:
         raise InvalidManifest(found)
+
+
+def _check_without_shared_disk(plan: RunPlan) -> None:
+    """All but one thing is made by each pod for itself: answers of a teacher, which ranks write together."""
+    distill = plan.method.distill
+    if distill is None or distill.teacher_answers is None or plan.workers.replicas == 1:
+        return
+    message = (
+        "are kept on a disk that all workers share, and the runtime's storage is a bucket; ask for one worker, or name"
+        " a runtime whose spec.storage every pod can mount, such as pvc://claim/path"
+    )
+    raise InvalidManifest([Problem(path="spec.method.distill.teacherAnswers", message=message)])
 
 
 def mounts(

@@ -68,6 +68,15 @@ def test_a_whole_model_is_preferred_to_an_adapter() -> None:
     assert found.artifacts["sft"].kind == "model"
 
 
+def test_what_only_a_pod_had_is_no_model_for_others() -> None:
+    lost = {**WRITTEN[0], "uri": "file:///var/finetune/run/artifact"}
+    bucket = {**WRITTEN[0], "uri": "s3://models/sft"}
+    found = resolve(["sft"], {"sft": another_job("sft", ended("Complete", artifacts=[lost, bucket]))})
+    assert found.artifacts["sft"].uri == "s3://models/sft"
+    [failed] = resolve(["sft"], {"sft": another_job("sft", ended("Complete", artifacts=[lost]))}).failed
+    assert "its model went with its pods: give it spec.outputs, or a runtime with a storage" in failed
+
+
 @pytest.mark.parametrize(
     ("other", "says"),
     [

@@ -225,6 +225,14 @@ def test_the_jobs_variables_come_over_its_pools_and_those_over_our_defaults() ->
         assert told["M"] == {"configMapKeyRef": {"name": "m", "key": "k"}}
 
 
+def test_the_secret_of_the_storage_is_named_to_every_pod_and_not_read() -> None:
+    made = built({}, {"storage": "s3://bucket/jobs", "storageSecret": "bucket-keys"})
+    for template in templates(made):
+        assert container(template)["envFrom"] == [{"secretRef": {"name": "bucket-keys"}}]
+        assert not [volume for volume in template["spec"]["volumes"] if "persistentVolumeClaim" in volume]
+    assert all("envFrom" not in container(template) for template in templates(built()))
+
+
 def test_labels_of_job_and_pool_are_merged_and_ours_win() -> None:
     ray_job = built(
         {"cluster.pods.labels": {"a": "job", names.JOB_LABEL: "other"}, "cluster.pods.annotations": {"x": "job"}},

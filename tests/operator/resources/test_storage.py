@@ -49,6 +49,9 @@ def paths(found: Mounts) -> list[str]:
             id="a claim",
         ),
         pytest.param("file:///nfs/", Places("/nfs/default/example/attempt-2", "/nfs/.cache"), id="a path of the image"),
+        pytest.param(
+            "s3://bucket/runs", Places("/var/finetune/run", "/var/finetune/.cache"), id="a bucket is no folder"
+        ),
         pytest.param(None, Places("/var/finetune/run", "/var/finetune/.cache"), id="nothing that pods share"),
     ],
 )
@@ -74,12 +77,24 @@ def test_a_job_whose_pods_would_miss_each_others_files_is_refused(changes: dict[
     ("changes", "storage"),
     [
         ({"checkpoint": {}, "cluster.workers.replicas": 2}, "pvc://runs/jobs"),
+        ({"checkpoint": {}, "cluster.workers.replicas": 2}, "gs://bucket/jobs"),
         ({"cluster.workers.gpus": 8}, None),
     ],
-    ids=["a claim serves all", "one worker without checkpoints"],
+    ids=["a claim serves all", "a bucket keeps what must stay", "one worker without checkpoints"],
 )
 def test_a_job_whose_pods_have_what_they_need_is_not(changes: dict[str, Any], storage: str | None) -> None:
     check_shared_files(plan_run(job(changes), runtime({"storage": storage} if storage else {})))
+
+
+def test_answers_that_ranks_write_together_need_a_disk_that_they_share() -> None:
+    teacher = {"teacher": {"source": "hf://org/big"}, "teacherAnswers": {}, "packing": False}
+    changes = {"method": {"distill": teacher}, "cluster.workers.replicas": 2}
+    bucket = runtime({"storage": "s3://bucket/jobs"})
+    with pytest.raises(InvalidManifest, match="the runtime's storage is a bucket; ask for one worker") as refused:
+        check_shared_files(plan_run(job(changes), bucket))
+    assert [one.path for one in refused.value.problems] == ["spec.method.distill.teacherAnswers"]
+    check_shared_files(plan_run(job(changes | {"cluster.workers.replicas": 1}), bucket))
+    check_shared_files(plan_run(job(changes), runtime({"storage": "pvc://runs"})))
 
 
 def test_every_claim_that_the_plan_names_is_mounted_once() -> None:

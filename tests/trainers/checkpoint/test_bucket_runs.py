@@ -1,0 +1,105 @@
+"""A run that shares nothing but a bucket with the attempt before it and the job after it; the S3 server is real."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune_api.failures import FailureClass
+from finetune_api.plan import RunPlan
+from finetune_api.progress import Progress, Result
+from finetune_trainers.checkpoint.find import find_newest
+from finetune_trainers.checkpoint.storage.opening import open_storage
+from finetune_trainers.places import cache_folder
+from tests.cluster.s3 import S3
+from tests.factories import runtime
+from tests.trainers.conftest import SmallWorld
+from tests.trainers.foreign_warnings import WHEN_TRAINING
+
+pytestmark = [pytest.mark.control_plane, *WHEN_TRAINING]
+
+
+@pytest.fixture
+def server(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    return s3
+
+
+def in_storage(plan: RunPlan, storage: str) -> RunPlan:
+    """As it is planned for a runtime with this storage."""
+    assert plan.checkpoint is not None
+    below = f"{runtime({'storage': storage}).spec.storage}/{plan.namespace}/{plan.name}"
+    checkpoint = plan.checkpoint.model_copy(update={"uri": f"{below}/checkpoints"})
+    return plan.model_copy(update={"storage": below, "checkpoint": checkpoint})
+
+
+def reports(workdir: Path) -> list[Progress]:
+    lines = (workdir / "progress.jsonl").read_text().splitlines()
+    return [Progress.model_validate_json(line) for line in lines]
+
+
+def trained_and_killed(plan: RunPlan, workdir: Path) -> int:
+    """Starts a run as its pod would, and kills it some time after a checkpoint -> steps in the newest."""
+    workdir.mkdir()
+    (workdir.parent / "plan.json").write_text(plan.model_dump_json(by_alias=True))
+    command = [sys.executable, "-m", "finetune_trainers", "run", "--no-ray"]
+    command += ["--plan", str(workdir.parent / "plan.json"), "--workdir", str(workdir)]
+    assert plan.checkpoint is not None
+    assert plan.checkpoint.uri is not None
+    storage = open_storage(plan.checkpoint.uri, exclusive=True)
+    with subprocess.Popen(command, env=os.environ | {"FINETUNE_ATTEMPT": "1"}) as process:
+        try:
+            while find_newest(storage).manifest is None:
+                assert process.poll() is None, (workdir / "trainer.log").read_text()
+                time.sleep(0.2)
+        finally:
+            process.send_signal(signal.SIGKILL)
+    newest = find_newest(storage).manifest
+    assert newest is not None
+    return newest.intent.step
+
+
+def test_a_killed_run_goes_on_from_the_bucket_alone_and_the_next_job_from_its_artifact(
+    small_world: SmallWorld, server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = f"s3://{server.bucket()}/runs"
+    endless = in_storage(small_world.plan({"training.maxSteps": 100_000, "checkpoint": {"everySteps": 5}}), storage)
+    killed_at = trained_and_killed(endless, tmp_path / "first")
+    for gone in ("first", "cache"):
+        shutil.rmtree(tmp_path / gone)
+
+    monkeypatch.setenv("FINETUNE_ATTEMPT", "2")
+    # Further than what the killed run's writer may still have had to write.
+    steps = endless.optimization.model_copy(update={"max_steps": killed_at + 200})
+    outcome = small_world.train(endless.model_copy(update={"optimization": steps}), tmp_path / "second")
+    assert outcome.result is Result.SUCCEEDED, outcome.failure
+    seen = reports(tmp_path / "second")
+    assert max(one.resumed_from_step or 0 for one in seen) >= killed_at >= 5
+    saved = next(one.checkpoint for one in reversed(seen) if one.checkpoint is not None)
+    assert saved.uri.startswith(f"{storage}/default/example/checkpoints/ckpt/")
+    [artifact] = outcome.artifacts
+    assert (artifact.uri, artifact.kind) == (f"{storage}/default/example/attempt-2/artifact", "model")
+
+    shutil.rmtree(tmp_path / "second")
+    prepared = small_world.prepare(small_world.plan({"model.source": artifact.uri}), tmp_path / "third")
+    assert Path(prepared.model.folder) == cache_folder() / "artifacts" / artifact.digest
+
+
+def test_a_bucket_that_cannot_be_used_ends_a_run_before_anything_is_read(
+    small_world: SmallWorld, server: S3, tmp_path: Path
+) -> None:
+    plan = in_storage(small_world.plan({"checkpoint": {}}), "s3://no-such-bucket/runs")
+    outcome = small_world.train(plan, tmp_path / "run")
+    assert outcome.failure is not None
+    assert outcome.failure.failure_class is FailureClass.USER_ERROR
+    assert outcome.failure.problems[0].path == "FineTuneRuntime.spec.storage"
+    assert not (tmp_path / "run" / "prepared.json").exists()
