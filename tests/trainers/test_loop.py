@@ -27,6 +27,8 @@ TOKENS_PER_STEP = 10
 class CountingEngine:
     """Loss of step s is what the method says; the model is the number of updates."""
 
+    takes_parts = True
+
     def __init__(self) -> None:
         self.module: nn.Module = nn.Identity()
         self.device = torch.device("cpu")

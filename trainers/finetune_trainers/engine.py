@@ -28,6 +28,8 @@ class Engine(Protocol):
     module: nn.Module
     """Call it for the forward pass; it takes the model's own arguments."""
     device: torch.device
+    takes_parts: bool
+    """`backward` may be called for each part of a micro-batch's loss, before the next part is computed."""
 
     def begin_step(self, learning_rate: float, done: float) -> None:
         """Set the rate of the coming step. `done` is the fraction of all steps already made: groups of progressive
@@ -35,7 +37,8 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss_sum: Tensor, divisor: int) -> None:
-        """Add the gradient of `loss_sum` / `divisor`. Call it once per micro-batch, on every rank."""
+        """Add the gradient of `loss_sum` / `divisor`. Call it once per micro-batch, or part of one where the engine
+        takes parts, on every rank."""
         ...
 
     def step(self) -> float | None:

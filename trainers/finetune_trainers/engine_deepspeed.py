@@ -72,6 +72,8 @@ class DeepSpeedEngine:
     What is public beside the protocol is for `checkpoint.engine_state` alone.
     """
 
+    takes_parts = False  # it counts micro-batches by calls of backward, and reduces gradients in the last one's
+
     def __init__(self, tuned: TunedModel, plan: RunPlan, context: WorkerContext) -> None:
         import deepspeed
 

@@ -27,6 +27,8 @@ class TorchEngine:
     What is public beside the protocol is for `checkpoint.engine_state` alone.
     """
 
+    takes_parts = True
+
     def __init__(self, tuned: TunedModel, plan: RunPlan, context: WorkerContext) -> None:
         self.module: nn.Module = tuned.model
         self.device = context.device
@@ -48,6 +50,8 @@ class TorchEngine:
                 param.requires_grad_(done >= group.opens_at)
 
     def backward(self, loss_sum: Tensor, divisor: int) -> None:
+        if not loss_sum.requires_grad:
+            return  # a part of a loss whose parameters are still closed
         self.scaler.scale(loss_sum / divisor).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> float | None:

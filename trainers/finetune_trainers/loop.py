@@ -25,11 +25,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from finetune_api.base import Contract
 from finetune_api.plan import RunPlan
 from finetune_api.progress import EvalSummary, SavedCheckpoint, Stage
 from finetune_trainers.context import WorkerContext
+from finetune_trainers.data.batches import Batch
 from finetune_trainers.engine import Engine
 from finetune_trainers.errors import NonFiniteLossError
 from finetune_trainers.evaluation import EarlyStop
@@ -277,10 +279,9 @@ class Loop:
         # loss; ranks that saw a stop request; what the method counts; what ranks know of checkpoints
         sums = torch.zeros(2 + self._method.num_sums, dtype=torch.float64, device=device)
         for batch in batches.micro_batches:
-            found = self._method.loss(self._engine.module, batch.to(device))
-            self._engine.backward(found.total, batches.divisor)
-            sums[0] += found.total.detach()
-            sums[2:] += found.sums
+            total, counted_here = self._learn(batch.to(device), batches.divisor)
+            sums[0] += total
+            sums[2:] += counted_here
         sums[1] = float(self._context.should_stop())
         if self._checkpoints is not None:
             sums = torch.cat([sums, sums.new_tensor(self._checkpoints.votes(step + 1))])
@@ -299,6 +300,17 @@ class Loop:
         if grad_norm is not None:
             figures["grad_norm"] = grad_norm
         return figures | self._method.figures(counted), batches.num_tokens
+
+    def _learn(self, batch: Batch, divisor: int) -> tuple[Tensor, Tensor]:
+        """Adds a micro-batch's gradient. Returns its summed loss, and what the method counts in it."""
+        module = self._engine.module
+        parts = self._method.losses(module, batch) if self._engine.takes_parts else [self._method.loss(module, batch)]
+        found = []
+        for part in parts:
+            self._engine.backward(part.total, divisor)
+            found.append((part.total.detach(), part.sums))
+        totals, counted = zip(*found, strict=True)
+        return sum(totals[1:], totals[0]), sum(counted[1:], counted[0])
 
     def _log(self, figures: dict[str, float]) -> None:
         step = self.result.step

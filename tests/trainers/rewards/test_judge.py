@@ -192,10 +192,9 @@ def test_an_empty_answer_has_a_score(full: Trained) -> None:
     assert len(values(full.judge(), [Episode([{"role": "user", "content": "the cat"}], "")])) == 1
 
 
-def test_a_score_that_is_not_finite_is_a_failure(full: Trained) -> None:
-    judge = full.judge()
-    judge._module.get_submodule("score").weight.data.fill_(float("nan"))  # type: ignore[operator]
-    scored = judge.score(full.episodes("chosen")[:1])
+def test_a_score_that_is_not_finite_is_a_failure(full: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_module, "scores", lambda *_: torch.tensor([float("nan")]))
+    scored = full.judge().score(full.episodes("chosen")[:1])
     assert scored.values == [None]
     assert scored.faults == {0: "the reward model's score is nan"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -34,6 +34,11 @@ class Method(Protocol):
     def loss(self, module: nn.Module, batch: Batch) -> BatchLoss:
         """The summed loss of one micro-batch; the loop divides by the step's divisor."""
         ...
+
+    def losses(self, module: nn.Module, batch: Batch) -> Iterator[BatchLoss]:
+        """The same in parts that share no activations. Each may be learned from before the next is computed, so that
+        the activations of one part alone exist."""
+        yield self.loss(module, batch)
 
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
         """The method's own figures of a step or an evaluation, of sums over all micro-batches and ranks."""

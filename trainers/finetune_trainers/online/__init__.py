@@ -6,6 +6,7 @@
     models      what policy, reference and critic say of a batch
     critic      the critic that is added to the policy before the engine is built
     adapters    several adapters on one frozen base, and which of them is in use
+    memory      what was freed is given back
     building    all of it, from a plan
 
 Every rank knows all rollouts of an iteration, which are small; generating, scoring and asking the models is shared out.

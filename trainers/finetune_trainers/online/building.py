@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +21,7 @@ from finetune_trainers.online.method import Parts
 from finetune_trainers.online.models import Models
 from finetune_trainers.online.ppo import Ppo
 from finetune_trainers.prepared import PreparedRun
+from finetune_trainers.resting import RestingWeights
 from finetune_trainers.rewards.building import build_rewards
 from finetune_trainers.rollout import RolloutEngine
 from finetune_trainers.rollout.in_process import InProcessEngine
@@ -42,8 +45,10 @@ def build_online(plan: RunPlan, prepared: PreparedRun, module: nn.Module, contex
     except BaseException:
         rewards.close()
         raise
+    reference = _reference(plan, prepared, settings, context)
+    resting = RestingWeights(reference, Path(prepared.model.folder)) if reference is not None else None
     parts = Parts(
-        models=Models(module, _reference(plan, prepared, settings, context), settings.sampling.temperature),
+        models=Models(module, reference, settings.sampling.temperature, resting),
         engine=engine,
         rewards=rewards,
         questions=Questions(prepared.data.train, plan.optimization.seed),

@@ -36,6 +36,7 @@ from finetune_trainers.evaluation import evaluating
 from finetune_trainers.methods import Method
 from finetune_trainers.online.correction import GAP, corrections
 from finetune_trainers.online.episodes import Rollout, Said, in_forward_passes, own_parts, packed, shuffled
+from finetune_trainers.online.memory import give_back
 from finetune_trainers.online.models import Models
 from finetune_trainers.rewards import Episode, Rewards
 from finetune_trainers.rollout import Request, RolloutEngine, Sampling
@@ -128,6 +129,7 @@ class Online(Method):
             self._iteration = None  # its memory is wanted
             self._iteration = self._iterate(number)
         part, mini_batch = divmod(within, self._settings.mini_batches)
+        give_back()
         self._enter("train")
         self._train_began = time.perf_counter()
         if within and self._is_to_stop():
@@ -306,7 +308,7 @@ class Online(Method):
         found: dict[int, Judged] = {}
         models, context = self._parts.models, self._context
         size = self._parts.batch.micro_batch_size
-        with evaluating(models.policy), torch.no_grad():
+        with evaluating(models.policy), models.reference_at_work(), torch.no_grad():
             for mine in in_forward_passes(rollouts, context.rank, context.world_size, size):
                 batch = packed([rollouts[index] for index in mine]).to(context.device)
                 lengths = [len(rollouts[index].ids) for index in mine]

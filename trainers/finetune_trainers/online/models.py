@@ -5,6 +5,7 @@ K  tokens that the policy chose, of all documents of a micro-batch, in order
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from finetune_trainers.attention import forward_kwargs
 from finetune_trainers.data.batches import IGNORED, Batch
 from finetune_trainers.methods.log_probs import TokenStats, token_stats
 from finetune_trainers.online.adapters import Adapters
+from finetune_trainers.resting import RestingWeights
 
 __all__ = ["Models"]
 
@@ -20,18 +22,29 @@ __all__ = ["Models"]
 class Models:
     """The models of one rank. Calls are collective where parameters are split over ranks."""
 
-    def __init__(self, policy: nn.Module, reference: nn.Module | None, temperature: float) -> None:
+    def __init__(
+        self,
+        policy: nn.Module,
+        reference: nn.Module | None,
+        temperature: float,
+        resting: RestingWeights | None = None,
+    ) -> None:
         """`policy` is the engine's module, and the critic where it has one. `reference` is a frozen model; None: the
-        policy without its adapters. Log-probabilities are those at `temperature`."""
-        self.policy, self._reference, self._temperature = policy, reference, temperature
+        policy without its adapters. `resting`: the reference's weights, where they are not always in memory.
+        Log-probabilities are those at `temperature`."""
+        self.policy, self._reference, self._temperature, self._resting = policy, reference, temperature, resting
         self._adapters = Adapters(policy)
+
+    def reference_at_work(self) -> AbstractContextManager[None]:
+        """Inside, the reference may be asked."""
+        return nullcontext() if self._resting is None else self._resting.at_work()
 
     def stats(self, batch: Batch) -> TokenStats:
         """The policy's, with a gradient where one is wanted."""
         return self._stats(self.policy, batch)
 
     def reference_stats(self, batch: Batch) -> TokenStats:
-        """The reference's. Called without gradient."""
+        """The reference's. Called without gradient, inside `reference_at_work`."""
         if self._reference is not None:
             return self._stats(self._reference, batch)
         with self._adapters.base_alone():

@@ -6,7 +6,7 @@ and a critic that says which tokens earned it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,16 +43,21 @@ class Ppo(Online):
         """A step of this iteration went farther than stopKl."""
 
     def loss(self, module: nn.Module, batch: Batch) -> BatchLoss:
+        of_policy, of_critic = self.losses(module, batch)
+        return BatchLoss(of_policy.total + of_critic.total, of_policy.sums + of_critic.sums)
+
+    def losses(self, module: nn.Module, batch: Batch) -> Iterator[BatchLoss]:
         assert isinstance(batch, Experience)
-        said, values = self._parts.models.stats(batch), self._parts.models.values(batch)
+        yield self._loss_of_policy(batch)
+        yield self._loss_of_critic(batch)
+
+    def _loss_of_policy(self, batch: Experience) -> BatchLoss:
+        said = self._parts.models.stats(batch)
         new = said.log_probs  # [K]
         if not new.numel():
-            sums = torch.zeros(self.num_sums, dtype=torch.float64, device=new.device)
-            return BatchLoss(new.sum() + values.sum(), sums)
+            return self._counted(new.sum())
         assert batch.old_log_probs is not None
         assert batch.advantages is not None
-        assert batch.old_values is not None
-        assert batch.returns is not None
         mask = torch.ones_like(new, dtype=torch.bool)[None]
         policy = ppo_policy_loss(
             new[None],
@@ -64,15 +69,28 @@ class Ppo(Online):
             dual_clip=self._ppo.dual_clip,
             weights=None if batch.importance is None else batch.importance[None],
         )
-        critic = value_loss(
+        total, count = policy.losses.sum(), new.new_tensor(float(new.numel()))
+        of_tokens = [policy.clipfrac * count, policy.approx_kl * count, said.entropy.sum()]
+        return self._counted(total, *of_tokens, count.new_zeros(()), total, count)
+
+    def _loss_of_critic(self, batch: Experience) -> BatchLoss:
+        values = self._parts.models.values(batch)  # [K]
+        if not values.numel():
+            return self._counted(values.sum())
+        assert batch.old_values is not None
+        assert batch.returns is not None
+        mask = torch.ones_like(values, dtype=torch.bool)[None]
+        found = value_loss(
             values[None], batch.old_values[None], batch.returns[None], mask, clip=self._ppo.critic.clip or None
         )
-        count = new.new_tensor(float(new.numel()))
-        of_critic = critic.losses.sum()
-        of_tokens = [policy.clipfrac * count, policy.approx_kl * count, said.entropy.sum()]
-        total = policy.losses.sum() + self._ppo.critic.coefficient * of_critic
-        sums = torch.stack([*of_tokens, of_critic, policy.losses.sum(), count])
-        return BatchLoss(total, sums.detach().double())
+        total, none = found.losses.sum(), values.new_zeros(())
+        return self._counted(self._ppo.critic.coefficient * total, none, none, none, total, none, none)
+
+    def _counted(self, total: Tensor, *counts: Tensor) -> BatchLoss:
+        """`counts` are as `_figures` reads them; nothing is counted where there are none."""
+        if not counts:
+            return BatchLoss(total, torch.zeros(self.num_sums, dtype=torch.float64, device=total.device))
+        return BatchLoss(total, torch.stack(counts).detach().double())
 
     def _figures(self, sums: Sequence[float]) -> dict[str, float]:
         *totals, count = sums

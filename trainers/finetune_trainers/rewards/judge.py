@@ -33,6 +33,7 @@ from finetune_trainers.data.turns import Conversation
 from finetune_trainers.methods.reward import Calibration
 from finetune_trainers.models import DTYPES
 from finetune_trainers.prepared import PreparedRun
+from finetune_trainers.resting import RestingWeights
 from finetune_trainers.rewards import Episode, Scored
 from finetune_trainers.rewards.judge_checks import JudgeFiles, find_judge
 from finetune_trainers.score_head import read_packed, scores
@@ -63,6 +64,7 @@ class Judge:
     def __init__(self, module: nn.Module, files: JudgeFiles, device: torch.device) -> None:
         """`module` reads packed documents on `device`."""
         self._module = module
+        self._weights = RestingWeights(module, files.model)
         self._padding_id = files.padding_id
         self._calibration = files.calibration
         self._device = device
@@ -82,9 +84,7 @@ class Judge:
         """See `Scorer`."""
         documents, faults = self._encode(episodes)
         values: list[float | None] = [None] * len(episodes)
-        for batch, places in _packed(documents, _TOKENS_PER_PASS.get(self._device.type, 16384)):
-            with torch.no_grad():
-                found = scores(self._module, batch.to(self._device), self._padding_id)
+        for found, places in self._scored(documents):
             for place, score in zip(places, found.tolist(), strict=True):
                 if math.isfinite(score):
                     values[place] = _calibrated(score, self._calibration)
@@ -94,6 +94,14 @@ class Judge:
 
     def close(self) -> None:
         return None
+
+    def _scored(self, documents: dict[int, list[int]]) -> list[tuple[Tensor, list[int]]]:
+        """Scores, and the places of the documents that have them."""
+        with self._weights.at_work(), torch.no_grad():
+            return [
+                (scores(self._module, batch.to(self._device), self._padding_id), places)
+                for batch, places in _packed(documents, _TOKENS_PER_PASS.get(self._device.type, 16384))
+            ]
 
     def _encode(self, episodes: Sequence[Episode]) -> tuple[dict[int, list[int]], dict[int, str]]:
         """Tokens of each episode, by its place; and why there are none."""
