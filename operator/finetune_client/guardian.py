@@ -1,20 +1,35 @@
 """Ends a run whose owner has died: `python -m finetune_client.guardian PID MARK STOP_SECONDS`.
 
-Started by `runner` beside the trainers, which are in a session of their own and would otherwise train on for hours
-after a SIGKILL to the CLI. Its standard input is a pipe from the owner: a byte says that all is over and well, an end
-without one says that the owner is gone.
+Started by `runner` and `serving` beside the trainers, which are in a session of their own and would otherwise work on
+for hours after a SIGKILL to the CLI. Its standard input is a pipe from the owner: a byte says that all is over and
+well, an end without one says that the owner is gone.
 """
 
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
+from collections.abc import Sequence
 
 import psutil
 
 from finetune_client.processes import ProcessTree
 
-__all__ = ["main"]
+__all__ = ["guarded", "main"]
+
+
+def guarded(pid: int, mark: str, stop_seconds: float, kept_open: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    """What ends the process `pid`, and all that carries its mark, when this process is killed and cannot. It holds the
+    descriptors `kept_open` until then."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "finetune_client.guardian", str(pid), mark, str(stop_seconds)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        pass_fds=kept_open,
+    )
 
 
 def main() -> None:

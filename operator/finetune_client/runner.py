@@ -30,6 +30,7 @@ from pydantic import ValidationError
 from finetune_api.failures import INTERRUPTED, Failure, failure_class_of
 from finetune_api.plan import RunPlan
 from finetune_api.progress import Outcome, Progress, Result
+from finetune_client.guardian import guarded
 from finetune_client.processes import RUN_MARK, ProcessTree
 
 __all__ = [
@@ -131,7 +132,7 @@ class LocalRun:
                 start_new_session=True,
             )
         self._tree = ProcessTree(self._process.pid, self._mark)
-        self._guardian = self._start_guardian(self._process.pid)
+        self._guardian = guarded(self._process.pid, self._mark, self.stop_seconds, self._guarded)
 
     def poll(self) -> list[Progress]:
         """What was reported since the last call. Also ends what is overdue; sets `ended` with the last reports."""
@@ -186,18 +187,6 @@ class LocalRun:
         if self._guardian.returncode is None:
             self.kill()
             self.wait()
-
-    def _start_guardian(self, pid: int) -> subprocess.Popen[bytes]:
-        """What ends the trainers when this process is killed and cannot."""
-        command = [sys.executable, "-P", "-m", "finetune_client.guardian", str(pid), self._mark, str(self.stop_seconds)]
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            pass_fds=self._guarded,
-        )
 
     def _started(self) -> subprocess.Popen[bytes]:
         assert self._process is not None, "start() comes first"

@@ -8,11 +8,14 @@ attempt in turn; the last one holds for those after it too.
 from __future__ import annotations
 
 import argparse
+import http.server
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -173,15 +176,47 @@ def start_writer(workdir: Path) -> None:
     (workdir / "children.json").write_text(json.dumps([writer.pid]))
 
 
+def serve(arguments: list[str], behaviour: str) -> int:
+    """A server that is well, and knows no model."""
+    asked = dict(itertools.pairwise(arguments))
+    print("the fake trainer was asked: serve", *arguments, file=sys.stderr, flush=True)
+    print(json.dumps({"say": "the fake trainer prepares"}), flush=True)
+    if behaviour == "refuses":
+        print("--port: is taken", file=sys.stderr)
+        return EXIT_CODES[FailureClass.USER_ERROR]
+    if behaviour == "never-ready":
+        time.sleep(600)
+    server = http.server.ThreadingHTTPServer((asked["--host"], int(asked["--port"])), Health)
+    where = {"model": asked["--name"], "host": asked["--host"], "port": server.server_port}
+    if behaviour == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    print(json.dumps({"serving": {"engine": "fake", **where}}), flush=True)
+    if behaviour == "dies":
+        threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    server.serve_forever()
+    return 0
+
+
+class Health(http.server.BaseHTTPRequestHandler):
+    """Answers /health."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("command", choices=["run", "check", "export", "chat"])
+    parser.add_argument("command", choices=["run", "check", "export", "chat", "serve"])
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--no-ray", action="store_true")
     arguments, others = parser.parse_known_args()
     behaviours = os.environ.get("FAKE_TRAINER", "").split(" then ")
     behaviour = behaviours[min(int(os.environ.get("FINETUNE_ATTEMPT", "1")), len(behaviours)) - 1]
+    if arguments.command == "serve":
+        return serve(others, behaviour)
     if arguments.command in ("export", "chat"):
         print("the fake trainer was asked:", arguments.command, *others, file=sys.stderr)
         if arguments.command == "chat":

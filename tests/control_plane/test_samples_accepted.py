@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from finetune_api.base import Contract
 from finetune_api.job import FineTuneJob
@@ -18,6 +20,12 @@ from tests.factories import job_document, runtime_document
 pytestmark = pytest.mark.control_plane
 
 SAMPLES = ROOT / "manifests" / "samples"
+SERVING = SAMPLES / "serving"
+PATH_OF = {
+    "Deployment": "/apis/apps/v1/namespaces/{}/deployments",
+    "Service": "/api/v1/namespaces/{}/services",
+    "Pod": "/api/v1/namespaces/{}/pods",
+}
 OF_KIND: dict[str, tuple[str, type[Contract]]] = {
     "FineTuneJob": (JOBS, FineTuneJob),
     "FineTuneRuntime": (RUNTIMES, FineTuneRuntime),
@@ -25,7 +33,7 @@ OF_KIND: dict[str, tuple[str, type[Contract]]] = {
 
 
 def _documents() -> Iterator[Any]:
-    for file in sorted(SAMPLES.rglob("*.yaml")):
+    for file in sorted(file for file in SAMPLES.rglob("*.yaml") if file.parent != SERVING):
         for number, document in enumerate(read_documents(file.read_text(encoding="utf-8"), file.name)):
             yield pytest.param(document, id=f"{file.relative_to(SAMPLES)}:{number}")
 
@@ -37,6 +45,24 @@ def test_there_are_samples() -> None:
 @pytest.mark.parametrize("document", list(_documents()))
 def test_a_sample_is_accepted_with_the_defaults_that_the_models_have(api: Client, document: dict[str, Any]) -> None:
     _expect_the_same_defaults(api, document)
+
+
+@pytest.mark.parametrize("file", sorted(SERVING.glob("*.yaml")), ids=lambda file: file.stem)
+def test_what_serves_a_model_is_accepted_and_its_pods_are_allowed_in_a_restricted_namespace(
+    api: Client, namespace: str, file: Path
+) -> None:
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    api.merge(f"/api/v1/namespaces/{namespace}", {"metadata": {"labels": labels}})
+    for document in yaml.safe_load_all(file.read_text(encoding="utf-8")):
+        _expect_accepted(api, namespace, document)
+        if document["kind"] == "Deployment":
+            template = document["spec"]["template"]
+            _expect_accepted(api, namespace, {"kind": "Pod", "metadata": {"name": "one"}, "spec": template["spec"]})
+
+
+def _expect_accepted(api: Client, namespace: str, document: dict[str, Any]) -> None:
+    path = PATH_OF[document["kind"]].format(namespace)
+    assert api.create(f"{path}?dryRun=All&fieldValidation=Strict", document)["metadata"]["namespace"] == namespace
 
 
 @pytest.mark.parametrize(

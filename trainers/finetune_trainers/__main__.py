@@ -4,6 +4,7 @@
     python -m finetune_trainers check --plan FILE [--workdir DIR]               the model and all data, nothing trained
     python -m finetune_trainers export (--adapter DIR | --model DIR) --to DIR [--merge] [--dtype bf16]
     python -m finetune_trainers chat (--adapter DIR | --model DIR) --prompt TEXT [--compare-base] [--json]
+    python -m finetune_trainers serve (--adapter DIR | --model DIR) --name NAME [--host H] [--port N] [--engine E]
 
 Exit code 0, 130 after a stop request, otherwise that of the failure's class (finetune_api.failures.EXIT_CODES). What
 went wrong is one message on stderr; tracebacks are in the run's trainer.log.
@@ -50,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, from the first moment on
     with os.fdopen(os.dup(2), "w") as complaints:  # stays with the terminal when the run's output goes to its log
         try:
-            return {"run": _run, "check": _check, "export": _export, "chat": _chat}[options.verb](options, complaints)
+            return {"run": _run, "check": _check, "export": _export, "chat": _chat, "serve": _serve}[options.verb](
+                options, complaints
+            )
         except KeyboardInterrupt:
             return INTERRUPTED
         except Exception as error:
@@ -103,8 +106,17 @@ def _chat(options: argparse.Namespace, complaints: TextIO) -> int:
     return 0
 
 
+def _serve(options: argparse.Namespace, complaints: TextIO) -> int:
+    from finetune_trainers.serving import ServeRequest, serve
+
+    given = {name: getattr(options, name) for name in ServeRequest.__dataclass_fields__}
+    serve(ServeRequest(**given), cache_folder())
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m finetune_trainers", description="Train, check, export, chat.")
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune_trainers", description="Train, check, export, chat, serve."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="train as a plan says")
     check = verbs.add_parser("check", help="look at the model and at every row, and train nothing")
@@ -118,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     export = verbs.add_parser("export", help="write an artifact somewhere else")
     chat = verbs.add_parser("chat", help="ask a trained model")
-    for verb in (export, chat):
+    serve = verbs.add_parser("serve", help="let programs ask a trained model, as they ask OpenAI's")
+    for verb in (export, chat, serve):
         source = verb.add_mutually_exclusive_group(required=True)
         source.add_argument("--adapter", type=Path, help="a PEFT adapter folder")
         source.add_argument("--model", type=Path, help="a model folder in Hugging Face layout")
@@ -129,6 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--compare-base", action="store_true", help="let the base model answer first")
     chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
     chat.add_argument("--json", action="store_true", help="one object: prompt, tuned, base")
+    serve.add_argument("--name", required=True, help="what programs call the model")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at")
+    serve.add_argument("--port", type=int, default=8000, help="0: whichever is free")
+    serve.add_argument("--engine", choices=["auto", "transformers", "vllm"], default="auto", help="what serves")
+    serve.add_argument("--base", help="folder or URI of the adapter's base, where it has moved")
     return parser
 
 

@@ -14,6 +14,7 @@ from finetune_client.cli.data.commands import data as data_group
 from finetune_client.cli.exits import EPILOG
 from finetune_client.cli.jobs.commands import jobs
 from finetune_client.cli.options import Output, OutputOption
+from finetune_client.cli.serve.commands import serve
 
 __all__ = ["app"]
 
@@ -223,6 +224,7 @@ def chat(
     raise typer.Exit(artifacts.chat(source, prompt, compare_base, max_new_tokens, output is Output.JSON))
 
 
+app.add_typer(serve)
 app.add_typer(ckpt, name="ckpt")
 app.add_typer(data_group, name="data")
 app.add_typer(jobs)

@@ -22,6 +22,8 @@ __all__ = [
     "MEANINGS",
     "NOT_INSTALLED",
     "OK",
+    "SERVE_EPILOG",
+    "SERVE_MEANINGS",
     "SUSPENDED",
     "UNREACHABLE",
 ]
@@ -102,3 +104,19 @@ JOBS_EPILOG = (
     "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in JOBS_MEANINGS.items()) + ". "
     "submit --wait and watch end as finetune run does: by the class of the failure, or 75 when suspended."
 )
+
+SERVE_MEANINGS = {
+    OK: "it has served, and was told to end",
+    1: "the server ended by itself",
+    INVALID: "the command line is not valid, or the model cannot be served",
+    5: "out of memory",
+    6: "files cannot be read or written",
+    UNREACHABLE: "nothing answers there",
+    DENIED: "you may not do that there",
+    NOT_INSTALLED: "finetune-operator is not installed there",
+    ABSENT: "there is no such job, or no model of it here",
+    130: "stopped by Ctrl-C or a signal before it served",
+}
+"""Of `finetune serve`."""
+
+SERVE_EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in SERVE_MEANINGS.items()) + "."

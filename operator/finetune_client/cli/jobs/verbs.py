@@ -29,6 +29,7 @@ __all__ = [
     "Where",
     "artifacts",
     "cancel",
+    "code_of",
     "describe",
     "get",
     "list_jobs",
@@ -69,6 +70,11 @@ class Where:
             ray=self.ray,
             local=self.local,
         )
+
+    @property
+    def is_said(self) -> bool:
+        """Whether a place was named at all."""
+        return self != Where(None, None, None, None, False)
 
     @property
     def is_kubernetes(self) -> bool:
@@ -240,9 +246,14 @@ def _answered(where: Where, work: Callable[[Client], int]) -> int:
         return INVALID
     except ClientError as error:
         _say(str(error))
-        return next(code for kind, code in _CODES if isinstance(error, kind))
+        return code_of(error)
     except KeyboardInterrupt:
         return _INTERRUPTED
+
+
+def code_of(error: ClientError) -> int:
+    """The exit code that says what kind of error it is."""
+    return next(code for kind, code in _CODES if isinstance(error, kind))
 
 
 def _follow(job: Job, output: str, several: bool = False, to_stderr: bool = False) -> int:

@@ -1,0 +1,159 @@
+"""What a person calls a model -> its folder on this machine, and a name for it.
+
+job://support-bot                   its newest run below ./runs with a model, else what the job elsewhere has written
+runs/support-bot/20250101-120000    a run's folder, or an artifact's
+pvc://models/support-bot            a folder of a claim that is mounted here; file:///path too
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_api.job import Phase
+from finetune_api.uris import Scheme, Uri, parse_uri
+from finetune_client.cli.artifacts import FoundArtifact, find_artifact
+from finetune_client.cli.exits import ABSENT, INVALID
+from finetune_client.cli.jobs.verbs import Where, code_of
+from finetune_client.errors import ClientError
+from finetune_client.views import JobView
+
+__all__ = ["NotServable", "Served", "to_serve"]
+
+SAMPLE = "manifests/samples/serving/adapter.yaml"
+_RUNS = Path("runs")
+
+
+class NotServable(ValueError):
+    """There is no such model here; the message says what would be right."""
+
+    def __init__(self, message: str, code: int = INVALID) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model on this machine's disk."""
+
+    artifact: FoundArtifact
+    name: str
+
+
+def to_serve(source: str, where: Where) -> Served:
+    """What `source` names. `where` is asked for a job that has not run here. Raises NotServable."""
+    if "://" not in source:
+        return _of_folder(Path(source), None)
+    try:
+        uri = parse_uri(source)
+    except ValueError as error:
+        raise NotServable(f"{source} {error}") from error
+    if uri.scheme is Scheme.JOB:
+        return _of_job(uri.authority, where)
+    folder = _folder(uri)
+    if folder is None or not folder.is_dir():
+        raise NotServable(f"{source} {_elsewhere(uri)}")
+    return _of_folder(folder, None)
+
+
+def _of_folder(folder: Path, name: str | None) -> Served:
+    try:
+        artifact = find_artifact(folder)
+    except ValueError as error:
+        if _is_at_work(folder):
+            raise NotServable(f"{folder} is the folder of a run at work, which has written no model yet") from error
+        raise NotServable(str(error)) from error
+    return Served(artifact, name or _job_of(artifact.folder) or artifact.folder.resolve().name)
+
+
+def _job_of(artifact: Path) -> str | None:
+    """Its name, where the artifact lies in the folder of a run."""
+    try:
+        name = json.loads((artifact.parent / "plan.json").read_bytes())["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(name) if artifact.name == "artifact" else None
+
+
+def _of_job(name: str, where: Where) -> Served:
+    runs = [] if where.is_said else sorted((file.parent for file in (_RUNS / name).glob("*/plan.json")), reverse=True)
+    for run in runs:
+        if (run / "artifact").is_dir():
+            return _of_folder(run, name)
+    if runs:
+        return _of_folder(runs[0], name)  # says why not
+    try:
+        with where.client() as client:
+            view = client.job(name).view()
+    except ClientError as error:
+        here = "" if where.is_said else f"there is no run of {name} below {_RUNS}/, and "
+        raise NotServable(f"{here}{error}", code_of(error)) from error
+    return _of_view(view)
+
+
+def _of_view(view: JobView) -> Served:
+    """The model of a job that ran elsewhere, where its disk is here too."""
+    if not view.artifacts:
+        raise NotServable(_nothing_yet(view), ABSENT)
+    uris = _uris(view)
+    for uri in uris:
+        folder = _folder(uri)
+        if folder is not None and folder.is_dir():
+            return _of_folder(folder, view.name)
+    raise NotServable(f"the model of job {view.name} is not on this machine: {uris[0]} {_elsewhere(uris[0])}", ABSENT)
+
+
+def _nothing_yet(view: JobView) -> str:
+    name, where = view.name, f"{view.name} -n {view.namespace}"
+    if view.phase is Phase.FAILED:
+        return f"job {name} has failed and written no model; finetune describe {where} says why"
+    return f"job {name} is {view.phase} and has written no model yet; finetune watch {where} follows it"
+
+
+def _uris(view: JobView) -> Sequence[Uri]:
+    return [parse_uri(artifact.uri) for artifact in view.artifacts]
+
+
+def _folder(uri: Uri) -> Path | None:
+    """On this machine, whether or not it is there; None for what can only be elsewhere."""
+    if uri.scheme is Scheme.FILE:
+        return Path(uri.path)
+    if uri.scheme is Scheme.PVC:
+        return Path(os.environ.get("FINETUNE_PVC_ROOT", "/mnt/pvc"), uri.authority, uri.path)
+    return None
+
+
+def _elsewhere(uri: Uri) -> str:
+    """What to do with a model that is not here."""
+    if uri.scheme is Scheme.PVC:
+        return (
+            f"is on a volume of the cluster, and claim {uri.authority} is not mounted here. Serve it in the cluster, as"
+            f" {SAMPLE} does; or copy it here (kubectl cp) and name its folder"
+        )
+    if uri.scheme in (Scheme.S3, Scheme.GS):
+        return "is in a bucket, and a model is served from a disk. Copy it here and name its folder"
+    if uri.scheme is Scheme.FILE:
+        return "is no folder of this machine; name one that is"
+    return "is not what a job has trained; name job://NAME, a run's folder, or an artifact's folder"
+
+
+def _is_at_work(folder: Path) -> bool:
+    """Whether somebody runs in it: a run holds the lock of its folder, or of the one above with several jobs."""
+    return any(_is_locked(one) for one in (folder, folder.absolute().parent))
+
+
+def _is_locked(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
