@@ -55,6 +55,7 @@ from finetune_operator.times import after, sane, written
 
 __all__ = ["Create", "Decision", "Delete", "Event", "Merge", "decide"]
 
+_ACCEPTED = "The job can be run as it is written."
 _NAME_TAKEN_SECONDS = 60.0
 _SOON_SECONDS = 5.0
 """For what a watch will tell anyway, should it be late."""
@@ -322,7 +323,7 @@ class _Pass:
             self.draft.find(self.parsed)
             return False
         self.draft.method, self.draft.tuning = self.parsed.spec.method.chosen, self.parsed.spec.tuning.chosen
-        self.draft.find(Finding("Valid", "True", "Accepted", "The job can be run as it is written."))
+        self.draft.find(Finding("Valid", "True", "Accepted", _ACCEPTED))
         return True
 
     def _was_asked_to_stop(self) -> bool:
@@ -420,6 +421,9 @@ class _Pass:
         draft.add(attempt)
         draft.resolved, draft.next_attempt_at = prepared.resolved, None
         self.events.append(Event("Normal", "AttemptStarted", f"Attempt {number} starts as RayJob {attempt.ray_job}."))
+        if prepared.warning is not None and number == 1:
+            draft.find(Finding("Valid", "True", "Accepted", f"{_ACCEPTED} {prepared.warning}"))
+            self.events.append(Event("Warning", "ModelWillBeLost", prepared.warning))
         self.moments.append(after(self.now, self.seen.lifecycle.start_deadline_seconds))
 
     def _clear_away(self, number: int) -> None:

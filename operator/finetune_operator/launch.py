@@ -50,7 +50,7 @@ from finetune_operator.resources.metadata import Owner
 from finetune_operator.resources.network import network_policy
 from finetune_operator.resources.rayjob import build_rayjob
 from finetune_operator.resources.rbac import role, role_binding, service_account
-from finetune_operator.resources.storage import check_shared_files
+from finetune_operator.resources.storage import check_shared_files, loss_of_model
 from finetune_operator.settings import Settings
 from finetune_operator.starts import sealed
 
@@ -82,6 +82,8 @@ class Prepared:
     """Objects of ours whose contents are not what the attempt needs: they must go before anything is created."""
     queued: bool
     """The RayJob waits in a queue first."""
+    warning: str | None = None
+    """What a person should hear of before machines are used."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ def _objects(
         tuple(one for one in wanted if (one.kind, one.document["metadata"]["name"]) not in seen.own),
         wrong,
         queued=wanted[-1].document["spec"].get("suspend") is True,
+        warning=None if seen.one_machine else loss_of_model(plan),
     )
 
 

@@ -124,7 +124,9 @@ def test_the_summary_shows_the_arithmetic_and_the_decisions_with_reasons(finetun
     assert "ZeRO stage 2" in text
     assert "spec.training.precision" in text
     assert "training runs on cpu" in text
-    assert "artifact/ in the run's folder" in text
+    assert "artifact/ in the run's folder; in a cluster that is lost with the pods: name spec.outputs" in text
+    with_output = finetune("plan", write_job({"spec.outputs": [{"to": "s3://bucket/model"}]})).stdout
+    assert "artifact/ in the run's folder, s3://bucket/model" in with_output
 
 
 def test_a_plan_of_an_invalid_job_exits_2_with_sentences(finetune: Any, write_job: Any) -> None:

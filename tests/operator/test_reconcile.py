@@ -197,6 +197,21 @@ def test_in_a_cluster_a_job_that_needs_files_which_pods_share_starts_when_its_ru
     play(scenario)
 
 
+def test_a_model_that_will_go_with_its_pods_is_warned_of_when_they_are_asked_for() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.submit(job_document(name="lost"))
+        await stage.submit(job_document({"outputs": [{"to": "s3://bucket/model"}]}, "kept"))
+        await asyncio.sleep(1)
+        warned = {
+            name: "will be lost with its pods: the job has no spec.outputs" in stage.condition("Valid", name)["message"]
+            for name in ("lost", "kept")
+        }
+        assert warned == {"lost": True, "kept": False}
+        assert stage.reasons().count("ModelWillBeLost") == 1
+
+    play(scenario)
+
+
 def test_no_pod_of_ours_mounts_a_plan_that_somebody_else_has_laid_out() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.there.create(CONFIG_MAP, config_map("example-1-plan"))

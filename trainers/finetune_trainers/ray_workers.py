@@ -26,8 +26,9 @@ import psutil
 
 from finetune_api.failures import FailureClass
 from finetune_api.plan import Device, RunPlan
+from finetune_api.uris import in_bucket
 from finetune_trainers import ray_warm
-from finetune_trainers.errors import OutOfMemoryError, TrainerError, classified, first_line
+from finetune_trainers.errors import OutOfMemoryError, StorageError, TrainerError, classified, first_line
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.progress import PROGRESS_FILE, last_report
 from finetune_trainers.worker_process import LOG_FILE, train
@@ -170,12 +171,12 @@ class RayWorkers:
 
     def _fit(self, prepared: PreparedRun, workdir: Path, tell: Callable[[str], None]) -> WorkerResult:
         """One group after the other, until one trains to its end or fails for a reason."""
-        number, left, saved = 0, MOST_REPLACEMENTS, _saved_step(workdir)
+        number, left, saved = 0, MOST_REPLACEMENTS, _saved_step(self._plan, workdir)
         while True:
             try:
                 return self._fit_group(prepared, workdir, f"{self._plan.name}-{number}")
             except Exception as error:
-                if (now := _saved_step(workdir)) > saved:
+                if (now := _saved_step(self._plan, workdir)) > saved:
                     left, saved = MOST_REPLACEMENTS, now
                 if not left or not self._resumes or not _is_loss(error):
                     raise
@@ -225,10 +226,22 @@ def _shut_down() -> None:
         sys.modules["ray"].shutdown()
 
 
-def _saved_step(workdir: Path) -> int:
-    """Optimizer steps in the newest checkpoint that the workers have told of; -1 for none."""
+def _saved_step(plan: RunPlan, workdir: Path) -> int:
+    """Optimizer steps in the newest checkpoint; -1 for none. Where workers share a bucket and no disk with this
+    process, their reports lie elsewhere and the bucket is asked."""
     last = last_report(workdir / PROGRESS_FILE)
-    return last.checkpoint.step if last is not None and last.checkpoint is not None else -1
+    if last is not None and last.checkpoint is not None:
+        return last.checkpoint.step
+    if plan.checkpoint is None or plan.checkpoint.uri is None or not in_bucket(plan.checkpoint.uri):
+        return -1
+    from finetune_trainers.checkpoint.find import find_newest
+    from finetune_trainers.checkpoint.storage.opening import open_storage
+
+    try:
+        newest = find_newest(open_storage(plan.checkpoint.uri, exclusive=True)).manifest
+    except StorageError:
+        return -1
+    return -1 if newest is None else newest.intent.step
 
 
 def _is_loss(error: BaseException) -> bool:

@@ -170,7 +170,7 @@ def _what_is_left(view: JobView, asked: int | None) -> list[LogLine]:
         return [LogLine(_POST_MORTEM, line) for line in found.message.splitlines()]
     if _has_ended(view, number):
         raise NoLog(
-            f"the pods of attempt {number} are gone, and their log with them, unless the runtime has a storage: "
+            f"the pods of attempt {number} are gone, and their log with them, unless the runtime's storage is a claim: "
             f"trainer.log is in {view.namespace}/{view.name}/attempt-{number} there"
         )
     raise NoLog(f"attempt {number} has no running pod yet; -f waits for one")

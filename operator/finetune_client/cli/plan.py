@@ -102,4 +102,7 @@ def _workers(plan: RunPlan) -> str:
 
 def _artifact(plan: RunPlan) -> str:
     places = [f"{output.to} (merged)" if output.merge else output.to for output in plan.outputs]
-    return ", ".join(["artifact/ in the run's folder", *places])
+    here = "artifact/ in the run's folder"
+    if not places and plan.storage is None:
+        here += "; in a cluster that is lost with the pods: name spec.outputs, or a runtime with a storage"
+    return ", ".join([here, *places])

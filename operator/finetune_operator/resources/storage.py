@@ -23,7 +23,7 @@ from finetune_operator.names import SCRATCH
 from finetune_operator.resources.config_map import PLAN_KEY
 from finetune_operator.resources.metadata import Document, Owner
 
-__all__ = ["PLAN_FOLDER", "PVC_ROOT", "Mounts", "Places", "check_shared_files", "mounts", "places"]
+__all__ = ["PLAN_FOLDER", "PVC_ROOT", "Mounts", "Places", "check_shared_files", "loss_of_model", "mounts", "places"]
 
 PVC_ROOT = "/mnt/pvc"
 """Each claim is a folder below it."""
@@ -113,6 +113,16 @@ def _check_without_shared_disk(plan: RunPlan) -> None:
         " a runtime whose spec.storage every pod can mount, such as pvc://claim/path"
     )
     raise InvalidManifest([Problem(path="spec.method.distill.teacherAnswers", message=message)])
+
+
+def loss_of_model(plan: RunPlan) -> str | None:
+    """A warning, where what is trained has no place that outlives the pods."""
+    if plan.storage is not None or plan.outputs:
+        return None
+    return (
+        "The trained model will be lost with its pods: the job has no spec.outputs, and no runtime names a storage."
+        " Delete the job and give it one of them."
+    )
 
 
 def mounts(
