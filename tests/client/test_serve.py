@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 from finetune_client import runner
-from finetune_client.cli.artifacts import FoundArtifact
 from finetune_client.cli.exits import ABSENT, INVALID, SERVE_MEANINGS
 from finetune_client.cli.jobs.verbs import Where
 from finetune_client.cli.serve.sources import NotServable, Served, _of_view, to_serve
@@ -62,7 +61,8 @@ def test_a_job_is_its_newest_run_with_a_model(tmp_path: Path, monkeypatch: pytes
     run_of(tmp_path, "bot", "20260102-000000")
     run_of(tmp_path, "bot", "20260103-000000", with_model=False)
     found = to_serve("job://bot", HERE)
-    assert found == Served(FoundArtifact(Path("runs/bot/20260102-000000/artifact"), is_adapter=True), "bot")
+    newest = "runs/bot/20260102-000000/artifact"
+    assert found == Served(["--adapter", newest], f"the adapter in {newest}", "bot")
 
 
 def test_a_run_is_served_by_its_jobs_name_and_a_folder_by_its_own(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_run_that_failed_and_one_at_work_are_told_apart(tmp_path: Path) -> Non
             "pvc://models/bot",
             "claim models is not mounted here. Serve it in the cluster, as manifests/samples/serving/",
         ),
-        ("s3://bucket/bot", "is in a bucket, and a model is served from a disk"),
+        ("s3://bucket", "is a whole bucket; name the artifact in it"),
         ("hf://org/model", "is not what a job has trained"),
         ("file:///nowhere/at/all", "is no folder of this machine"),
         ("ftp://host/bot", "has the unknown scheme ftp://"),
@@ -101,8 +101,18 @@ def test_a_model_that_is_elsewhere_is_refused_with_what_to_do(source: str, right
 def test_a_claim_that_is_mounted_here_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_PVC_ROOT", str(tmp_path))
     folder = adapter(tmp_path / "models" / "bot")
-    assert to_serve("pvc://models/bot", HERE).artifact.folder == folder
-    assert _of_view(view("Succeeded", "s3://bucket/bot", "pvc://models/bot")).artifact.folder == folder
+    assert to_serve("pvc://models/bot", HERE).option == ["--adapter", str(folder)]
+    assert _of_view(view("Succeeded", "s3://bucket/bot", "pvc://models/bot")).option == ["--adapter", str(folder)]
+
+
+def test_what_lies_in_a_bucket_is_for_the_trainers_to_fetch(finetune: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    assert _of_view(view("Succeeded", "pvc://models/bot", "s3://bucket/a/b")).option == [
+        "--artifact",
+        "s3://bucket/a/b",
+    ]
+    done = finetune("serve", "s3://bucket/models/bot", "--base", "hf://org/name", fake="refuses")
+    assert "Preparing the artifact at s3://bucket/models/bot" in done.stderr
+    assert "asked: serve --artifact s3://bucket/models/bot --name bot " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -65,11 +65,11 @@ def prepared(request: ServeRequest, cache: Path) -> list[str]:
 
 
 def of_adapter(folder: Path, **more: Any) -> ServeRequest:
-    return ServeRequest(model=None, adapter=folder, name="bot", **more)
+    return ServeRequest("bot", adapter=folder, **more)
 
 
 def of_model(folder: Path, **more: Any) -> ServeRequest:
-    return ServeRequest(model=folder, adapter=None, name="bot", **more)
+    return ServeRequest("bot", model=folder, **more)
 
 
 def test_an_adapter_is_served_on_the_base_that_it_names(tmp_path: Path) -> None:
@@ -79,6 +79,15 @@ def test_an_adapter_is_served_on_the_base_that_it_names(tmp_path: Path) -> None:
     number = int(command[command.index("--listener") + 1])
     assert command == transformers_command("bot", model, folder, number)
     assert command[1] == "-P", "nothing in the user's folder takes a module's place"
+
+
+def test_an_artifact_by_its_uri_is_what_its_folder_holds(tmp_path: Path) -> None:
+    model = base(tmp_path / "base")
+    folder = adapter(tmp_path / "adapter", model)
+    whole = prepared(ServeRequest("bot", artifact=model.as_uri()), tmp_path)
+    assert ("--adapter" in whole, whole[whole.index("--model") + 1]) == (False, str(model))
+    adapted = prepared(ServeRequest("bot", artifact=folder.as_uri()), tmp_path)
+    assert adapted[adapted.index("--adapter") + 1] == str(folder)
 
 
 def test_a_base_that_has_moved_is_found_by_the_name_that_its_job_gave(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
     python -m finetune_trainers check --plan FILE [--workdir DIR]               the model and all data, nothing trained
     python -m finetune_trainers export (--adapter DIR | --model DIR) --to DIR [--merge] [--dtype bf16]
     python -m finetune_trainers chat (--adapter DIR | --model DIR) --prompt TEXT [--compare-base] [--json]
-    python -m finetune_trainers serve (--adapter DIR | --model DIR) --name NAME [--host H] [--port N] [--engine E]
+    python -m finetune_trainers serve (--adapter DIR | --model DIR | --artifact URI) --name NAME [--host H] [--port N]
 
 Exit code 0, 130 after a stop request, otherwise that of the failure's class (finetune_api.failures.EXIT_CODES). What
 went wrong is one message on stderr; tracebacks are in the run's trainer.log.
@@ -135,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
         source = verb.add_mutually_exclusive_group(required=True)
         source.add_argument("--adapter", type=Path, help="a PEFT adapter folder")
         source.add_argument("--model", type=Path, help="a model folder in Hugging Face layout")
+        if verb is serve:
+            source.add_argument("--artifact", help="URI of the one or the other, in a bucket say")
     export.add_argument("--to", type=Path, required=True, help="a folder that is not there yet")
     export.add_argument("--merge", action="store_true", help="merge the adapter into its base")
     export.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="type of the weights")

@@ -61,11 +61,14 @@ _PRECISIONS = {"float32": Precision.FP32, "float16": Precision.FP16}
 class ServeRequest:
     """What was asked for."""
 
-    model: Path | None
-    """A whole model's folder; None for an adapter."""
-    adapter: Path | None
     name: str
     """What those who ask call the model."""
+    model: Path | None = None
+    """A whole model's folder,"""
+    adapter: Path | None = None
+    """or an adapter's,"""
+    artifact: str | None = None
+    """or the URI of one or the other."""
     host: str = "127.0.0.1"
     port: int = 8000
     """0: whichever is free."""
@@ -182,11 +185,15 @@ def _check_packages() -> None:
 
 def _folders(request: ServeRequest, cache: Path) -> tuple[Path, Path | None]:
     """The whole model, and the adapter that belongs to it. Raises UserError."""
-    adapter = request.adapter
+    model, adapter = request.model, request.adapter
+    if request.artifact is not None:
+        _say(f"Fetching {request.artifact}, unless it is here")
+        folder = _located(request.artifact, "--artifact", None, cache)
+        model, adapter = (None, folder) if (folder / "adapter_config.json").is_file() else (folder, None)
     if adapter is None:
-        assert request.model is not None
-        _check_model(request.model)
-        return request.model, None
+        assert model is not None
+        _check_model(model)
+        return model, None
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise _of_folder(adapter, f"has no {ADAPTER_WEIGHTS}; name the folder of an adapter")
     _check_writes(adapter)

@@ -29,7 +29,7 @@ def serve_model(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="job://NAME, a run's folder, or an artifact's folder.", show_default=False
+            metavar="MODEL", help="job://NAME, or an artifact: a run's folder, its own, or a URI.", show_default=False
         ),
     ],
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets everybody ask.")] = "127.0.0.1",
@@ -67,6 +67,7 @@ def serve_model(
     Examples:
       finetune serve job://support-bot
       finetune serve runs/support-bot/20250101-120000 --port 0 -o json
+      finetune serve s3://team-a/models/support-bot
       finetune serve ./adapter --base hf://Qwen/Qwen3-8B --name support-bot
     """
     from finetune_client.cli.jobs.verbs import Where

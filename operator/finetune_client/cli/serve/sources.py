@@ -1,8 +1,9 @@
-"""What a person calls a model -> its folder on this machine, and a name for it.
+"""What a person calls a model -> where it is, as the trainers are told, and a name for it.
 
 job://support-bot                   its newest run below ./runs with a model, else what the job elsewhere has written
 runs/support-bot/20250101-120000    a run's folder, or an artifact's
 pvc://models/support-bot            a folder of a claim that is mounted here; file:///path too
+s3://bucket/support-bot             an artifact in a bucket, which the trainers fetch; gs:// too
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api.job import Phase
-from finetune_api.uris import Scheme, Uri, parse_uri
-from finetune_client.cli.artifacts import FoundArtifact, find_artifact
+from finetune_api.uris import BUCKETS, Scheme, Uri, parse_uri
+from finetune_client.cli.artifacts import find_artifact
 from finetune_client.cli.exits import ABSENT, INVALID
 from finetune_client.cli.jobs.verbs import Where, code_of
 from finetune_client.errors import ClientError
@@ -38,10 +39,15 @@ class NotServable(ValueError):
 
 @dataclass(frozen=True)
 class Served:
-    """A model on this machine's disk."""
+    """A model that can be had on this machine."""
 
-    artifact: FoundArtifact
+    option: list[str]
+    """How the trainers' command line names it."""
+    what: str
+    """For people: what it is and where."""
     name: str
+    is_whole: bool = False
+    """It is known to be no adapter."""
 
 
 def to_serve(source: str, where: Where) -> Served:
@@ -54,10 +60,21 @@ def to_serve(source: str, where: Where) -> Served:
         raise NotServable(f"{source} {error}") from error
     if uri.scheme is Scheme.JOB:
         return _of_job(uri.authority, where)
-    folder = _folder(uri)
-    if folder is None or not folder.is_dir():
-        raise NotServable(f"{source} {_elsewhere(uri)}")
-    return _of_folder(folder, None)
+    return _of_uris([uri], None)
+
+
+def _of_uris(uris: Sequence[Uri], name: str | None) -> Served:
+    """The first of them that can be had here, disks before buckets."""
+    for uri in uris:
+        folder = _folder(uri)
+        if folder is not None and folder.is_dir():
+            return _of_folder(folder, name)
+    for uri in uris:
+        if uri.scheme in BUCKETS and uri.path.strip("/"):
+            return Served(
+                ["--artifact", str(uri)], f"the artifact at {uri}", name or uri.path.rstrip("/").split("/")[-1]
+            )
+    raise NotServable(f"{uris[0]} {_elsewhere(uris[0])}")
 
 
 def _of_folder(folder: Path, name: str | None) -> Served:
@@ -67,7 +84,9 @@ def _of_folder(folder: Path, name: str | None) -> Served:
         if _is_at_work(folder):
             raise NotServable(f"{folder} is the folder of a run at work, which has written no model yet") from error
         raise NotServable(str(error)) from error
-    return Served(artifact, name or _job_of(artifact.folder) or artifact.folder.resolve().name)
+    kind = "adapter" if artifact.is_adapter else "model"
+    name = name or _job_of(artifact.folder) or artifact.folder.resolve().name
+    return Served(artifact.option, f"the {kind} in {artifact.folder}", name, is_whole=not artifact.is_adapter)
 
 
 def _job_of(artifact: Path) -> str | None:
@@ -99,12 +118,10 @@ def _of_view(view: JobView) -> Served:
     """The model of a job that ran elsewhere, where its disk is here too."""
     if not view.artifacts:
         raise NotServable(_nothing_yet(view), ABSENT)
-    uris = _uris(view)
-    for uri in uris:
-        folder = _folder(uri)
-        if folder is not None and folder.is_dir():
-            return _of_folder(folder, view.name)
-    raise NotServable(f"the model of job {view.name} is not on this machine: {uris[0]} {_elsewhere(uris[0])}", ABSENT)
+    try:
+        return _of_uris([parse_uri(artifact.uri) for artifact in view.artifacts], view.name)
+    except NotServable as error:
+        raise NotServable(f"the model of job {view.name} is not on this machine: {error}", ABSENT) from error
 
 
 def _nothing_yet(view: JobView) -> str:
@@ -112,10 +129,6 @@ def _nothing_yet(view: JobView) -> str:
     if view.phase is Phase.FAILED:
         return f"job {name} has failed and written no model; finetune describe {where} says why"
     return f"job {name} is {view.phase} and has written no model yet; finetune watch {where} follows it"
-
-
-def _uris(view: JobView) -> Sequence[Uri]:
-    return [parse_uri(artifact.uri) for artifact in view.artifacts]
 
 
 def _folder(uri: Uri) -> Path | None:
@@ -134,8 +147,8 @@ def _elsewhere(uri: Uri) -> str:
             f"is on a volume of the cluster, and claim {uri.authority} is not mounted here. Serve it in the cluster, as"
             f" {SAMPLE} does; or copy it here (kubectl cp) and name its folder"
         )
-    if uri.scheme in (Scheme.S3, Scheme.GS):
-        return "is in a bucket, and a model is served from a disk. Copy it here and name its folder"
+    if uri.scheme in BUCKETS:
+        return "is a whole bucket; name the artifact in it"
     if uri.scheme is Scheme.FILE:
         return "is no folder of this machine; name one that is"
     return "is not what a job has trained; name job://NAME, a run's folder, or an artifact's folder"

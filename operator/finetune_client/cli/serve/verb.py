@@ -49,11 +49,10 @@ def serve_it(wish: Wish, where: Where, as_json: bool) -> int:
             "install the extras: pip install 'finetune-operator[trainers,serve]'"
         )
         return INVALID
-    if wish.base is not None and not served.artifact.is_adapter:
-        _say(f"--base: {served.artifact.folder} is a whole model and needs none; leave --base out")
+    if wish.base is not None and served.is_whole:
+        _say(f"--base: {served.what} is whole and needs none; leave --base out")
         return INVALID
-    kind = "adapter" if served.artifact.is_adapter else "model"
-    _say(f"Preparing the {kind} in {served.artifact.folder}")
+    _say(f"Preparing {served.what}")
     with counting_signals() as num_signals, LocalServer(_arguments(wish, served)) as server:
         return _watch(server, num_signals, as_json)
 
@@ -62,7 +61,7 @@ def _arguments(wish: Wish, served: Served) -> list[str]:
     """Of the trainers' command."""
     options = ["--name", wish.name or served.name, "--host", wish.host, "--port", str(wish.port)]
     options += ["--engine", wish.engine, *(["--base", wish.base] if wish.base is not None else [])]
-    return ["serve", *served.artifact.option, *options]
+    return ["serve", *served.option, *options]
 
 
 def _watch(server: LocalServer, num_signals: Callable[[], int], as_json: bool) -> int:
