@@ -15,6 +15,7 @@ import pytest
 from finetune_api.failures import FailureClass
 from finetune_api.plan import RunPlan
 from finetune_api.progress import Progress, Result
+from finetune_trainers.buckets import fetch_artifact
 from finetune_trainers.checkpoint.find import find_newest
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.places import cache_folder
@@ -94,6 +95,22 @@ def test_a_killed_run_goes_on_from_the_bucket_alone_and_the_next_job_from_its_ar
     shutil.rmtree(tmp_path / "second")
     prepared = small_world.prepare(small_world.plan({"model.source": artifact.uri}), tmp_path / "third")
     assert Path(prepared.model.folder) == cache_folder() / "artifacts" / artifact.digest
+
+
+def test_adapters_go_to_the_storage_and_the_model_that_they_are_merged_into_to_its_output(
+    small_world: SmallWorld, server: S3, tmp_path: Path
+) -> None:
+    bucket = server.bucket()
+    merged = {"outputs": [{"to": f"s3://{bucket}/merged/", "merge": True}]}
+    plan = in_storage(small_world.plan({"tuning": {"lora": {}}, "checkpoint": {}} | merged), f"s3://{bucket}/runs")
+    outcome = small_world.train(plan, tmp_path / "run")
+    assert [(one.uri, one.kind) for one in outcome.artifacts] == [
+        (f"s3://{bucket}/runs/default/example/attempt-1/artifact", "adapter"),
+        (f"s3://{bucket}/merged", "model"),
+    ]
+    adapter, model = (fetch_artifact(one.uri, "spec.model.source") for one in outcome.artifacts)
+    assert (adapter / "adapter_model.safetensors").is_file()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in model.iterdir()}
 
 
 def test_a_bucket_that_cannot_be_used_ends_a_run_before_anything_is_read(
