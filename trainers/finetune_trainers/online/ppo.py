@@ -17,6 +17,7 @@ from finetune_api.spec import Ppo as PpoSettings
 from finetune_trainers.data.batches import Batch
 from finetune_trainers.methods import BatchLoss
 from finetune_trainers.online.episodes import Experience, Rollout, Said
+from finetune_trainers.online.memory import give_back
 from finetune_trainers.online.method import Asked, Judged, Online, Parts
 from finetune_trainers.rl.advantages import gae, mask_of_lengths
 from finetune_trainers.rl.kl import AdaptiveKl, FixedKl, KlController, controller_from_state, kl_estimate
@@ -43,12 +44,14 @@ class Ppo(Online):
         """A step of this iteration went farther than stopKl."""
 
     def loss(self, module: nn.Module, batch: Batch) -> BatchLoss:
-        of_policy, of_critic = self.losses(module, batch)
+        assert isinstance(batch, Experience)
+        of_policy, of_critic = self._loss_of_policy(batch), self._loss_of_critic(batch)
         return BatchLoss(of_policy.total + of_critic.total, of_policy.sums + of_critic.sums)
 
     def losses(self, module: nn.Module, batch: Batch) -> Iterator[BatchLoss]:
         assert isinstance(batch, Experience)
         yield self._loss_of_policy(batch)
+        give_back()  # its activations: the gradients, which stay, lie between them
         yield self._loss_of_critic(batch)
 
     def _loss_of_policy(self, batch: Experience) -> BatchLoss:
