@@ -28,10 +28,10 @@ GREEDY = {"temperature": 0, "max_tokens": 8}
 
 def random_adapter(model: Path, folder: Path) -> Path:
     """An adapter that changes what the model says."""
-    import peft
     import torch
     from transformers import AutoModelForCausalLM
 
+    from finetune_trainers.lean_peft import peft
     from finetune_trainers.tuning import peft_warnings_off
 
     torch.manual_seed(3)

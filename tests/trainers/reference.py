@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -22,6 +21,7 @@ from finetune_api.plan import RunPlan
 from finetune_api.spec import Distill
 from finetune_trainers.data.batches import Batch, TrainBatches
 from finetune_trainers.data.order import TrainOrder
+from finetune_trainers.lean_peft import peft
 from finetune_trainers.prepared import PreparedRun
 
 __all__ = ["divergence", "documents", "metrics_of", "train"]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import peft
 import pytest
 import torch
 from blake3 import blake3
@@ -20,6 +19,7 @@ from finetune_api.plan import RunPlan
 from finetune_api.progress import Artifact, EvalSummary
 from finetune_trainers.artifact import write_artifact
 from finetune_trainers.errors import UserError
+from finetune_trainers.lean_peft import peft
 from finetune_trainers.model_card import CardFacts
 from finetune_trainers.models import load_model, prepare_model
 from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedSource

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import AutoPeftModelForSequenceClassification
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -21,6 +20,7 @@ from finetune_trainers.chat import answer
 from finetune_trainers.context import SingleProcessContext
 from finetune_trainers.errors import UserError
 from finetune_trainers.evaluation import evaluating
+from finetune_trainers.lean_peft import peft
 from finetune_trainers.methods.building import build_method, train_batches
 from finetune_trainers.methods.log_probs import answers
 from finetune_trainers.methods.pairs import Dpo
@@ -303,7 +303,7 @@ def test_a_reward_model_reloads_in_plain_transformers_with_the_same_scores(
     judged.train(judged.plan("reward", STEPS | tuning), tmp_path / "run")
     folder = tmp_path / "run" / "artifact"
     if tuning:
-        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        model = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     else:
         model, told = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
         assert not told["missing_keys"]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.spec import Precision
 from finetune_trainers.errors import UserError
+from finetune_trainers.lean_peft import peft
 from finetune_trainers.merge import merge_adapter
 from tests.trainers.foreign_warnings import PEFT_ASKS_TRANSFORMERS
 from tests.trainers.test_artifact import PROBE, Trained, trained

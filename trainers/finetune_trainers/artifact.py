@@ -99,7 +99,7 @@ def adapter_config(
 ) -> Any:
     """PEFT's LoraConfig of an adapter whose tensors have these `names`, on the model of `source`, which is at
     `folder`. What is among them and no adapter is the head of a reward model."""
-    import peft
+    from finetune_trainers.lean_peft import peft
 
     adapted = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in names if ".lora_" in name}
     is_reward = any(".lora_" not in name for name in names)

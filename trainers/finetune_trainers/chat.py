@@ -77,7 +77,7 @@ def _load(model_folder: Path, adapter_folder: Path | None) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", local_files_only=True)
     model.to(device)
     if adapter_folder is not None:
-        import peft
+        from finetune_trainers.lean_peft import peft
 
         with peft_warnings_off():
             model = peft.PeftModel.from_pretrained(model, str(adapter_folder))

@@ -171,6 +171,9 @@ def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def _bitsandbytes(quantization: Quantization, compute_dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
+    from finetune_trainers.lean_peft import with_bitsandbytes
+
+    with_bitsandbytes()
     if quantization is Quantization.INT8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

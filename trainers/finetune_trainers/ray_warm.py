@@ -33,7 +33,9 @@ _WARM_SECONDS = 3600
 def warm_modules(deepspeed: bool, lora: bool) -> str:
     """What a worker will import."""
     modules = ["finetune_trainers.worker", "finetune_trainers.worker_process"]
-    return ",".join([*modules, *(["deepspeed"] if deepspeed else []), *(["peft"] if lora else [])])
+    return ",".join(
+        [*modules, *(["deepspeed"] if deepspeed else []), *(["finetune_trainers.lean_peft"] if lora else [])]
+    )
 
 
 def prestart_group(num_workers: int, own: Mapping[str, str]) -> None:

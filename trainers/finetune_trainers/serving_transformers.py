@@ -74,7 +74,7 @@ class OneModel(ModelManager):
             self._folder, dtype=self.dtype, device_map=self.device, local_files_only=True, use_safetensors=True
         )
         if self._adapter is not None:
-            import peft
+            from finetune_trainers.lean_peft import peft
 
             with peft_warnings_off():
                 model = peft.PeftModel.from_pretrained(model, str(self._adapter)).merge_and_unload()

@@ -130,7 +130,7 @@ def peft_warnings_off() -> Iterator[None]:
 
 
 def _add_adapters(model: nn.Module, lora: Lora, plan: RunPlan) -> TunedModel:
-    import peft
+    from finetune_trainers.lean_peft import peft
 
     targets = sorted({name for names in lora_targets(model, lora.target_modules).values() for name in names})
     config = peft.LoraConfig(

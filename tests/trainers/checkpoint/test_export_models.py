@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,6 +24,7 @@ from finetune_trainers.checkpoint.manifest import Manifest
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.errors import UserError
+from finetune_trainers.lean_peft import peft
 from finetune_trainers.merge import merge_adapter
 from tests.trainers.conftest import SmallWorld
 from tests.trainers.foreign_warnings import WHEN_TRAINING

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -21,6 +20,7 @@ from finetune_api.plan import RunPlan
 from finetune_api.spec import ModelReward, RewardSource
 from finetune_trainers.context import SingleProcessContext
 from finetune_trainers.errors import UserError
+from finetune_trainers.lean_peft import peft
 from finetune_trainers.methods.reward import Calibration
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.rewards import Episode
@@ -97,7 +97,7 @@ def plain_scores(trained: Trained, way: str) -> list[float]:
     tokenizer: Any = AutoTokenizer.from_pretrained(trained.artifact)
     kind: Any = AutoModelForSequenceClassification
     if (trained.artifact / "adapter_config.json").is_file():
-        kind = AutoPeftModelForSequenceClassification
+        kind = peft.AutoPeftModelForSequenceClassification
     model = kind.from_pretrained(trained.artifact, num_labels=1).eval()
     model.config.pad_token_id = tokenizer.pad_token_id
 

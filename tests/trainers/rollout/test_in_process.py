@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from torch import nn
 from finetune_trainers.attention import forward_kwargs
 from finetune_trainers.data.batches import Batch
 from finetune_trainers.engine import checkpoint_activations
+from finetune_trainers.lean_peft import peft
 from finetune_trainers.rollout import Completion, Request, Sampling
 from finetune_trainers.rollout import in_process as in_process_module
 from tests.trainers.foreign_warnings import PEFT_ASKS_TRANSFORMERS

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
+from finetune_trainers.lean_peft import peft
 from finetune_trainers.online.critic import CRITIC_PARTS
 from finetune_trainers.rollout import Completion, Request, Sampling
 from finetune_trainers.rollout.vllm_engine import VllmEngine

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from finetune_trainers.lean_peft import peft
 
 __all__ = ["Adapters"]
 
@@ -19,7 +20,9 @@ class Adapters:
     """Those of one model. The one that is in use otherwise is the policy's."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self._layers = [
+            module for module in model.modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
+        ]
         self._blocks: list[Any] = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
     @contextmanager

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
@@ -26,6 +25,7 @@ from finetune_trainers.attention import PACKED_ATTENTION
 from finetune_trainers.cpu_bf16 import bf16_is_emulated, use_float32_products
 from finetune_trainers.data.encoding import load_encoding
 from finetune_trainers.errors import UserError
+from finetune_trainers.lean_peft import peft
 from finetune_trainers.models import load_dtype, load_model
 from finetune_trainers.prepared import PreparedModel
 from finetune_trainers.rewards.judge import load_report_off

@@ -232,7 +232,7 @@ def _load(folder: Path, adapter: Path | None, device: torch.device) -> Any:
     )
     model.to(device)
     if adapter is not None:
-        import peft
+        from finetune_trainers.lean_peft import peft
 
         with peft_warnings_off():
             model = peft.PeftModel.from_pretrained(model, str(adapter))

@@ -171,7 +171,7 @@ def _load(files: JudgeFiles, dtype: torch.dtype, device: torch.device) -> nn.Mod
         )
         read_packed(model)
         if files.adapter is not None:
-            import peft
+            from finetune_trainers.lean_peft import peft
 
             with peft_warnings_off():
                 model = peft.PeftModel.from_pretrained(model, str(files.adapter), autocast_adapter_dtype=False)

@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from finetune_trainers.artifact_folder import PEFT_PREFIX
+from finetune_trainers.lean_peft import peft
 from finetune_trainers.rollout.zero3 import inside
 
 __all__ = ["policy_weights"]
@@ -34,7 +34,9 @@ def policy_weights(
     precision the two differ by such roundings.
     """
     module = inside(module)
-    adapted: dict[str, Any] = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+    adapted: dict[str, Any] = {
+        name: layer for name, layer in module.named_modules() if isinstance(layer, peft.tuners.lora.LoraLayer)
+    }
     for name, parameter in module.named_parameters():
         parts = name.split(".")
         if set(without) & set(parts) or any(part.startswith("lora_") for part in parts):
