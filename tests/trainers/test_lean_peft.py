@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import finetune_trainers
 from tests.trainers.tiny import tiny_model
 
 PROGRAM = """
@@ -36,3 +38,13 @@ def test_bitsandbytes_is_imported_when_it_is_asked_for_and_not_with_peft(tmp_pat
     before, after = said.splitlines()
     assert before == "False True False", "PEFT goes without it, and everybody else finds it"
     assert after == "True True bitsandbytes"
+
+
+def test_no_module_imports_peft_past_it() -> None:
+    [package] = finetune_trainers.__path__
+    importing = {
+        file.name
+        for file in Path(package).rglob("*.py")
+        if re.search(r"^\s*(import|from) peft\b", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert importing == {"lean_peft.py"}
