@@ -6,18 +6,17 @@ Everything here runs on one event loop.
 from __future__ import annotations
 
 import ssl
-from asyncio import Event, sleep, timeout
+from asyncio import Event
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from socket import socket
-from typing import Any, Protocol
-from weakref import WeakSet
+from typing import Protocol
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
 from yarl import URL
 
+from finetune_operator.cluster.connection import Sockets
 from tests.cluster.requests import Asked, asked_by
 
 __all__ = ["Action", "Exchange", "Proxy", "status_document"]
@@ -26,10 +25,6 @@ _OF_ONE_HOP = frozenset({"connection", "host", "keep-alive", "transfer-encoding"
 _NOT_OUR_OWN = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 """Headers that the HTTP client would add where the request has none: the answer would then not fit the request."""
 _REASONS = {409: "Conflict", 410: "Expired", 422: "Invalid", 429: "TooManyRequests", 500: "InternalError"}
-
-
-_Address = tuple[int, int, int, str, tuple[Any, ...]]
-"""As socket.getaddrinfo gives it."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +82,11 @@ class Proxy:
         self.flowing = Event()
         self._upstream, self._port, self._choose, self._ours, self._theirs = upstream, port, choose, ours, theirs
         self._site: web.TCPSite | None = None
-        self._sockets = WeakSet[socket]()
+        self._sockets = Sockets()
 
     async def start(self) -> None:
         self.flowing.set()
-        connector = TCPConnector(limit=0, ssl=self._theirs or True, socket_factory=self._socket)
+        connector = TCPConnector(limit=0, ssl=self._theirs or True, socket_factory=self._sockets.new)
         self._session = ClientSession(connector=connector, auto_decompress=False, timeout=ClientTimeout(total=None))
         self._web = web.Server(self._handle, handler_cancellation=True, access_log=None)
         self._runner = web.ServerRunner(self._web, shutdown_timeout=0.1)
@@ -103,11 +98,7 @@ class Proxy:
         await self.abort_connections()
         await self._runner.cleanup()
         await self._session.close()
-        # A connection over TLS takes leave of the server before it is closed, and the session does not wait for that.
-        with suppress(TimeoutError):
-            async with timeout(5):
-                while any(one.fileno() >= 0 for one in self._sockets):
-                    await sleep(0.005)
+        await self._sockets.closed()
 
     async def hold(self) -> None:
         """Connections stay open and nothing moves until `release`."""
@@ -145,11 +136,6 @@ class Proxy:
             skip_auto_headers=_NOT_OUR_OWN,
         ) as answer:
             yield answer
-
-    def _socket(self, address: _Address) -> socket:
-        made = socket(*address[:3])
-        self._sockets.add(made)
-        return made
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         asked = asked_by(request.method, request.raw_path)

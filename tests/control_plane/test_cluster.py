@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import ssl
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from finetune_operator.cluster.connection import connect
 from tests.cluster.client import ApiError, Client
 from tests.cluster.faults import Faults, Refuse
 from tests.cluster.pods import Kwok, end_pod
@@ -98,3 +105,31 @@ def test_the_client_raises_what_the_server_says(api: Client, controllers: Starte
     with pytest.raises(ApiError) as refused:
         api.get("/api/v1/namespaces/default/configmaps/absent")
     assert (refused.value.code, refused.value.reason) == (404, "NotFound")
+
+
+def test_a_watch_that_is_left_early_leaves_no_socket_open(server: Server) -> None:
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(server.ca_file, server.key_file)
+
+    def answer_and_part_slowly(listening: socket.socket) -> None:
+        with tls.wrap_socket(listening.accept()[0], server_side=True) as client:
+            client.recv(1 << 16)
+            client.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n{}\n\r\n")
+            client.recv(1)
+            time.sleep(0.2)
+
+    def open_sockets(port: int) -> list[Any]:
+        return [one for one in psutil.Process().net_connections("tcp") if one.raddr and one.raddr.port == port]
+
+    async def look(port: int) -> None:
+        async with connect(server.at(f"https://127.0.0.1:{port}").kubeconfig) as connection:
+            lines = connection.lines("/api/v1/namespaces", {"watch": "true"})
+            assert await anext(lines) == {}
+            await lines.aclose()
+        assert open_sockets(port) == []
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=answer_and_part_slowly, args=(listening,))
+        thread.start()
+        asyncio.run(look(listening.getsockname()[1]))
+        thread.join()

@@ -13,12 +13,14 @@ import logging
 import os
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
+from socket import socket
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
+from weakref import WeakSet
 
 import aiohttp
 from kubernetes.aio import config
@@ -28,13 +30,14 @@ from finetune_operator.errors import ApiError, Unreachable, api_error
 from finetune_operator.metrics import Metrics
 from finetune_operator.raw import at, items
 
-__all__ = ["JSON", "Connection", "Unusable", "connect", "proxy_of_environment"]
+__all__ = ["JSON", "Connection", "Sockets", "Unusable", "connect", "proxy_of_environment"]
 
 JSON = "application/json"
 
 _CONNECTIONS = 100  # HTTP/1.1: a request has one to itself, a watch for as long as it lasts
 _CONNECT_SECONDS = 10.0
 _LOGIN_SECONDS = 10.0  # between two attempts to log in anew
+_FAREWELL_SECONDS = 2.0
 _READ_AT_ONCE = 1 << 18
 _CHANNELS = "v4.channel.k8s.io"
 """How a command's streams share one WebSocket: the first byte of each message says whose it is."""
@@ -56,10 +59,35 @@ async def connect(
     """
     login = _Login(kubeconfig, context)
     await login.load()
-    connector = aiohttp.TCPConnector(limit=_CONNECTIONS, ssl=login.tls or True)
+    sockets = Sockets()
+    connector = aiohttp.TCPConnector(limit=_CONNECTIONS, ssl=login.tls or True, socket_factory=sockets.new)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=_READ_AT_ONCE) as session:
-        yield Connection(session, login, metrics or Metrics())
+    try:
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=_READ_AT_ONCE) as session:
+            yield Connection(session, login, metrics or Metrics())
+    finally:
+        await sockets.closed()
+
+
+class Sockets:
+    """The sockets of a session. One over TLS takes leave of the server before it is closed, which the end of the
+    session does not wait for when its answer was left early: a loop that ends then would leave it open."""
+
+    def __init__(self) -> None:
+        self._made = WeakSet[socket]()
+
+    def new(self, address: tuple[int, int, int, str, tuple[Any, ...]]) -> socket:
+        """aiohttp's socket_factory; `address` as socket.getaddrinfo gives it."""
+        made = socket(*address[:3])
+        self._made.add(made)
+        return made
+
+    async def closed(self) -> None:
+        """Returns when all are closed, or after some seconds: a server may never answer."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FAREWELL_SECONDS):
+                while any(one.fileno() >= 0 for one in self._made):
+                    await asyncio.sleep(0.005)
 
 
 class Connection:
