@@ -5,14 +5,20 @@ The driver is that of the Jobs API, whose tests follow a job to its artifact and
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
 from finetune_api.job import Phase
 from finetune_api.problems import InvalidManifest
 from finetune_client import Client
+from finetune_client.backends.ray_client import RayClientDrivers
 from finetune_client.errors import NoSuchJob, Unreachable
 from tests.client.ray_head import RayHead, ray_head
 from tests.client.test_ray_jobs import SLOW, STEPS, document, trainers
@@ -68,3 +74,34 @@ def test_an_address_where_nothing_listens_is_named() -> None:
         pytest.raises(Unreachable, match=r"ray://127.0.0.1:9 does not answer: .*ray://HEAD:10001"),
     ):
         client.list()
+
+
+def test_a_server_of_rays_that_dies_as_it_starts_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def init(address: str, **_: Any) -> Any:
+        asked.append(address)
+        if len(asked) < 3:
+            raise ConnectionAbortedError("Initialization failure from server")
+        return nullcontext()
+
+    monkeypatch.setattr(ray, "init", init)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"ray://127.0.0.1:{listening.getsockname()[1]}"
+        asyncio.run(RayClientDrivers.open(address, None))
+    assert asked == [address] * 3
+
+
+def test_a_cluster_that_always_refuses_is_asked_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def init(address: str, **_: Any) -> Any:
+        asked.append(address)
+        raise ConnectionAbortedError("Initialization failure from server")
+
+    monkeypatch.setattr(ray, "init", init)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"ray://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(Unreachable, match=f"{address} does not answer: Initialization failure from server"):
+            asyncio.run(RayClientDrivers.open(address, None))
+    assert len(asked) == 5
