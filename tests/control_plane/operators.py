@@ -25,7 +25,7 @@ from tests.factories import job_document, runtime_document
 __all__ = ["Jobs", "Operator", "operator"]
 
 _RUNTIMES = "/apis/finetune-operator.io/v1alpha1/finetuneruntimes"
-_PORT = re.compile(r"serves metrics and health on port (\d+)")
+_PORT = re.compile(r'serves metrics and health on port (\d+)"')
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Operator:
         return sum(float(line.rpartition(" ")[2]) for line in lines if all(one in line for one in wanted))
 
     def log(self) -> list[dict[str, Any]]:
-        """Its lines so far; every one must be JSON."""
-        return [json.loads(line) for line in self.process.said().splitlines() if line]
+        """Its lines so far, without one that is still being written; every one must be JSON."""
+        return [json.loads(line) for line in self.process.said().split("\n")[:-1] if line]
 
     def _answer(self, path: str) -> tuple[int, str]:
         port = _PORT.search(self.process.said())
