@@ -30,6 +30,9 @@ def real_tokenizer_folder() -> Path | None:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             whole = Path(scratch) / "tokenizer"
             tokenizer.save_pretrained(whole)
-            if not folder.exists():  # another test process may have been quicker
+            try:
                 whole.rename(folder)
+            except OSError:
+                if not folder.exists():  # another test process was quicker
+                    raise
     return folder
