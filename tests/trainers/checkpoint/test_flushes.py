@@ -31,8 +31,8 @@ from tests.trainers.checkpoint.saving import intent_of, original, restored, star
 from tests.trainers.checkpoint.synthetic import NOON
 
 ROOT = Path(__file__).resolve().parents[3]
-SOON = 60.0
-"""Seconds that no test waits in full."""
+SOON = 300.0
+"""Seconds that no test waits in full. Writers give way to whatever else the machine does."""
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -40,6 +40,13 @@ def until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it did not come to be"
         time.sleep(0.02)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # gone between the two questions
+        return False
 
 
 class Run:
@@ -251,7 +258,7 @@ def test_a_writer_ends_when_there_is_nothing_more_to_do(run: Callable[..., Run])
     writer = psutil.Process(alone.pid())
     alone.stage(1)
     alone.ranks[0].close()
-    until(lambda: not writer.is_running() or writer.status() == psutil.STATUS_ZOMBIE)
+    until(lambda: not is_alive(writer))
     assert alone.steps() == [1]
 
 
@@ -275,7 +282,7 @@ def test_a_trainer_that_is_killed_right_after_staging_loses_nothing(tmp_path: Pa
     assert all(writer.is_running() for writer in writers)
     for writer in writers:
         writer.resume()
-    until(lambda: not any(writer.is_running() and writer.status() != psutil.STATUS_ZOMBIE for writer in writers))
+    until(lambda: not any(is_alive(writer) for writer in writers))
     found = find_newest(storage, deep=True)
     assert found.manifest is not None
     assert list(storage.list(layout.BUSY)) == []
@@ -287,4 +294,4 @@ def test_a_writer_is_small_and_knows_no_torch(run: Callable[..., Run]) -> None:
     mapped = {Path(mapping.path).name for mapping in writer.memory_maps()}
     assert not any("torch" in name for name in mapped)
     assert writer.memory_info().rss < 100 << 20
-    assert writer.nice() > psutil.Process().nice()
+    assert writer.nice() == min(psutil.Process().nice() + 15, 19)
