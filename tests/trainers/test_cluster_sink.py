@@ -99,6 +99,12 @@ def api() -> Iterator[ApiServer]:
     server.server_close()
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No request is given up because the machine is busy."""
+    monkeypatch.setattr("finetune_trainers.cluster_sink.TIMEOUT_SECONDS", float(PATIENCE))
+
+
 @pytest.fixture
 def account(tmp_path: Path) -> Path:
     folder = tmp_path / "account"
