@@ -192,10 +192,10 @@ def test_long_prompts_enter_some_at_a_time(model: Any, monkeypatch: pytest.Monke
 
 def test_adapters_write_the_answers_where_there_are_any(model: Any) -> None:
     base = greedy_by_transformers(model, PROMPTS)
+    torch.manual_seed(3)
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     )
-    torch.manual_seed(3)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
