@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -62,9 +61,7 @@ def test_two_ranks_with_split_parameters_agree_with_one_process(tmp_path: Path) 
     model, tokenizer = save_model(tmp_path), save_tokenizer(tmp_path)
     losses, answers, texts = figures(model, tokenizer, Alone())
     assert len({len(text.split()) for text in texts}) > 1, "answers of one length would not show a rank that waits"
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    group = {"WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "tests.trainers.zero3_worker", str(tmp_path)]
     ranks = [
         subprocess.Popen(
@@ -77,7 +74,7 @@ def test_two_ranks_with_split_parameters_agree_with_one_process(tmp_path: Path) 
         for rank in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

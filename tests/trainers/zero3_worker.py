@@ -1,11 +1,12 @@
 """One rank of `test_evaluation_under_zero3`: evaluates a model whose parameters are spread over the ranks.
 
-RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python -m tests.trainers.zero3_worker OUT_FOLDER
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 python -m tests.trainers.zero3_worker OUT_FOLDER
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,12 @@ def figures(
     return losses, answers, [sample["answer"] for sample in samples]
 
 
+def join_through(folder: Path) -> None:
+    """The ranks meet in a file there: a port that is free now may be taken when they have imported everything."""
+    rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world_size)
+
+
 class GlooContext:
     """The part of WorkerContext that evaluation uses, on torch's own process group."""
 
@@ -66,7 +73,8 @@ class GlooContext:
 
 def main(folder: Path) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no C++ build at the first collective
-    deepspeed.init_distributed("gloo")
+    join_through(folder)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     model = LlamaForCausalLM.from_pretrained(folder, attn_implementation=PACKED_ATTENTION)
     config = {
         "train_micro_batch_size_per_gpu": 1,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +19,7 @@ pytestmark = pytest.mark.ray
 def test_ranks_with_more_work_less_or_none_write_the_answers_of_one_process(tmp_path: Path) -> None:
     wanted = engine_for(policy(tmp_path / "model"), END_IDS).generate(requests_for(PROMPTS), DRAWN)
     assert len({len(answer.ids) for answer in wanted}) > 2, "answers of one length would not show a rank that waits"
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    group = {"WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.trainers.rollout.zero3_writer", str(tmp_path)],
@@ -34,7 +31,7 @@ def test_ranks_with_more_work_less_or_none_write_the_answers_of_one_process(tmp_
         for rank in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

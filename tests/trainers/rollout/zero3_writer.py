@@ -1,6 +1,6 @@
 """One rank of `test_under_zero3`: writes with a model whose parameters are spread over the ranks.
 
-RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python -m tests.trainers.rollout.zero3_writer FOLDER
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 python -m tests.trainers.rollout.zero3_writer FOLDER
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from finetune_trainers.rollout import Sampling
 from tests.trainers.rollout.writers import PROMPTS, engine_for, load_policy, requests_for
+from tests.trainers.zero3_worker import join_through
 
 __all__ = ["DRAWN", "END_IDS", "shares"]
 
@@ -45,7 +46,8 @@ class GlooContext:
 
 def main(folder: Path) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no C++ build at the first collective
-    deepspeed.init_distributed("gloo")
+    join_through(folder)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     model = load_policy(folder / "model")
     config = {
         "train_micro_batch_size_per_gpu": 1,
