@@ -22,7 +22,11 @@ from tests.cluster.client import Client
 from tests.cluster.processes import Started, started, wait_until
 from tests.factories import job_document, runtime_document
 
-__all__ = ["Jobs", "Operator", "operator"]
+__all__ = ["SHORT_LEASE", "Jobs", "Operator", "operator"]
+
+SHORT_LEASE = "--lease-seconds=3"
+"""For tests that wait for a lease to run out. Elsewhere a stall of two seconds would make an operator let go of its
+work, and a pass that is broken off never tells its Events."""
 
 _RUNTIMES = "/apis/finetune-operator.io/v1alpha1/finetuneruntimes"
 _PORT = re.compile(r'serves metrics and health on port (\d+)"')
@@ -80,7 +84,7 @@ def operator(
     """Starts one for this namespace; with `wait` it is ready when the block begins."""
     command = [
         *(sys.executable, "-m", "finetune_operator", f"--kubeconfig={kubeconfig}", f"--pod-name={name}"),
-        *(f"--operator-namespace={namespace}", f"--watch-namespaces={namespace}", "--lease-seconds=3"),
+        *(f"--operator-namespace={namespace}", f"--watch-namespaces={namespace}"),
         *("--metrics-host=127.0.0.1", "--metrics-port=0", *flags),
     ]
     number = len(list(folder.glob("operator-*.log")))

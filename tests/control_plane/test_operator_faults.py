@@ -11,7 +11,7 @@ from tests.cluster.faults import CutWatch, Delay, Drop, FailWatch, Faults, LoseA
 from tests.cluster.kuberay import define_ray
 from tests.cluster.server import control_plane
 from tests.control_plane.conftest import ROOT, Built
-from tests.control_plane.operators import Jobs, operator
+from tests.control_plane.operators import SHORT_LEASE, Jobs, operator
 
 pytestmark = pytest.mark.control_plane
 
@@ -55,7 +55,7 @@ def test_a_life_with_a_failure_in_it_goes_as_it_should_although(
 
 
 def test_an_outage_of_the_api_server_is_survived(jobs: Jobs, faults: Faults, tmp_path: Path) -> None:
-    with operator(tmp_path, faults.kubeconfig, jobs.namespace) as one:
+    with operator(tmp_path, faults.kubeconfig, jobs.namespace, SHORT_LEASE) as one:
         jobs.submit("before")
         one.wait(jobs.has("before-1"), "the first RayJob")
         with faults.outage():

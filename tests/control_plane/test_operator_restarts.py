@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster.faults import Faults, Freeze, LoseAnswer, Rule
 from tests.cluster.server import Server
-from tests.control_plane.operators import Jobs, Operator, operator
+from tests.control_plane.operators import SHORT_LEASE, Jobs, Operator, operator
 
 pytestmark = pytest.mark.control_plane
 
@@ -56,7 +56,7 @@ def test_what_happened_while_no_operator_was_there_is_noticed_by_the_next(
 ) -> None:
     names = ("ends", "fails", "vanishes", "waits")
     backoff = {"failurePolicy.backoff": {"initialSeconds": 1, "maxSeconds": 1}}
-    with operator(tmp_path, server.kubeconfig, jobs.namespace) as one:
+    with operator(tmp_path, server.kubeconfig, jobs.namespace, SHORT_LEASE) as one:
         for name in names:
             jobs.submit(name, backoff)
         one.wait(jobs.has(*(f"{name}-1" for name in names)), "the RayJobs")
