@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from finetune_api.failures import Problem
 from finetune_api.progress import Artifact
 from finetune_api.spec import Precision
 from finetune_trainers.errors import UserError
-from finetune_trainers.places import uri_of
+from finetune_trainers.places import appearing_whole, uri_of
 from finetune_trainers.weights import file_digest
 
 __all__ = [
@@ -57,14 +56,8 @@ def new_folder(folder: Path, field: str = "spec.outputs") -> Iterator[Path]:
         message = "holds something already; name a folder that is not there yet"
         problem = Problem(path=field, value=str(folder), message=message)
         raise UserError(str(problem), [problem])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with appearing_whole(folder) as unfinished:
         yield unfinished
-        unfinished.chmod(0o755)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def seal(unfinished: Path, folder: Path, kind: str, base: dict[str, Any]) -> Artifact:

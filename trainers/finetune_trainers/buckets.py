@@ -7,8 +7,6 @@ Whatever the store refuses becomes a sentence with the field, the URI and what t
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -27,7 +25,7 @@ from finetune_trainers.checkpoint.storage.errors import (
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.errors import StorageError, UserError
-from finetune_trainers.places import cache_folder
+from finetune_trainers.places import appearing_whole, cache_folder
 
 __all__ = ["STORAGE_FIELD", "fetch_artifact", "open_for_writing"]
 
@@ -81,25 +79,11 @@ def fetch_artifact(source: str, field: str) -> Path:
     folder = cache_folder() / _FETCHED / blake3(data).hexdigest()
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".fetching-", dir=folder.parent))
-    try:
+    with appearing_whole(folder, others_will_do=True) as unfinished:
         for name, file in listed.files.items():
             _fetch(storage, name, file, unfinished / name)
         (unfinished / DIGESTS).write_bytes(data)
-        _put(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
-
-
-def _put(unfinished: Path, folder: Path) -> None:
-    """Another process may have fetched the same meanwhile; its folder is as good."""
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
 
 
 def _fetch(storage: Storage, name: str, file: _Listed, path: Path) -> None:

@@ -8,9 +8,7 @@ bookkeeping on each of its hundred thousand entries, which is most of the time t
 from __future__ import annotations
 
 import contextlib
-import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 
 from finetune_api.failures import Problem
 from finetune_trainers.errors import UserError
+from finetune_trainers.places import appearing_whole
 from finetune_trainers.weights import write_tensors
 
 __all__ = ["is_gguf", "unpack_gguf"]
@@ -46,16 +45,9 @@ def unpack_gguf(path: Path, digest: str, cache_root: Path, on_progress: Callable
     folder = cache_root / "models" / f"{digest}-{LAYOUT}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     on_progress(0.0, f"Unpacking {path.name}, once for this file")
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{digest[:16]}-", dir=folder.parent))
-    try:
+    with appearing_whole(folder, others_will_do=True) as unfinished:
         _convert(path, unfinished)
-        unfinished.chmod(0o755)
-        with contextlib.suppress(OSError):  # another process was quicker; its folder is the same
-            unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     on_progress(100.0, f"Unpacked {path.name}")
     return folder
 

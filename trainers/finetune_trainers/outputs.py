@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -25,7 +24,7 @@ from finetune_trainers.checkpoint.exports.destination import left_behind, new_de
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.errors import StorageError, UserError
 from finetune_trainers.model_sources import local_path
-from finetune_trainers.places import uri_of
+from finetune_trainers.places import appearing_whole, uri_of
 from finetune_trainers.prepared import PreparedModel
 
 __all__ = ["check_buckets", "check_outputs", "publish"]
@@ -133,11 +132,5 @@ def _upload(source: Path, artifact: Artifact, to: str, field: str, writer: str) 
 
 
 def _copy(source: Path, folder: Path) -> None:
-    """Copy a folder beside its place and rename it: it is there whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with appearing_whole(folder) as unfinished:
         shutil.copytree(source, unfinished, dirs_exist_ok=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

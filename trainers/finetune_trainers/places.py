@@ -1,13 +1,37 @@
 """Where claims, installed packages and the cache are on this machine, and back: for sources of models and data, and
-results."""
+results. And how a folder comes to a place."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["cache_folder", "claim_folder", "package_folder", "uri_of"]
+__all__ = ["appearing_whole", "cache_folder", "claim_folder", "package_folder", "uri_of"]
+
+
+@contextmanager
+def appearing_whole(folder: Path, *, others_will_do: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well: it is there whole, or not.
+
+    `others_will_do`: of processes that write the same at the same time, the first one's stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}-", dir=folder.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)  # mkdtemp lets nobody else in, and the folder may be shared by users of one volume
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not (others_will_do and folder.is_dir()):
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def cache_folder() -> Path:

@@ -46,6 +46,15 @@ def bucket(s3: S3) -> Storage:
 
 
 @pytest.fixture
+def server(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
+    """The server, which this process is told of as pods are: by variables. The cache is a new one."""
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    return s3
+
+
+@pytest.fixture
 def ckpt(monkeypatch: pytest.MonkeyPatch) -> Ckpt:
     """`finetune ckpt` in this process."""
     return Ckpt(monkeypatch)

@@ -35,15 +35,6 @@ MODEL = PreparedModel(
 
 
 @pytest.fixture
-def server(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
-    """The server, which this process is told of as pods are: by variables. The cache is a new one."""
-    for name, value in s3.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    return s3
-
-
-@pytest.fixture
 def read_only(versitygw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     """A server that takes nothing."""
     with monkeypatch.context() as patched:

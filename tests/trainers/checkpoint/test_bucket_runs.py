@@ -28,14 +28,6 @@ from tests.trainers.foreign_warnings import WHEN_TRAINING
 pytestmark = [pytest.mark.control_plane, *WHEN_TRAINING]
 
 
-@pytest.fixture
-def server(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
-    for name, value in s3.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    return s3
-
-
 def in_storage(plan: RunPlan, storage: str) -> RunPlan:
     """As it is planned for a runtime with this storage."""
     assert plan.checkpoint is not None

@@ -10,7 +10,6 @@ judge who is to tell small differences; samples show what the model does.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from finetune_trainers.evaluation import end_token_ids
 from finetune_trainers.exporting import base_of_adapter
 from finetune_trainers.gguf import is_gguf, unpack_gguf
 from finetune_trainers.model_sources import locate_model
+from finetune_trainers.places import cache_folder
 from finetune_trainers.preference_data.reading import Names, Row, as_written, every_row, files_of, prompt_of
 from finetune_trainers.preference_data.writing import new_file, write_data_set
 from finetune_trainers.rollout import Request, Sampling
@@ -215,15 +215,11 @@ def _folder(asked: ToWrite, tell: Callable[[Step], None]) -> Path:
         def told(percent: float, what: str) -> None:
             tell(Step(what=what, done=int(percent), total=100))
 
-        return unpack_gguf(path, file_digest(path), _cache(asked), told)
+        return unpack_gguf(path, file_digest(path), Path(asked.cache) if asked.cache else cache_folder(), told)
     if not (path / "config.json").is_file():
         problem = Problem(path="--model", value=asked.model, message="has no config.json; name the folder of a model")
         raise UserError(str(problem), [problem])
     return path
-
-
-def _cache(asked: ToWrite) -> Path:
-    return Path(asked.cache or os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune").absolute()
 
 
 def _load(folder: Path, adapter: Path | None, device: torch.device) -> Any:

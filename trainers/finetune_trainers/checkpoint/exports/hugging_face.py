@@ -11,7 +11,6 @@ be the one that the checkpoint names. A checkpoint that names no base (an import
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +36,7 @@ from finetune_trainers.merge import (
     transposed_by_shape,
 )
 from finetune_trainers.model_sources import locate_model
+from finetune_trainers.places import cache_folder
 from finetune_trainers.weights import WeightFiles
 
 __all__ = ["write"]
@@ -83,8 +83,7 @@ def _unpacked(path: Path) -> Path:
     from finetune_trainers.gguf import unpack_gguf
     from finetune_trainers.weights import file_digest
 
-    cache = Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune")
-    return unpack_gguf(path, file_digest(path), cache, lambda _percent, _text: None)
+    return unpack_gguf(path, file_digest(path), cache_folder(), lambda _percent, _text: None)
 
 
 def _write_model(
