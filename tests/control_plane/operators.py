@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.progress import Artifact, Outcome, Progress, Result, Stage
+from finetune_operator.times import written
 from tests.cluster.client import Client
 from tests.cluster.processes import Started, started, wait_until
 from tests.factories import job_document, runtime_document
@@ -193,6 +194,9 @@ class Jobs:
     def kuberay(self, ray_job: str, deployment: str, job: str = "", message: str = "", **others: str) -> None:
         """Writes a RayJob's status as KubeRay would."""
         status = {"jobDeploymentStatus": deployment, "jobStatus": job, "message": message, **others}
+        if deployment in ("Complete", "Failed"):
+            # The operator sees ConfigMaps and RayJobs in two watches: by this it knows how long to wait for the other.
+            status["endTime"] = written(datetime.now(UTC))
         self.api.merge(f"{self._ray_jobs}/{ray_job}/status", {"status": status})
 
     def delete_ray_job(self, name: str) -> None:
