@@ -38,7 +38,10 @@ def test_a_job_runs_on_a_ray_cluster_and_ends_well(
     running.wait(lambda: kuberay.ray.running(jobs.namespace, "tiny-1"), "the entrypoint to run")
     jobs.report("tiny", 1, step=1)
     running.wait(jobs.is_at("tiny", "Running"), "the job to run")
-    assert jobs.condition("tiny", "ClusterReady")[0] == "True"
+    # KubeRay says that it runs a moment after it has handed the entrypoint over.
+    running.wait(
+        lambda: jobs.condition("tiny", "ClusterReady")[0] == "True", "the job to say that its cluster is there"
+    )
     jobs.report("tiny", 1, step=100)
     kuberay.ray.end(jobs.namespace, "tiny-1")
     running.wait(jobs.is_at("tiny", "Succeeded"), "the job to succeed")
@@ -104,6 +107,8 @@ def test_queued_jobs_run_in_turn_and_one_that_is_evicted_keeps_its_attempt(
     uid = jobs.ray_jobs()["first-1"]
     jobs.api.merge(f"{QUEUES}/clusterqueues/{quota}", {"spec": {"stopPolicy": "HoldAndDrain"}})
     running.wait(jobs.is_at("first", "Queued"), "the first to be evicted")
+    # Kueue asks for it, and KubeRay does it: until then the Ray job of before still runs.
+    running.wait(lambda: not kuberay.ray.running(jobs.namespace, "first-1"), "its Ray job to be gone")
     jobs.api.merge(f"{QUEUES}/clusterqueues/{quota}", {"spec": {"stopPolicy": "None"}})
     running.wait(lambda: kuberay.ray.running(jobs.namespace, "first-1"), "the first to be admitted again")
     assert jobs.ray_jobs()["first-1"] == uid
