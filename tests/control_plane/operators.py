@@ -47,6 +47,11 @@ class Operator:
     def leads(self) -> bool:
         return self.metric("leader_election_master_status") == 1
 
+    @property
+    def idle(self) -> bool:
+        """Whether it makes no pass and has none to make now."""
+        return self.ready and not self.metric("workqueue_depth") + self.metric("controller_runtime_active_workers")
+
     def wait(self, holds: Callable[[], object], what: str) -> None:
         """Waits as long as the operator lives."""
         wait_until(holds, what, self.process)

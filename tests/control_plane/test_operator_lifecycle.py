@@ -44,7 +44,7 @@ def test_a_job_becomes_a_ray_job_and_its_end_the_jobs(jobs: Jobs, running: Opera
     assert jobs.status("tiny")["artifacts"][0]["uri"] == "s3://models/tiny"
     running.wait(lambda: {"AttemptStarted", "Complete"} <= set(jobs.events("tiny")), "events that tell of it")
     assert running.metric("finetune_attempts_total", outcome="Succeeded") == 1
-    assert running.metric("finetune_jobs", phase="Succeeded") == 1
+    running.wait(lambda: running.metric("finetune_jobs", phase="Succeeded") == 1, "the watch to bring what was written")
     assert {line["job"] for line in running.log() if "created" in line["message"]} == {"tiny"}
 
 
@@ -173,6 +173,8 @@ def _look_again(jobs: Jobs, running: Operator, names: list[str], why: str) -> No
     running.wait(
         lambda: running.metric("controller_runtime_reconcile_total") >= before + len(names), "a pass over each job"
     )
+    # Some of these may be echoes of what was written before, while another pass still tells the Event of it.
+    running.wait(lambda: running.idle, "every pass to end")
 
 
 def test_a_deleted_job_leaves_nothing(jobs: Jobs, running: Operator) -> None:
