@@ -80,8 +80,10 @@ def test_a_job_is_submitted_followed_suspended_resumed_and_cancelled(
     assert [(one.number, one.outcome) for one in ended.attempts] == [(1, "Suspended"), (2, "Succeeded")]
     assert [one.uri for one in submitted.artifacts()] == ["s3://models/tiny"]
     assert {Phase.RUNNING, Phase.SUSPENDED, Phase.SUCCEEDED} <= set(watching.phases)
+    running.wait(
+        lambda: "Complete" in [event.reason for event in submitted.describe().events], "the event that tells of it"
+    )
     found = submitted.describe()
-    assert "Complete" in [event.reason for event in found.events]
     assert found.advice.next == "The model is s3://models/tiny"
     submitted.cancel()
     with pytest.raises(NoSuchJob, match=f"there is no job tiny in namespace {jobs.namespace}"):
