@@ -62,6 +62,19 @@ def checkpoint(step: int) -> SavedCheckpoint:
     return SavedCheckpoint(uri=uri, step=step, saved_at=datetime.now(UTC), world_size=2, bytes=1000)
 
 
+def may_report(jobs: Jobs, job: str) -> bool:
+    """Whether the server lets the job's own account write its progress."""
+    asked = {"verb": "patch", "resource": "configmaps", "name": f"{job}-progress", "namespace": jobs.namespace}
+    user = f"system:serviceaccount:{jobs.namespace}:{job}-trainer"
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SubjectAccessReview",
+        "spec": {"user": user, "resourceAttributes": asked},
+    }
+    answer = jobs.api.create("/apis/authorization.k8s.io/v1/subjectaccessreviews", review)
+    return bool(answer["status"]["allowed"])
+
+
 Begin = Callable[[str, int], Trainers]
 
 
@@ -78,6 +91,8 @@ def begin(jobs: Jobs, server: Server, running: Operator, tmp_path: Path) -> Begi
     def trainers(job: str, attempt: int) -> Trainers:
         running.wait(jobs.has(f"{job}-{attempt}"), "its RayJob")
         running.wait(lambda: jobs.knows_its_ray_job(job, attempt), "the attempt to know its RayJob")
+        # Pods need seconds to start; here a report would come before the server knows the role, and is not repeated.
+        running.wait(lambda: may_report(jobs, job), "the role to be known")
         jobs.kuberay(f"{job}-{attempt}", "Running", "RUNNING")
         return Trainers(server, jobs, job, attempt, tmp_path / f"{job}-{attempt}")
 
