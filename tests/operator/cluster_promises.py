@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +82,8 @@ async def gone(cluster: Cluster, kind: Kind, key: Key) -> bool:
 async def events_since(source: Any, version: str, number: int) -> list[WatchEvent]:
     """The first so many events after a version, bookmarks left out."""
     found: list[WatchEvent] = []
-    async with asyncio.timeout(_PATIENCE_SECONDS):
-        async for event in source.watch(version, _PATIENCE_SECONDS):
+    async with asyncio.timeout(_PATIENCE_SECONDS), aclosing(source.watch(version, _PATIENCE_SECONDS)) as watch:
+        async for event in watch:
             if event.type != "BOOKMARK":
                 found.append(event)
             if len(found) == number:
