@@ -211,10 +211,11 @@ def test_a_watch_fails_in_its_stream(faults: Faults) -> None:
 
 
 def test_a_watch_freezes_half_open(faults: Faults) -> None:
-    with faults.rule(Freeze(events=2), verb="watch"), closing(connection(faults, 0.3)) as wire:
+    with faults.rule(Freeze(events=2), verb="watch"), closing(connection(faults)) as wire:
         wire.request("GET", WATCH)
         answer = wire.getresponse()
         assert objects(answer, 2) == [1, 2]
+        wire.sock.settimeout(0.3)
         with pytest.raises(TimeoutError):
             answer.readline()
 
@@ -272,10 +273,11 @@ def test_open_watches_are_closed(faults: Faults, happens: Callable[[Faults], obj
 
 
 def test_a_server_that_is_gone_looks_gone() -> None:
-    with Upstream() as server:
-        gone = f"http://127.0.0.1:{server.server_port}"
-    with proxy_to(gone) as faults, pytest.raises((ConnectionResetError, http.client.RemoteDisconnected)):
-        ask(faults, "GET", PODS)
+    with socket.socket() as nobody:  # its port is given to no other program meanwhile, and refuses
+        nobody.bind(("127.0.0.1", 0))
+        gone = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        with proxy_to(gone) as faults, pytest.raises((ConnectionResetError, http.client.RemoteDisconnected)):
+            ask(faults, "GET", PODS)
 
 
 def test_a_client_that_leaves_ends_its_watch_at_the_server(faults: Faults, upstream: Upstream) -> None:
