@@ -52,7 +52,7 @@ def test_what_the_trainer_leaves_behind_is_ended(start: Any, write_job: Any, fak
 
 def test_a_run_whose_command_line_was_killed_is_ended_too(start: Any, write_job: Any) -> None:
     running = start("run", write_job(), fake="waits-with-children")
-    wait_until(lambda: (running.workdir / "children.json").exists())
+    running.wait_for("waiting")  # by then children.json is whole
     trainer = running.trainer()
     running.process.kill()
     running.process.communicate()
@@ -68,7 +68,7 @@ def test_what_writes_a_checkpoint_is_let_finish(start: Any, write_job: Any) -> N
 
 def test_it_is_when_the_command_line_was_killed_too(start: Any, write_job: Any) -> None:
     running = start("run", write_job(), fake="waits-with-writer")
-    wait_until(lambda: (running.workdir / "children.json").exists())
+    running.wait_for("waiting")
     running.trainer().kill()
     running.process.kill()
     running.process.communicate()
