@@ -186,24 +186,42 @@ def serve(arguments: list[str], behaviour: str) -> int:
         return EXIT_CODES[FailureClass.USER_ERROR]
     if behaviour == "never-ready":
         time.sleep(600)
-    server = http.server.ThreadingHTTPServer((asked["--host"], int(asked["--port"])), Health)
+    server = Server((asked["--host"], int(asked["--port"])), Health)
     where = {"model": asked["--name"], "host": asked["--host"], "port": server.server_port}
     if behaviour == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     print(json.dumps({"serving": {"engine": "fake", **where}}), flush=True)
     if behaviour == "dies":
-        threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        threading.Thread(target=die_after, args=(server.asked,), daemon=True).start()
     server.serve_forever()
     return 0
+
+
+def die_after(asked: threading.Event) -> None:
+    """A server that is killed when it has been found well; the answer is out by then."""
+    asked.wait()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Knows whether it was asked."""
+
+    def __init__(self, address: tuple[str, int], handler: type[Health]) -> None:
+        super().__init__(address, handler)
+        self.asked = threading.Event()
 
 
 class Health(http.server.BaseHTTPRequestHandler):
     """Answers /health."""
 
+    server: Server
+
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
+        self.wfile.flush()
+        self.server.asked.set()
 
 
 def main() -> int:
