@@ -100,14 +100,15 @@ def begin_long_run(
 
 def with_mark(mark: str) -> list[psutil.Process]:
     """The processes that carry a run's mark, wherever they are in the tree."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(RUN_MARK) == mark:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    return [process for process in psutil.process_iter() if mark_of(process) == mark]
+
+
+def mark_of(process: psutil.Process) -> str | None:
+    """None for one that has none, or is gone by now: Ray starts some that end at once."""
+    try:
+        return process.environ().get(RUN_MARK)
+    except psutil.Error:
+        return None
 
 
 def test_a_job_becomes_an_artifact(world: World, trained: Finished) -> None:
@@ -160,7 +161,7 @@ def test_broken_data_ends_the_run_before_any_worker_with_its_line(world: World) 
 
 def test_ctrl_c_stops_the_run_and_leaves_nothing(world: World) -> None:
     process, children = begin_long_run(world, "interrupted")
-    [mark] = {mark for child in children if (mark := child.environ().get(RUN_MARK))}
+    [mark] = {mark for child in children if (mark := mark_of(child))}
     process.send_signal(signal.SIGINT)
     done = finish(process)
     assert done.code == 130, done.stderr
@@ -171,7 +172,15 @@ def test_ctrl_c_stops_the_run_and_leaves_nothing(world: World) -> None:
 
 
 def trainer_among(children: list[psutil.Process]) -> psutil.Process:
-    return next(child for child in children if "finetune_trainers" in child.cmdline() and "run" in child.cmdline())
+    return next(child for child in children if {"finetune_trainers", "run"} <= set(words_of(child)))
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    """Its command; none of one that is gone by now."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def reports_in(folder: Path) -> list[dict[str, Any]]:
