@@ -15,9 +15,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, STDOUT
+from threading import Lock
 
 import pytest
 
@@ -28,6 +31,8 @@ __all__ = ["LANES", "Lane", "main"]
 class Lane:
     """Tests that need the same of a machine. `marker` None: the tests that carry no lane's marker.
 
+    A test with the markers of several lanes is in the last of them, which needs the most.
+    `processes`: how many run at a time, each with one thread.
     `apart`: each file in a process of its own. DeepSpeed never gives back the buckets of an engine, gigabytes that are
     mapped and not touched; after some dozen trainings the process could start no other one.
     `only_by_name`: left out, and said so, unless somebody asks for it.
@@ -44,7 +49,8 @@ class Lane:
 LANES = (
     Lane("pure", "no cluster, no Ray", None, processes=2),
     Lane("control-plane", "a real API server", "control_plane"),
-    Lane("ray", "Ray Train and DeepSpeed on this machine", "ray", apart=True),
+    Lane("training", "torch and DeepSpeed on this machine, without Ray", "training", processes=2, apart=True),
+    Lane("ray", "Ray Train on this machine", "ray", apart=True),
     Lane("e2e", "from a manifest to a tuned model", "e2e"),
     Lane("vllm", "rollouts by vLLM itself, in an environment that is made for it", "vllm", only_by_name=True),
     Lane("cluster", "images and pods on two real nodes, as root", "cluster", only_by_name=True),
@@ -73,29 +79,43 @@ class _Ran:
 
 def expression(lane: Lane) -> str:
     """The lane as pytest's -m takes it."""
-    if lane.only_by_name:
-        return str(lane.marker)
-    others = [other for other in LANES if other.marker and (lane.marker is None or other.only_by_name)]
-    return " and ".join([*filter(None, [lane.marker]), *(f"not {other.marker}" for other in others)])
+    later = LANES[LANES.index(lane) + 1 :]
+    return " and ".join([*filter(None, [lane.marker]), *(f"not {other.marker}" for other in later)])
 
 
 def run(lane: Lane, arguments: Sequence[str]) -> _Ran:
     """One lane, its output passed through."""
     print(f"\n===== lane {lane.name}: {lane.what} =====", flush=True)
-    command = [sys.executable, "-m", "pytest", "-m", expression(lane)]
-    if lane.processes > 1:
+    command = [sys.executable, "-m", "pytest", "-m", expression(lane), *arguments]
+    if lane.processes > 1 and not lane.apart:
         command += ["-n", str(lane.processes), "--dist", "loadfile"]
     started = time.monotonic()
-    # The quick lane runs beside itself: one thread each keeps two processes on two cores.
+    # A lane that runs beside itself: one thread each keeps two processes on two cores.
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if lane.processes > 1 else {})
-    codes = [
-        subprocess.run([*command, *arguments, *part], check=False, env=environment).returncode
-        for part in _parts(lane, arguments)
-    ]
+    commands = [[*command, *part] for part in _parts(lane, arguments)]
+    codes = _call(commands, environment, lane.processes if lane.apart else 1)
     failures = [code for code in codes if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)]
     code = failures[0] if failures else min(codes)  # one file with tests is enough
     # With arguments, such as -k, a lane may well have nothing that fits.
     return _Ran(lane, code, time.monotonic() - started, may_be_empty=bool(arguments))
+
+
+def _call(commands: Sequence[Sequence[str]], environment: Mapping[str, str], at_a_time: int) -> list[int]:
+    """Their exit codes. Of several at a time, what each has printed comes when it has ended."""
+    printing = Lock()
+
+    def call(command: Sequence[str]) -> int:
+        if at_a_time == 1:
+            return subprocess.run(command, check=False, env=environment).returncode
+        done = subprocess.run(
+            command, check=False, env=environment, stdout=PIPE, stderr=STDOUT, text=True, errors="replace"
+        )
+        with printing:
+            print(done.stdout, end="", flush=True)
+        return done.returncode
+
+    with ThreadPoolExecutor(at_a_time) as threads:
+        return list(threads.map(call, commands))
 
 
 def _parts(lane: Lane, arguments: Sequence[str]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,16 +48,24 @@ def test_a_lane_that_is_named_runs_alone(
     assert not [line for line in capsys.readouterr().out.splitlines() if "cluster" in line and "NOT RUN" in line]
 
 
-def test_the_quick_lane_has_nothing_of_the_others() -> None:
-    expression = lanes.expression(LANES[0])
-    assert all(f"not {lane.marker}" in expression for lane in LANES[1:])
+def test_a_test_is_in_the_last_lane_of_those_whose_markers_it_has() -> None:
+    """A file of trainings may have one that starts Ray; rollouts by vLLM are trainings too."""
+    expressions = {lane.name: lanes.expression(lane) for lane in LANES}
+    assert all(f"not {lane.marker}" in expressions["pure"] for lane in LANES[1:])
+    assert expressions["training"] == "training and not ray and not e2e and not vllm and not cluster"
+    assert expressions["ray"] == "ray and not e2e and not vllm and not cluster"
+    assert expressions["cluster"] == "cluster"
 
 
-def test_no_lane_has_tests_of_one_that_is_run_by_name_only() -> None:
-    """Rollouts by vLLM start Ray too."""
-    named = {lane.name: lane for lane in LANES}
-    assert lanes.expression(named["ray"]) == "ray and not vllm and not cluster"
-    assert lanes.expression(named["vllm"]) == "vllm"
+def test_what_files_print_that_run_beside_one_another_is_not_mixed(capsys: pytest.CaptureFixture[str]) -> None:
+    script = (
+        "import sys, time; print(sys.argv[1], flush=True); time.sleep(0.2); print('end'); sys.exit(int(sys.argv[1]))"
+    )
+    commands = [[sys.executable, "-c", script, str(number)] for number in range(4)]
+    assert lanes._call(commands, os.environ, at_a_time=2) == [0, 1, 2, 3]
+    printed = capsys.readouterr().out.split()
+    assert sorted(printed[::2]) == ["0", "1", "2", "3"]
+    assert printed[1::2] == ["end"] * 4
 
 
 def test_a_lane_looks_for_its_tests_where_its_mark_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

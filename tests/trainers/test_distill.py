@@ -23,7 +23,7 @@ from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.parity_group import train_all
 from tests.trainers.school import LORA, School, artifact, curve, zero
 
-pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
+pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
 ROOT = Path(__file__).parents[2]
 DIVERGENCES = ("forward-kl", "reverse-kl", "jsd")
@@ -152,6 +152,7 @@ def two_workers(school: School, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return workdir
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("name", OF_TWO)
 def test_two_workers_make_the_steps_of_one(name: str, two_workers: Path, school: School, tmp_path: Path) -> None:
     ended = [json.loads(path.read_text()) for path in (two_workers / name).glob("ended-*.json")]

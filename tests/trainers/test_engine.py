@@ -20,7 +20,7 @@ from finetune_trainers.worker import load
 from tests.trainers.conftest import SmallWorld
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 
-pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
+pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
 ENGINES: dict[str, dict[str, Any]] = {
     "torch": {},

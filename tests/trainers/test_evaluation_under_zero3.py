@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from finetune_trainers.attention import PACKED_ATTENTION
 from tests.trainers.zero3_worker import figures
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.training
 
 
 def save_model(folder: Path) -> Any:

@@ -23,7 +23,7 @@ from tests.trainers.conftest import SmallWorld
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.test_resuming import Place, assert_same
 
-pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
+pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
 SMALL_BUCKETS = {"wall_clock_breakdown": False, "zero_optimization": {"reduce_bucket_size": 1_000_000}}
 WAYS: dict[str, dict[str, Any]] = {

@@ -31,7 +31,7 @@ from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.judged_world import LORA, METHODS, JudgedWorld, zero
 from tests.trainers.parity_group import train_all
 
-pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
+pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
 ROOT = Path(__file__).parents[2]
 STEPS = {"training.maxSteps": 8, "training.learningRate": 0.003}
@@ -175,6 +175,7 @@ def two_workers(judged: JudgedWorld, tmp_path_factory: pytest.TempPathFactory) -
     return workdir
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("name", OF_TWO)
 def test_two_workers_make_the_steps_of_one(name: str, two_workers: Path, judged: JudgedWorld, tmp_path: Path) -> None:
     ended = [json.loads(path.read_text()) for path in (two_workers / name).glob("ended-*.json")]

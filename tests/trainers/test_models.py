@@ -192,7 +192,7 @@ def test_two_processes_that_unpack_the_same_file_get_the_same_folder(tmp_path: P
     assert [path.name for path in (tmp_path / "models").iterdir()] == [finished.name]
 
 
-@pytest.mark.ray
+@pytest.mark.training
 def test_zero_3_loads_the_weights_in_pieces(tmp_path: Path) -> None:
     """One gloo rank in a process of its own: every parameter is in DeepSpeed's hands, and gathered it is the file's."""
     tiny_model(tmp_path / "model")

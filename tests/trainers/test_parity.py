@@ -22,7 +22,7 @@ from tests.trainers.conftest import SmallWorld
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.parity_group import train_all
 
-pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
+pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
 STEPS = 20
 TOLERANCE = 1e-4
@@ -134,11 +134,13 @@ def test_one_worker_makes_the_steps_of_the_reference(
     assert_same(reference.metrics_of(tmp_path / "run"), expected[tuning_of(name)])
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("name", OF_TWO)
 def test_two_workers_make_the_steps_of_the_reference(name: str, two_workers: Path, expected: dict[str, Curve]) -> None:
     assert_same(reference.metrics_of(two_workers / name), expected[tuning_of(name)])
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("name", BF16)
 def test_two_workers_in_bf16_stay_near_the_reference(name: str, two_workers: Path, expected: dict[str, Curve]) -> None:
     curve = reference.metrics_of(two_workers / f"bf16-{name}")
@@ -146,12 +148,14 @@ def test_two_workers_in_bf16_stay_near_the_reference(name: str, two_workers: Pat
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=0.02)
 
 
+@pytest.mark.ray
 def test_no_run_of_two_workers_failed(two_workers: Path) -> None:
     ended = {path: json.loads(path.read_text()) for path in two_workers.glob("*/ended-*.json")}
     assert len(ended) == 2 * (len(OF_TWO) + len(BF16))
     assert [path for path, how in ended.items() if how["failure"]] == []
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("name", ["zero1-full", "zero3-full", "zero3-lora"])
 def test_the_artifact_of_two_workers_is_that_of_one(
     name: str, two_workers: Path, small_world: SmallWorld, tmp_path: Path

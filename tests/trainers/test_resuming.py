@@ -32,7 +32,7 @@ from tests.trainers.conftest import SmallWorld
 from tests.trainers.factories import tiny_model
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 
-pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
+pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
 STEPS = {"training.maxSteps": 20, "training.microBatchSize": 2}
 LORA = {"tuning": {"lora": {"rank": 4, "dropout": 0.2, "targetModules": ["all-linear"]}}}
@@ -195,6 +195,7 @@ def test_a_training_goes_on_under_another_zero_stage(stage: int, place: Place) -
         torch.testing.assert_close(tensor, wanted[name], atol=1e-6, rtol=0)
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_training_goes_on_with_another_number_of_workers(before: int, after: int, place: Place) -> None:
     place.train(place.plan({}), "whole")

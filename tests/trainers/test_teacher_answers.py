@@ -25,7 +25,7 @@ from tests.trainers import reference
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.school import School, curve
 
-pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
+pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
 LONGEST = 8
 

@@ -18,7 +18,7 @@ from finetune_trainers.worker import load
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.online.online_world import OnlineWorld
 
-pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
+pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
 
 def rollout(*engine_log_probs: float, drawn_by_policy: bool = False) -> Rollout:

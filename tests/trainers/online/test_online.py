@@ -37,7 +37,7 @@ from tests.trainers.parity_group import train_all
 
 ROOT = Path(__file__).parents[3]
 
-pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
+pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +183,7 @@ def test_two_and_two_iterations_are_four_to_the_bit(method: str, way: str, onlin
         assert torch.equal(rest[name], tensor), name
 
 
+@pytest.mark.ray
 def test_two_workers_learn_what_one_learns(
     online: OnlineWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

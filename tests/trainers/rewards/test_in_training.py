@@ -16,7 +16,7 @@ from tests.trainers.judged_world import JudgedWorld
 from tests.trainers.online.online_world import OnlineWorld
 from tests.trainers.rewards.worlds import MODULE
 
-pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
+pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from tests.trainers.factories import tiny_model, write_rows
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.judged_world import LORA, JudgedWorld
 
-pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
+pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
 WAYS = ("chosen", "rejected")
 FIELD = "spec.method.grpo.rewards[0].model"

@@ -13,7 +13,7 @@ import pytest
 from tests.trainers.rollout.writers import PROMPTS, engine_for, policy, requests_for
 from tests.trainers.rollout.zero3_writer import DRAWN, END_IDS, shares
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.training
 
 
 def test_ranks_with_more_work_less_or_none_write_the_answers_of_one_process(tmp_path: Path) -> None:

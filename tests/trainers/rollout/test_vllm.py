@@ -27,7 +27,7 @@ from tests.trainers.online.online_world import LORA, METHODS, OnlineWorld
 from tests.trainers.rollout.vllm_environments import real_python, stand_in_python
 from tests.trainers.rollout.writers import PAD, PROMPTS, Alone, engine_for, policy, requests_for
 
-pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
+pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
 END_IDS = [7, 8, 9]
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0)

@@ -20,7 +20,7 @@ from tests.trainers.conftest import SmallWorld
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.rollout.writers import PROMPTS, requests_for
 
-pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
+pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
 DRAWN = Sampling(max_new_tokens=12, temperature=0.9)
 LORA = {"tuning": {"lora": {"rank": 4, "alpha": 8, "targetModules": ["q_proj", "v_proj"]}}}
