@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 __all__ = ["Stuck", "VirtualTimeLoop", "run", "settle"]
 
-_PATIENCE_SECONDS = 2.0
-_ON_ITS_WAY_SECONDS = 0.01
+_PATIENCE_SECONDS = 30.0
+_ON_ITS_WAY_SECONDS = 0.2
 _T = TypeVar("_T")
 
 
@@ -29,9 +29,10 @@ class _Selector(selectors.BaseSelector):
         self._passes = passes
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        # The loop's own pipe is always there. With any other socket, what was just sent may still be on its way.
-        has_sockets = len(self._real.get_map()) > 1
-        events = self._real.select(_PATIENCE_SECONDS if timeout is None else _ON_ITS_WAY_SECONDS * has_sockets)
+        # The loop's own pipe is always there, and a listener may be. With any other socket, what was just sent may
+        # still be on its way: a loaded machine takes a while to bring it, and minutes would pass meanwhile.
+        has_connections = len(self._real.get_map()) > 2
+        events = self._real.select(_PATIENCE_SECONDS if timeout is None else _ON_ITS_WAY_SECONDS * has_connections)
         if not events and timeout is None:
             raise Stuck("every task waits, and nothing will ever wake one")
         if not events and timeout is not None:
