@@ -29,7 +29,7 @@ from finetune_api.failures import EXIT_CODES, INTERRUPTED, FailureClass
 from finetune_api.job import FineTuneJob
 from finetune_api.runtime import FineTuneRuntime
 from finetune_client.attempts import Attempts
-from finetune_client.folders import STATE_FILE, NoRun, RunFolder
+from finetune_client.folders import JOB_FILE, STATE_FILE, SUSPEND_FILE, NoRun, RunFolder
 from finetune_client.output import ATTEMPT_MARK, JOB_MARK
 from finetune_client.runner import RunFolderTaken
 from finetune_client.session import Session, key_of_job
@@ -37,10 +37,8 @@ from finetune_client.submission import SUBMISSION_VARIABLE, Submitted
 from finetune_client.views import JobView
 from finetune_operator.kinds import Key
 
-__all__ = ["JOB_FILE", "SUSPEND_FILE", "main"]
+__all__ = ["STOP_SECONDS", "main"]
 
-JOB_FILE = "job.json"
-SUSPEND_FILE = "suspend-requested"
 STOP_SECONDS = 30.0
 _QUIET_SECONDS = 15.0
 """Between two reports when nothing but progress has changed: months of training must not fill a disk with them."""

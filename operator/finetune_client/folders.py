@@ -29,11 +29,15 @@ from finetune_api.job import FineTuneJob
 from finetune_client.runner import RUN_FILES, RunFolderTaken
 from finetune_operator.kinds import Key
 
-__all__ = ["STATE_FILE", "NoRun", "RunFolder", "RunState", "jobs_in"]
+__all__ = ["JOB_FILE", "STATE_FILE", "SUSPEND_FILE", "NoRun", "RunFolder", "RunState", "jobs_in"]
 
 STATE_FILE = "state.json"
+JOB_FILE = "job.json"
+"""The job as a driver told it last, for those who look from elsewhere."""
+SUSPEND_FILE = "suspend-requested"
+"""Somebody's wish, until the driver has seen it."""
 _ATTEMPT = "attempt-"
-_OF_ALL_ATTEMPTS = frozenset({STATE_FILE, "checkpoints"})
+_OF_ALL_ATTEMPTS = frozenset({STATE_FILE, JOB_FILE, SUSPEND_FILE, "checkpoints"})
 """What stays where it is when another attempt begins."""
 _VERSION = 1
 _LOCK_WAIT_SECONDS = 60.0

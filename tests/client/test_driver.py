@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 
 from finetune_api.job import Phase
-from finetune_client.driver import JOB_FILE, Teller
+from finetune_client.driver import Teller
+from finetune_client.folders import JOB_FILE, SUSPEND_FILE, RunFolder
 from finetune_client.output import ATTEMPT_MARK, JOB_MARK, attempts_in, lines_of, newest_document
 from finetune_client.submission import SUBMISSION_VARIABLE, Submitted
 from finetune_client.views import SUSPENDED_CODE, JobView
+from finetune_operator.kinds import Key
 from tests.client.conftest import FAKE_TRAINER, JOB, wait_until
 from tests.factories import job, with_changes
 
@@ -145,6 +147,16 @@ def test_a_job_travels_as_its_author_wrote_it() -> None:
     assert Submitted.unpacked(submitted.packed()) == submitted
     assert submitted.job["metadata"] == {"name": "example", "namespace": "team-a"}
     assert submitted.job["spec"]["training"] == {"epochs": 2}
+
+
+def test_a_wish_and_the_jobs_last_state_stay_where_they_are_when_another_attempt_begins(tmp_path: Path) -> None:
+    key = Key("default", "tiny")
+    with RunFolder.create(tmp_path / "run", {key: "."}, True, None) as folder:
+        folder.make_room(key, 1)
+        for name in (JOB_FILE, SUSPEND_FILE, "outcome.json"):
+            (folder.path / name).touch()
+        folder.make_room(key, 2)
+        assert {file.name for file in folder.path.iterdir()} == {JOB_FILE, SUSPEND_FILE, "attempt-1"}
 
 
 def document(phase: str, step: int) -> dict[str, Any]:
