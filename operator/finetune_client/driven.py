@@ -22,12 +22,14 @@ from pathlib import Path
 
 import psutil
 
-from finetune_client.driver import JOB_FILE, STOP_SECONDS, SUSPEND_FILE
+from finetune_client.driver import STOP_SECONDS
+from finetune_client.folders import JOB_FILE, SUSPEND_FILE
 
 __all__ = ["PROGRAM", "Driven", "Told"]
 
 PROGRAM: Sequence[str] = (sys.executable, "-P", "-m", "finetune_client.driver")
 _LAST_BYTES = 4096
+_SAME_SECONDS = 0.005  # the kernel counts hundredths
 _CHILDREN: list[subprocess.Popen[bytes]] = []
 """Those that this process has started: it must take note of their end, or they stay as zombies."""
 
@@ -67,9 +69,11 @@ class Driven:
                 env=os.environ | dict(variables) | {"PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )
-        _CHILDREN.append(process)
-        began = psutil.Process(process.pid).create_time()
-        self._pid.write_text(json.dumps([process.pid, began]), encoding="utf-8")
+        began = _began(psutil.Process(process.pid))
+        _CHILDREN.append(process)  # from now on somebody else may take note of its end, and its pid be gone
+        unfinished = self._pid.with_suffix(".pid-new")
+        unfinished.write_text(json.dumps([process.pid, began]), encoding="utf-8")
+        unfinished.replace(self._pid)
 
     @property
     def works(self) -> bool:
@@ -79,7 +83,7 @@ class Driven:
     def told(self) -> Told:
         """How the job stands."""
         works = self.works  # before what it said last is read
-        with suppress(OSError):  # it is not there yet, or another attempt has just moved it aside
+        with suppress(OSError):  # it is not there yet
             self._document = (self.folder / JOB_FILE).read_text(encoding="utf-8")
         last = b"" if works else self.output(max(0, self._log.stat().st_size - _LAST_BYTES))
         submitted = datetime.strptime(self.folder.name, "%Y%m%d-%H%M%S").replace(tzinfo=UTC)
@@ -118,7 +122,12 @@ class Driven:
         try:
             pid, began = json.loads(self._pid.read_text(encoding="utf-8"))
             process = psutil.Process(pid)
-            is_it = process.create_time() == began and process.status() != psutil.STATUS_ZOMBIE
-        except (OSError, ValueError, psutil.Error):
+            is_it = abs(_began(process) - began) < _SAME_SECONDS and process.status() != psutil.STATUS_ZOMBIE
+        except (OSError, TypeError, ValueError, psutil.Error):
             return None
         return process if is_it else None
+
+
+def _began(process: psutil.Process) -> float:
+    """Seconds after the machine did: what a clock says moves when that is set."""
+    return process.create_time() - psutil.boot_time()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from finetune_api.job import Phase
@@ -66,6 +68,23 @@ def test_a_driver_that_was_killed_is_told_as_a_failure_with_its_last_words(
     status = client.submit(JOB).wait()
     assert status.phase is Phase.FAILED
     assert "no such module" in status.conditions[-1].message
+
+
+def test_a_driver_is_known_when_the_machines_clock_was_set_and_not_by_its_number_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driven, "PROGRAM", [sys.executable, "-c", "import time; time.sleep(600)"])
+    one = driven.Driven(tmp_path / "20260101-000000")
+    one.start({})
+    try:
+        booted = psutil.boot_time()
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 1)
+        assert driven.Driven(one.folder).works
+    finally:
+        one.stop()
+    file = tmp_path / "20260101-000000.pid"
+    file.write_text(json.dumps([os.getpid(), json.loads(file.read_text())[1]]))
+    assert not one.works
 
 
 def test_one_place_is_named_and_not_two() -> None:
