@@ -24,7 +24,7 @@ RAY_OVER = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _SECONDS = 30.0
 _TAKEN = "already exists"
 _NO_AGENT = "No available agent"
-_AGENT_WAITS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+_AGENT_WAITS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0)
 """Seconds between tries: a head that has just started answers before the program that starts jobs for it is there."""
 
 

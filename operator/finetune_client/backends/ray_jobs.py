@@ -30,7 +30,8 @@ __all__ = ["RayJobsBackend"]
 
 _DRIVER = "python -m finetune_client.driver"
 _JOB, _NAMESPACE, _FOLDER, _TURN = (f"finetune-operator.io/{name}" for name in ("job", "namespace", "folder", "turn"))
-_STOP_SECONDS = 60.0
+_STOP_SECONDS = 240.0
+"""A machine that trains with all it has needs a minute to start the short job that brings a wish."""
 _LAST_LINES = 1000
 """Among so many the driver has told the job at least once."""
 _LOG = "trainer.log"
