@@ -72,13 +72,19 @@ IMPATIENT = {"timeout": timedelta(milliseconds=300)}
 """Of requests: a run waits a minute for an answer."""
 
 
+def patient_and_not(s3: S3, endpoint: FaultyEndpoint, patience: Patience | None = None) -> tuple[Storage, Storage]:
+    """One place, by a client that waits for answers and by one that soon does not, and tries again by `patience`."""
+    uri, usual = f"s3://{s3.bucket()}/run", options(s3, endpoint=endpoint.url)
+    impatient = usual | {"client_options": IMPATIENT}
+    return open_storage(uri, options=usual), open_storage(uri, options=impatient, patience=patience, exclusive=True)
+
+
 def test_a_request_that_is_never_answered_is_given_up_and_sent_again(s3: S3, endpoint: FaultyEndpoint) -> None:
     endpoint.forget()
-    frozen = options(s3, endpoint=endpoint.url, client_options=IMPATIENT)
-    storage = open_storage(f"s3://{s3.bucket()}/run", options=frozen)
-    fence = start(storage)
+    patient, storage = patient_and_not(s3, endpoint)
+    fence = start(patient)
     endpoint.forget()
-    save(storage, fence, 1, world=1)
+    save(patient, fence, 1, world=1)  # none of these requests is sent twice because the machine is busy
     total = len(endpoint.seen)
     for number in range(total):
         endpoint.forget()
@@ -92,15 +98,14 @@ def test_a_request_that_is_never_answered_is_given_up_and_sent_again(s3: S3, end
 
 def test_a_store_that_answers_nothing_any_more_is_said_to_be_away(s3: S3, endpoint: FaultyEndpoint) -> None:
     endpoint.forget()
-    frozen = options(s3, endpoint=endpoint.url, client_options=IMPATIENT)
-    storage = open_storage(f"s3://{s3.bucket()}/run", options=frozen, patience=Patience(num_tries=1))
-    fence = start(storage)
+    patient, storage = patient_and_not(s3, endpoint, Patience(num_tries=1))
+    fence = start(patient)
     endpoint.choose = lambda number, what: "freeze"
     with pytest.raises(StorageUnavailableError):
         save(storage, fence, 1)
     endpoint.forget()
-    begin(storage, "the next attempt", NOON)
-    assert find_newest(storage).rejected == ()
+    begin(patient, "the next attempt", NOON)
+    assert find_newest(patient).rejected == ()
 
 
 def test_a_burst_of_503_is_waited_out(faulty: Storage, endpoint: FaultyEndpoint) -> None:
