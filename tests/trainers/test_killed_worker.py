@@ -117,7 +117,8 @@ def test_the_processes_that_were_started_ahead_are_the_ones_that_train(ended: En
 @pytest.fixture(scope="module")
 def survived(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     workdir = tmp_path_factory.mktemp("survived")
-    changes = {"training.maxSteps": 100, "training.globalBatchSize": 16, "checkpoint": {"everySteps": 5}}
+    waiting = {"everySteps": 5, "whenBehind": "wait"}  # or a starved writer might have none whole before the last step
+    changes = {"training.maxSteps": 100, "training.globalBatchSize": 16, "checkpoint": waiting}
     has_a_whole_checkpoint = Killer(workdir / "progress.jsonl", '"savedAt"')
     return run_with_a_kill(small_world, workdir, changes, has_a_whole_checkpoint)
 
