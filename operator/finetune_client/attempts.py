@@ -70,9 +70,9 @@ class RunningAttempt:
             self._code = code if code >= 0 else _SIGNALLED - code
         return self._code
 
-    def stop(self) -> None:
+    def stop(self, patiently: bool = False) -> None:
         """Ask the trainers to stop."""
-        self.run.stop()
+        self.run.stop(patiently)
 
 
 class Attempts:

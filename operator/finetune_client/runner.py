@@ -164,12 +164,18 @@ class LocalRun:
         """Of the trainers, once they have ended; -n where signal n ended them."""
         return self._started().wait()
 
-    def stop(self) -> None:
-        """Ask the trainers to stop cleanly; `poll` and `wait` kill them when they take too long. Returns at once."""
-        if self._started().poll() is None and not self.stop_requested:
+    def stop(self, patiently: bool = False) -> None:
+        """Ask the trainers to stop cleanly; `poll` and `wait` kill them when they take too long. Returns at once.
+
+        `patiently`: they save, and may take what time they need, until they are asked without.
+        """
+        if self._started().poll() is not None:
+            return
+        if not self.stop_requested:
             self.stop_requested = True
-            self._kill_at = time.monotonic() + self.stop_seconds
             self._started().send_signal(signal.SIGINT)
+        if not patiently and self._kill_at is None:
+            self._kill_at = time.monotonic() + self.stop_seconds
 
     def kill(self) -> None:
         """Let `poll` and `wait` kill the trainers and all that they started, now."""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from finetune_api.failures import FailureClass
@@ -53,6 +54,18 @@ def test_a_run_that_does_not_stop_in_time_is_killed(tmp_path: Path) -> None:
                 run.stop()
         outcome = run.wait()
     assert (outcome.result, outcome.step) == (Result.CANCELLED, 3)
+
+
+def test_a_run_that_saves_may_take_its_time_until_it_is_stopped_without_patience(tmp_path: Path) -> None:
+    with local_run(tmp_path / "run", fake="deaf", stop_seconds=0) as run:
+        for progress in run.events():
+            if progress.message == "waiting":
+                run.stop(patiently=True)
+                run.poll()
+                with pytest.raises(psutil.TimeoutExpired):
+                    psutil.Process(run.pid).wait(0.5)
+                run.stop()
+        assert run.wait().result is Result.CANCELLED
 
 
 def test_an_exception_in_the_program_ends_the_run(tmp_path: Path) -> None:

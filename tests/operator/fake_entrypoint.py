@@ -43,7 +43,7 @@ class FakeEntrypoint:
                     self.progress = saved
         return self.code
 
-    def stop(self) -> None:
+    def stop(self, patiently: bool = False) -> None:
         if self.looks_until_stopped is None:
             self.looks_until_stopped = 1
 

@@ -63,8 +63,11 @@ class Entrypoint(Protocol):
     def poll(self) -> int | None:
         """None while it runs. Once it has ended, and all that it started: the exit code, 128 + n after signal n."""
 
-    def stop(self) -> None:
-        """Ask it to end cleanly; `poll` kills it when it takes too long. Returns at once."""
+    def stop(self, patiently: bool = False) -> None:
+        """Ask it to end cleanly; `poll` kills it when it takes too long. Returns at once.
+
+        `patiently`: it is saving, and takes what time it needs until it is asked without.
+        """
 
 
 Launcher = Callable[[Launch], Entrypoint]
@@ -164,7 +167,7 @@ class Kubelet:
         if (running := self._running.get(uid)) is None:
             return ray_job.ended(status, None, False, "", self._clock())
         if self._is_asked_to_stop(running.launch):
-            running.entrypoint.stop()
+            running.entrypoint.stop(patiently=True)  # the operator ends the attempt when its time is over
         code = await self._follow(uid, running)
         if code is not None:
             return ray_job.ended(status, code, running.was_stopped, running.entrypoint.log_tail, self._clock())
