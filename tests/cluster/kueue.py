@@ -119,10 +119,12 @@ def _configurations(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _mount(client: Client, folder: Path) -> bool:
-    """Writes the Secret's entries as files once there are any."""
+    """Writes the Secret's entries as files once there are any: each whole, and last the one that Kueue waits for."""
     data = client.get(f"/api/v1/namespaces/{_NAMESPACE}/secrets/{_SECRET}").get("data") or {}
-    for name, value in data.items():
-        (folder / name).write_bytes(base64.b64decode(value))
+    for name in sorted(data, key=lambda name: (name == "tls.crt", name)):
+        unfinished = folder.parent / f"kueue-{name}"
+        unfinished.write_bytes(base64.b64decode(data[name]))
+        unfinished.replace(folder / name)
     return bool(data)
 
 
