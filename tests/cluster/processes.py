@@ -25,8 +25,9 @@ __all__ = ["Started", "reserved_ports", "started", "wait_until"]
 _READY_SECONDS = 120
 """A loaded machine is slow; an idle one needs about four seconds."""
 _STOP_SECONDS = 20
-_PORTS = range(20000, 32000)
-"""Below those that the kernel gives to outgoing connections, which could take a port before its owner listens."""
+_PORTS = range(24000, 32000)
+"""Below those that the kernel gives to outgoing connections, and above those that Ray gives to each of its clients:
+either could take a port before its owner listens."""
 _CLAIMS = Path(tempfile.gettempdir()) / "finetune-operator-ports"
 
 
