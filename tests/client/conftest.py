@@ -108,7 +108,7 @@ class Started:
         wait_until(lambda: reports.exists() and text in reports.read_text())
 
     def finish(self) -> Finished:
-        stdout, stderr = self.process.communicate(timeout=120)
+        stdout, stderr = self.process.communicate(timeout=300)
         return Finished(self.process.returncode, stdout, stderr)
 
     def trainer(self) -> psutil.Process:
@@ -137,7 +137,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
             one.process.communicate()
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "it did not happen"

@@ -23,6 +23,10 @@ _PORTS = (
 )
 
 
+_SLOW = 400.0
+"""Seconds that a loaded machine may take to import what a dashboard is made of."""
+
+
 @dataclass(frozen=True)
 class RayHead:
     """A running head. `folder` is its home: nothing of it is elsewhere."""
@@ -62,7 +66,7 @@ def ray_head(folder: Path) -> Iterator[RayHead]:
         ]
         with started(command, folder / "ray.log", environment) as process:
             url = f"http://127.0.0.1:{by_name['dashboard-port']}"
-            wait_until(lambda: _answers(f"{url}/api/jobs/"), "Ray's dashboard", process)
+            wait_until(lambda: _answers(f"{url}/api/jobs/"), "Ray's dashboard", process, seconds=_SLOW)
             family = psutil.Process(process.process.pid)
             try:
                 yield RayHead(process, url, f"ray://127.0.0.1:{by_name['ray-client-server-port']}", folder)

@@ -60,7 +60,7 @@ class Driving:
         return self.view is not None and self.view.phase is phase
 
     def end(self) -> int:
-        return self.process.wait(60)
+        return self.process.wait(300)
 
 
 Drive = Callable[..., Driving]

@@ -218,7 +218,7 @@ class Command:
         self.started = psutil.Process(self.process.pid).children(recursive=True)
 
     def ended(self) -> tuple[int, str]:
-        _, told = self.process.communicate(timeout=60)
+        _, told = self.process.communicate(timeout=300)
         return self.process.returncode, told
 
     def is_clean(self) -> bool:

@@ -86,7 +86,7 @@ def serving(folders: tuple[Path, Path]) -> Iterator[Serving]:
     yield Serving(process, json.loads(line))
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(300)
     process.stdout.close()
 
 
@@ -138,5 +138,5 @@ def test_ctrl_c_ends_it_and_leaves_no_process(serving: Serving) -> None:
     assert len(started) >= 2
     assert serving.about["pid"] == serving.process.pid
     serving.process.send_signal(signal.SIGINT)
-    assert serving.process.wait(60) == 0
+    assert serving.process.wait(300) == 0
     wait_until(lambda: not any(is_alive(one.pid) for one in started))

@@ -75,7 +75,7 @@ def test_a_job_is_submitted_followed_suspended_resumed_and_cancelled(
         jobs.run("tiny", 2)
         jobs.succeed("tiny", 2)
         ended = submitted.wait()
-        watching.join(60)
+        watching.join(300)
     assert ended.phase is Phase.SUCCEEDED
     assert [(one.number, one.outcome) for one in ended.attempts] == [(1, "Suspended"), (2, "Succeeded")]
     assert [one.uri for one in submitted.artifacts()] == ["s3://models/tiny"]

@@ -70,7 +70,7 @@ def test_a_job_is_submitted_shown_watched_suspended_resumed_and_cancelled(
     with started([str(FINETUNE), "watch", "tiny", *here], watched, dict(finetune.environment)) as watch:
         running.wait(lambda: "Running, step 1/100" in watch.said(), "the watch to begin")
         finetune("suspend", "tiny", "--wait", *here)
-        assert watch.process.wait(60) == 75
+        assert watch.process.wait(300) == 75
         assert f"Next: finetune resume tiny -n {jobs.namespace}" in watch.said()
     finetune("resume", "tiny", *here)
     running.wait(jobs.has("tiny-2"), "the second attempt")
@@ -95,7 +95,7 @@ def test_waiting_for_a_job_ends_with_the_class_of_its_failure_and_what_to_do(
     with started(command, tmp_path / "submit.log", dict(finetune.environment)) as submit:
         running.wait(lambda: jobs.knows_its_ray_job("tiny"), "the attempt")
         jobs.fail("tiny", exit_code=3)
-        assert submit.process.wait(60) == 3
+        assert submit.process.wait(300) == 3
         assert "Failed" in submit.said()
         assert "Next: Correct the data" in submit.said()
 
