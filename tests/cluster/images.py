@@ -189,6 +189,8 @@ def _packages(dockerfile: Dockerfile, work: Path) -> Path:
     _uv("venv", "--quiet", "--relocatable", f"--python=/usr/bin/{_PYTHON}", folder)
     extras = dockerfile.words("EXTRAS")
     _uv("sync", "--quiet", "--locked", "--no-dev", "--no-install-project", *extras, UV_PROJECT_ENVIRONMENT=str(folder))
+    bill = ("cyclonedx-py", "environment", "--output-reproducible", "--output-file", folder / "sbom.cdx.json")
+    _uv("tool", "run", "--from", f"cyclonedx-bom=={dockerfile.arguments['CYCLONEDX']}", *bill, folder / "bin/python")
     return folder
 
 
