@@ -102,10 +102,12 @@ class KubernetesBackend:
                     document = await self._connection.send("GET", FINETUNE_JOB.path(*key))
                     version = version_of(document)
                     yield JobView.of(document)
-                async for document in self._changes(key, version):
-                    version, delay, patience = version_of(document), 0.0, _PATIENCE_SECONDS
-                    if document.get("kind") == FINETUNE_JOB.name and "spec" in document:
-                        yield JobView.of(document)
+                # Closed here when it is left early: an answer that nobody has closed keeps its connection.
+                async with aclosing(self._changes(key, version)) as changes:
+                    async for document in changes:
+                        version, delay, patience = version_of(document), 0.0, _PATIENCE_SECONDS
+                        if document.get("kind") == FINETUNE_JOB.name and "spec" in document:
+                            yield JobView.of(document)
             except Gone:
                 version = ""
             except ClusterError as error:
@@ -117,8 +119,9 @@ class KubernetesBackend:
 
     async def logs(self, key: Key, which: LogChoice, follow: bool) -> AsyncGenerator[LogLine]:
         """See Backend."""
-        async for line in self._logs.read(lambda: self.get(key), key, which, follow):
-            yield line
+        async with aclosing(self._logs.read(lambda: self.get(key), key, which, follow)) as lines:
+            async for line in lines:
+                yield line
 
     async def suspend(self, key: Key, value: bool) -> JobView:
         """See Backend."""

@@ -53,8 +53,10 @@ class PodLogs:
                 yield line
             return
         chosen = pods if which.everyone else [await self._rank_0(key, pods)]
-        async for line in _merged([self._lines(key, pod, _FOLLOW if follow else _READ) for pod in chosen]):
-            yield line
+        streams = [self._lines(key, pod, _FOLLOW if follow else _READ) for pod in chosen]
+        async with aclosing(_merged(streams)) as lines:
+            async for line in lines:
+                yield line
 
     async def _started(
         self, look: Look, key: Key, which: LogChoice, follow: bool
@@ -95,11 +97,12 @@ class PodLogs:
 
     async def _lines(self, key: Key, pod: Document, script: str) -> AsyncGenerator[LogLine]:
         rest = b""
-        async for channel, piece in self._run(key, pod, script):
-            if channel == _STDOUT:
-                *whole, rest = (rest + piece).split(b"\n")
-                for line in whole:
-                    yield LogLine(_name(pod), line.decode(errors="replace"))
+        async with aclosing(self._run(key, pod, script)) as pieces:
+            async for channel, piece in pieces:
+                if channel == _STDOUT:
+                    *whole, rest = (rest + piece).split(b"\n")
+                    for line in whole:
+                        yield LogLine(_name(pod), line.decode(errors="replace"))
         if rest:
             yield LogLine(_name(pod), rest.decode(errors="replace"))
 
