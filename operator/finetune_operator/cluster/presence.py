@@ -61,8 +61,14 @@ class OptionalKind:
     async def watch(self, resource_version: str, timeout_seconds: float) -> AsyncIterator[WatchEvent]:
         """See ListWatch. While the kind is unknown, bookmarks show that somebody is looking."""
         if self.is_known:
-            async for event in self._source.watch(resource_version, timeout_seconds):
-                yield event
+            events = self._source.watch(resource_version, timeout_seconds)
+            try:
+                async for event in events:
+                    yield event
+            finally:
+                # As the reflector does: now rather than when the generator is collected.
+                if (close := getattr(events, "aclose", None)) is not None:
+                    await close()
             return
         ends_at = asyncio.get_running_loop().time() + timeout_seconds
         while asyncio.get_running_loop().time() < ends_at:
