@@ -278,8 +278,10 @@ class Client:
     def close(self) -> None:
         """Let go of connections."""
         if not self._portal.is_closed:
-            self._portal.call(self._async.close())
-            self._portal.close()
+            try:
+                self._portal.call(self._async.close())
+            finally:
+                self._portal.close()
 
     def __enter__(self) -> Self:
         return self

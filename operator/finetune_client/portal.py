@@ -26,7 +26,12 @@ class Portal:
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What the coroutine returns or raises. One that is interrupted here is cancelled there."""
-        return _result(asyncio.run_coroutine_threadsafe(coroutine, self._running()))
+        try:
+            loop = self._running()
+        except RuntimeError:
+            coroutine.close()  # or Python warns, whenever it is collected, that nobody has awaited it
+            raise
+        return _result(asyncio.run_coroutine_threadsafe(coroutine, loop))
 
     def iterate(self, source: AsyncIterator[T]) -> Generator[T]:
         """The items of `source` as they come. Leaving early ends it."""

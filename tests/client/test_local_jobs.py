@@ -87,6 +87,13 @@ def test_a_driver_is_known_when_the_machines_clock_was_set_and_not_by_its_number
     assert not one.works
 
 
+def test_a_client_that_was_closed_says_so() -> None:
+    client = Client(local=True)
+    client.close()
+    with pytest.raises(RuntimeError, match="the client is closed; make another one"):
+        client.list()
+
+
 def test_one_place_is_named_and_not_two() -> None:
     with Client(local=True, ray="http://127.0.0.1:1") as client, pytest.raises(Unreachable, match="name one place"):
         client.list()
