@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -92,7 +93,8 @@ class RayWorkers:
             try:
                 self._start_once()
                 break
-            except Exception:
+            except Exception as error:
+                _end_node(error)
                 self._discard()
                 if attempt + 1 == START_ATTEMPTS:
                     raise
@@ -219,6 +221,16 @@ class RayWorkers:
         shutil.rmtree(storage, ignore_errors=True)  # Ray Train's own notes: it restarts nothing here
         worker_result: WorkerResult = result.return_value  # rank 0's
         return worker_result
+
+
+def _end_node(error: BaseException) -> None:
+    """Have Ray end the daemons of a node that did not get up, and wait for them. Ray forgets it, and its constructor's
+    frame is the only one to know it; where there is none, `_discard` finds the daemons by their arguments."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        end = getattr(frame.f_locals.get("self"), "kill_all_processes", None)
+        if end is not None:
+            with suppress(Exception):
+                end(check_alive=False, wait=True)
 
 
 def _shut_down() -> None:
