@@ -50,9 +50,13 @@ def online(tmp_path_factory: pytest.TempPathFactory) -> OnlineWorld:
 def test_a_policy_learns_to_write_what_is_rewarded(
     method: str, tuning: dict[str, Any], online: OnlineWorld, tmp_path: Path
 ) -> None:
+    """Twice as much and more, whatever the seed: what hardly learns would hang on how a processor rounds."""
     settings = METHODS[method][method] | ({"passes": 2, "miniBatches": 1} if method == "ppo" else {})
-    steps = {"training.maxSteps": 30 * settings.get("passes", 1), "training.schedule": "constant"}
-    changes = {"method": {method: settings}, "training.learningRate": 0.02 if tuning else 0.003}
+    if method == "ppo" and tuning:
+        settings |= {"kl": {"coefficient": 0.002}}  # ten times the price holds these adapters where they are
+    steps = {"training.maxSteps": (40 if tuning else 30) * settings.get("passes", 1), "training.schedule": "constant"}
+    rate = {"grpo": 0.01, "ppo": 0.005}[method] if tuning else 0.003
+    changes = {"method": {method: settings}, "training.learningRate": rate}
     outcome = online.train(online.plan(method, changes | steps | tuning), tmp_path / "run")
     rewards = online.curve(tmp_path / "run", "reward")
     assert sum(rewards[-8:]) > 1.4 * sum(rewards[:8])
