@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from finetune_client.driver import STOP_SECONDS
-from finetune_client.folders import JOB_FILE, SUSPEND_FILE
+from finetune_client.folders import JOB_FILE, SUBMITTED, SUSPEND_FILE
 
 __all__ = ["PROGRAM", "Driven", "Told"]
 
@@ -86,7 +86,7 @@ class Driven:
         with suppress(OSError):  # it is not there yet
             self._document = (self.folder / JOB_FILE).read_text(encoding="utf-8")
         last = b"" if works else self.output(max(0, self._log.stat().st_size - _LAST_BYTES))
-        submitted = datetime.strptime(self.folder.name, "%Y%m%d-%H%M%S").replace(tzinfo=UTC)
+        submitted = datetime.strptime(self.folder.name, SUBMITTED).replace(microsecond=0, tzinfo=UTC)
         return Told(self._document, works, submitted.isoformat(), last.decode(errors="replace"))
 
     def output(self, start: int) -> bytes:

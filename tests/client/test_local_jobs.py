@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -14,8 +15,10 @@ import pytest
 from finetune_api.job import Phase
 from finetune_api.problems import InvalidManifest
 from finetune_client import Client, driven, runner
+from finetune_client.backends.told import new_folder
 from finetune_client.cli.exits import ABSENT
 from finetune_client.errors import NoLog, NoSuchJob, Refused, Unreachable
+from finetune_operator.kinds import Key
 from tests.client.conftest import JOB, Finetune, WriteJob, wait_until
 from tests.client.test_driver import PROGRAM
 from tests.factories import with_changes
@@ -74,7 +77,7 @@ def test_a_driver_is_known_when_the_machines_clock_was_set_and_not_by_its_number
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driven, "PROGRAM", [sys.executable, "-c", "import time; time.sleep(600)"])
-    one = driven.Driven(tmp_path / "20260101-000000")
+    one = driven.Driven(tmp_path / "20260101-000000-000000")
     one.start({})
     try:
         booted = psutil.boot_time()
@@ -82,9 +85,15 @@ def test_a_driver_is_known_when_the_machines_clock_was_set_and_not_by_its_number
         assert driven.Driven(one.folder).works
     finally:
         one.stop()
-    file = tmp_path / "20260101-000000.pid"
+    file = tmp_path / "20260101-000000-000000.pid"
     file.write_text(json.dumps([os.getpid(), json.loads(file.read_text())[1]]))
     assert not one.works
+
+
+def test_jobs_of_one_name_in_one_second_have_folders_of_their_own() -> None:
+    moments = [datetime(2026, 1, 1, microsecond=tick, tzinfo=UTC) for tick in (1, 2)]
+    first, second = (new_folder("/jobs", Key("default", "tiny"), now) for now in moments)
+    assert first < second
 
 
 def test_a_client_that_was_closed_says_so() -> None:

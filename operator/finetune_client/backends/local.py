@@ -20,7 +20,7 @@ from finetune_operator.kinds import Key
 
 __all__ = ["LocalDrivers"]
 
-_STAMP = re.compile(r"[0-9]{8}-[0-9]{6}\.pid")
+_STAMP = re.compile(r"\d{8}-\d{6}-\d{6}\.pid")
 
 
 class LocalDrivers:

@@ -14,6 +14,7 @@ from finetune_api.job import Phase
 from finetune_api.problems import InvalidManifest
 from finetune_api.progress import Result
 from finetune_client.errors import NoSuchJob
+from finetune_client.folders import SUBMITTED
 from finetune_client.output import ATTEMPT_MARK, JOB_MARK
 from finetune_operator.kinds import Key
 
@@ -65,7 +66,7 @@ def ended_without_a_word(document: dict[str, Any], why: str, cancelled: bool, at
 
 def new_folder(workdir: str, key: Key, now: datetime | None = None) -> str:
     """For the files of a new job; one of the same name before it keeps its own."""
-    return f"{workdir}/{key.namespace}/{key.name}/{now or datetime.now(UTC):%Y%m%d-%H%M%S}"
+    return f"{workdir}/{key.namespace}/{key.name}/{now or datetime.now(UTC):{SUBMITTED}}"
 
 
 def taken(key: Key) -> InvalidManifest:
