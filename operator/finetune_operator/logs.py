@@ -32,7 +32,10 @@ def about(**fields: str | int | None) -> Iterator[None]:
 
 
 class JsonFormatter(logging.Formatter):
-    """time, level, logger, message; then the job; then what was given as `extra`; then the error."""
+    """time, level, logger, message; then the job; then what was given as `extra`; then the error.
+
+    Names with an underscore are what libraries note for themselves on every record of a process: Ray does.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """One line. A value that JSON does not know is written as its text."""
@@ -42,7 +45,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             **_about.get(),
-            **{name: value for name, value in vars(record).items() if name not in _OF_EVERY_RECORD},
+            **{name: value for name, value in vars(record).items() if name not in _OF_EVERY_RECORD and name[0] != "_"},
         }
         if record.exc_info and record.exc_info[0] is not None:
             line["error"] = record.exc_info[0].__name__

@@ -45,6 +45,20 @@ def test_a_line_is_an_object(stream: io.StringIO) -> None:
     assert line == {"level": "info", "logger": "somewhere", "message": "3 jobs"}
 
 
+def test_what_a_library_notes_for_itself_on_every_record_is_left_out(stream: io.StringIO) -> None:
+    make = logging.getLogRecordFactory()
+
+    def noted(*arguments: Any, **named: Any) -> logging.LogRecord:
+        record = make(*arguments, **named)
+        record._noted = 1
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging, "_logRecordFactory", noted)
+        log.info("3 jobs")
+    assert set(lines(stream)[0]) == {"time", "level", "logger", "message"}
+
+
 def test_a_line_inside_says_which_job_and_attempt(stream: io.StringIO) -> None:
     with about(namespace="default", job="a"):
         with about(attempt=2):
