@@ -1,6 +1,7 @@
 """For every lane: a skipped test is said aloud with its reason, and in CI it is a failure.
 
-Excepted are tests that no set-up could make run: marked hardware.
+Excepted are tests that no set-up could make run: marked hardware. Nor is it a failure when an example of a property
+takes long.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ import threading
 from collections import Counter
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("ours", deadline=None)  # a loaded machine is no fault
+settings.load_profile("ours")
 
 
 def pytest_configure() -> None:

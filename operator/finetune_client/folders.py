@@ -18,6 +18,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,13 +30,25 @@ from finetune_api.job import FineTuneJob
 from finetune_client.runner import RUN_FILES, RunFolderTaken
 from finetune_operator.kinds import Key
 
-__all__ = ["JOB_FILE", "STATE_FILE", "SUBMITTED", "SUSPEND_FILE", "NoRun", "RunFolder", "RunState", "jobs_in"]
+__all__ = [
+    "JOB_FILE",
+    "STATE_FILE",
+    "SUBMITTED",
+    "SUBMITTED_NAME",
+    "SUSPEND_FILE",
+    "NoRun",
+    "RunFolder",
+    "RunState",
+    "jobs_in",
+]
 
 STATE_FILE = "state.json"
 JOB_FILE = "job.json"
 """The job as a driver told it last, for those who look from elsewhere."""
 SUBMITTED = "%Y%m%d-%H%M%S-%f"
 """What the folder of a submitted job is called: two of one name may come in one second."""
+SUBMITTED_NAME = re.compile(r"\d{8}-\d{6}-\d{6}")
+"""What comes of it."""
 SUSPEND_FILE = "suspend-requested"
 """Somebody's wish, until the driver has seen it."""
 _ATTEMPT = "attempt-"

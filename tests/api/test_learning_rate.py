@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.learning_rate import auto_learning_rate, parameters_in_name, parse_parameters
@@ -48,7 +48,6 @@ def test_lora_takes_ten_times_the_rate_of_full_tuning(parameters: int, rate: flo
     assert auto_learning_rate(parameters, LORA)[0] == pytest.approx(rate, rel=1e-12)
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.integers(1, 10**13), st.integers(1, 10**13))
 def test_a_larger_model_never_learns_faster(one: int, other: int) -> None:
     small, large = sorted((one, other))
@@ -56,7 +55,6 @@ def test_a_larger_model_never_learns_faster(one: int, other: int) -> None:
         assert auto_learning_rate(large, tuning)[0] <= auto_learning_rate(small, tuning)[0]
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.integers(1, 10**13))
 def test_every_rate_is_one_that_a_job_may_set_itself(parameters: int) -> None:
     for tuning in (FULL, LORA):

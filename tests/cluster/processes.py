@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-__all__ = ["Started", "reserved_ports", "started", "wait_until"]
+import psutil
+
+__all__ = ["Started", "is_alive", "reserved_ports", "started", "wait_until"]
 
 _READY_SECONDS = 120
 """A loaded machine is slow; an idle one needs about four seconds."""
@@ -99,6 +101,14 @@ def wait_until(holds: Callable[[], object], what: str, *processes: Started, seco
             logs = "\n".join(f"{one.log.name}:\n{one.last_lines()}" for one in ended or processes)
             raise AssertionError(f"{'a process ended while' if ended else 'too long'} waiting for {what}\n{logs}")
         time.sleep(0.05)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """A zombie is not, nor one that is gone between two questions about it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager

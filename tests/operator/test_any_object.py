@@ -28,7 +28,6 @@ from tests.operator.decide_factories import NOON, SETTINGS, Document, succeeded
 
 OBJECTS = settings(
     max_examples=10_000 if os.environ.get("FINETUNE_LONG") else 500,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 OWNER = Owner("example", "team", "uid-1")

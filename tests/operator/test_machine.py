@@ -385,7 +385,6 @@ def _time(text: str) -> datetime:
 Life.TestCase.settings = settings(
     max_examples=2000 if LONG else 60,
     stateful_step_count=50 if LONG else 30,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestLife = Life.TestCase

@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.meta import NAME_MAX_LENGTH
@@ -16,13 +16,11 @@ JOBS = st.from_regex(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", fullmatch=True)
 ATTEMPTS = st.integers(min_value=1, max_value=999_999)
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(job=JOBS, attempt=ATTEMPTS)
 def test_the_longest_job_name_leaves_room_for_what_kuberay_appends(job: str, attempt: int) -> None:
     assert len(names.ray_job(job, attempt)) <= names.RAY_JOB_NAME_LENGTH
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(job=JOBS, attempt=ATTEMPTS)
 def test_an_attempt_is_read_back_from_its_labels(job: str, attempt: int) -> None:
     labels = names.pod_labels(job, attempt, names.WORKER)
@@ -30,7 +28,6 @@ def test_an_attempt_is_read_back_from_its_labels(job: str, attempt: int) -> None
     assert all(len(value) <= 63 for value in labels.values())
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.sets(JOBS, min_size=2, max_size=6), st.sets(ATTEMPTS, min_size=1, max_size=3))
 def test_no_two_jobs_and_attempts_share_a_name_of_one_kind(jobs: set[str], attempts: set[int]) -> None:
     for left, right in combinations(sorted(jobs), 2):

@@ -97,7 +97,7 @@ def test_a_report_from_outside_the_calendar_is_brought_into_it() -> None:
     assert seen.report.progress.updated_at.year == 2000
 
 
-@settings(deadline=None, max_examples=200)  # a loaded machine is no fault
+@settings(max_examples=200)
 @given(
     world=st.builds(
         World,

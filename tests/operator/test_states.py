@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.failures import Failure, FailureClass
@@ -86,7 +86,6 @@ def report(**data: Any) -> dict[str, Any]:
     return {"data": data}
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(ANYTHING)
 def test_no_document_makes_reading_fail(document: Any) -> None:
     read_ray_job(document)
@@ -94,7 +93,6 @@ def test_no_document_makes_reading_fail(document: Any) -> None:
     read_report(document)
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(ANYTHING)
 def test_a_projected_pod_reads_like_the_whole_one(document: Any) -> None:
     assert read_pod(project_pod(document)) == read_pod(document)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.plan import BatchPlan
@@ -142,7 +142,6 @@ KEYS = st.sampled_from(sorted({step for key in RESERVED_KEYS for step in key.spl
 CONFIGS = st.dictionaries(KEYS, st.recursive(VALUES, lambda v: st.dictionaries(KEYS, v, max_size=3)), max_size=4)
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(CONFIGS)
 def test_an_accepted_configuration_leaves_every_compiled_value_alone(config: dict[str, Any]) -> None:
     if reserved_key_problems(config):

@@ -30,6 +30,7 @@ from finetune_trainers.context import STOP_FILE, SingleProcessContext
 from finetune_trainers.loop import Loop, LoopMemory
 from finetune_trainers.saving import VISIBLE_SECONDS, Checkpoints
 from finetune_trainers.worker import load
+from tests.cluster.processes import is_alive
 from tests.trainers.conftest import SmallWorld
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.test_killed_worker import training_workers
@@ -49,13 +50,6 @@ def until(holds: Callable[[], Any]) -> Any:
         assert time.monotonic() < deadline, "it did not come to be"
         time.sleep(0.05)
     return found
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def writers_of(mark: str) -> list[psutil.Process]:

@@ -7,20 +7,18 @@ tells is on disk.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetune_client.backends.told import absent, new_folder
 from finetune_client.driven import Driven, Told
 from finetune_client.errors import Refused
+from finetune_client.folders import SUBMITTED_NAME
 from finetune_client.runner import missing_packages
 from finetune_client.submission import SUBMISSION_VARIABLE
 from finetune_operator.kinds import Key
 
 __all__ = ["LocalDrivers"]
-
-_STAMP = re.compile(r"\d{8}-\d{6}-\d{6}\.pid")
 
 
 class LocalDrivers:
@@ -73,7 +71,11 @@ class LocalDrivers:
         """See Drivers."""
 
     def _driven(self, key: Key) -> Driven:
-        files = [file for file in (self._root / key.namespace / key.name).glob("*.pid") if _STAMP.fullmatch(file.name)]
+        files = [
+            file
+            for file in (self._root / key.namespace / key.name).glob("*.pid")
+            if SUBMITTED_NAME.fullmatch(file.stem)
+        ]
         if not files:
             raise absent(key, str(self._root))
         return Driven(max(files).with_suffix(""))

@@ -13,6 +13,8 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
@@ -179,13 +181,11 @@ class RayClientDrivers:
     def _connected(self) -> Any:
         """A connection. Ray starts a server for each by a fork of a process that speaks gRPC on other threads: about
         one in ten dies of that before it is up ("epoll_wait error: Bad file descriptor" in its log, Ray 2.60)."""
-        for left in reversed(range(_TRIES)):
-            try:
-                return ray.init(self._address, namespace=_ACTORS, allow_multiple=True)
-            except ConnectionAbortedError:
-                if not left:
-                    raise
-        raise AssertionError("the last try returns or raises")
+        connect = partial(ray.init, self._address, namespace=_ACTORS, allow_multiple=True)
+        for _ in range(_TRIES - 1):
+            with suppress(ConnectionAbortedError):
+                return connect()
+        return connect()
 
 
 def _actor(key: Key) -> str:

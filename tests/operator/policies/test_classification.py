@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.failures import EXIT_CODES, Failure, FailureClass, Problem
@@ -481,7 +481,6 @@ WORDS = st.sampled_from(["", "Evicted", "OOMKilled", "Failed", "Running", "Compl
 OUTCOMES = st.sampled_from([None, DONE, STOPPED, trainers_failed(FailureClass.UNKNOWN), Outcome(result=Result.FAILED)])
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(
     st.none()
     | st.builds(ray_job, WORDS, WORDS, message=st.text(), suspended=st.booleans(), attempt=st.none() | st.just(2)),

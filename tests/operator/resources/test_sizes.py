@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_operator.planning import plan_run
@@ -56,7 +56,6 @@ def test_a_pod_without_gpus_asks_for_none() -> None:
     assert Size(2, "8Gi", 0, "nvidia.com/gpu").resources()["limits"] == {"cpu": "2", "memory": "8Gi"}
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.floats(min_value=0.0001, max_value=1024))
 def test_cores_are_written_in_thousandths_at_the_finest(cpus: float) -> None:
     text = Size(cpus, "8Gi").resources()["limits"]["cpu"]

@@ -425,7 +425,7 @@ _REQUEST = st.tuples(
 _WEATHER = st.lists(st.tuples(st.floats(0, 20), st.lists(_REQUEST, max_size=8)), max_size=3)
 
 
-@settings(deadline=None, max_examples=60)  # a loaded machine is no fault
+@settings(max_examples=60)
 @given(_WEATHER, _WEATHER, st.integers(0, 3), st.lists(st.floats(0, 100), max_size=3))
 def test_two_candidates_never_lead_at_once(weather_one: Any, weather_two: Any, seed: int, stops: list[float]) -> None:
     async def main() -> None:

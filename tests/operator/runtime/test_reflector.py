@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_operator.errors import ApiError, Gone, TooManyRequests, Unreachable
@@ -509,7 +509,6 @@ _STEPS = st.lists(
 )
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(_STEPS)
 def test_whatever_happens_the_store_and_what_was_told_end_up_as_the_server_is(steps: list[tuple[str, Any]]) -> None:
     async def main() -> None:

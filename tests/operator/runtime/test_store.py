@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_operator.kinds import Key
@@ -73,7 +73,6 @@ def test_an_object_of_the_cluster_has_no_namespace_in_its_key() -> None:
     assert version_of({"metadata": {"name": "a"}}) == version_of({}) == ""
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.lists(st.sampled_from("xyz"), max_size=3))))
 def test_indexes_agree_with_a_search_through_everything(writes: list[tuple[str, list[str] | None]]) -> None:
     store = Store({"owner": by_owner})

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_operator.metrics import Metrics
@@ -387,7 +387,6 @@ _ADDS = st.lists(
 )
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(_ADDS, st.integers(1, 4), st.lists(_SECONDS, min_size=1, max_size=5))
 def test_no_two_workers_have_one_key_and_every_wish_is_followed_by_a_pass(
     steps: list[tuple[str, str, Any]], num_workers: int, durations: list[float]

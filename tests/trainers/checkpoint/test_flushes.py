@@ -26,6 +26,7 @@ from finetune_trainers.checkpoint.shards import Slice
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.writer_protocol import Begin
+from tests.cluster.processes import is_alive
 from tests.trainers.checkpoint import synthetic
 from tests.trainers.checkpoint.saving import intent_of, original, restored, start
 from tests.trainers.checkpoint.synthetic import NOON
@@ -40,13 +41,6 @@ def until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it did not come to be"
         time.sleep(0.02)
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:  # gone between the two questions
-        return False
 
 
 class Run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainers.checkpoint import layout
@@ -18,7 +18,6 @@ def test_a_checkpoint_is_named_by_step_and_attempt() -> None:
     assert layout.shard(ID, 7) == "ckpt/0000000200-e00003/shard-00007-000.safetensors"
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(ids)
 def test_a_name_is_read_back(checkpoint: CheckpointId) -> None:
     assert CheckpointId.parse(str(checkpoint)) == checkpoint
@@ -52,7 +51,6 @@ def test_the_newest_is_of_the_latest_attempt_and_then_of_the_highest_step() -> N
     assert max(CheckpointId(3, 100), CheckpointId(3, 200), went_back) == went_back
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.lists(st.integers(0, 10**9), min_size=2))
 def test_a_plain_listing_is_in_the_order_of_steps(steps: list[int]) -> None:
     names = [str(CheckpointId(1, step)) for step in steps]

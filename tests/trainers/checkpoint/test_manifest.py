@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -59,7 +59,6 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(json_values)
 def test_canonical_json_has_one_form(value: object) -> None:
     try:

@@ -155,7 +155,7 @@ policies = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.sampled_from([10, 20, 30, 40, 50]), min_size=1, unique=True),
     st.sets(st.sampled_from([10, 20, 30, 40, 50])),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainers.checkpoint.layout import CheckpointId
@@ -35,7 +35,6 @@ def kept(verdicts: list[Verdict]) -> set[CheckpointId]:
     return {verdict.id for verdict in verdicts if verdict.keep}
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(runs(), policies)
 def test_the_newest_valid_one_pinned_ones_and_those_in_use_always_stay(
     run: tuple[list[Candidate], CheckpointId], policy: Retention
@@ -49,14 +48,12 @@ def test_the_newest_valid_one_pinned_ones_and_those_in_use_always_stay(
     assert {candidate.id for candidate in candidates if candidate.id > newest} <= stays, "damaged: for a person to mend"
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(runs(), policies)
 def test_without_a_valid_one_everything_stays(run: tuple[list[Candidate], CheckpointId], policy: Retention) -> None:
     candidates, _ = run
     assert kept(choose(candidates, policy, None)) == {candidate.id for candidate in candidates}
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(runs(), policies)
 def test_each_checkpoint_has_one_verdict_with_a_reason_in_order(
     run: tuple[list[Candidate], CheckpointId], policy: Retention
@@ -67,7 +64,6 @@ def test_each_checkpoint_has_one_verdict_with_a_reason_in_order(
     assert all(verdict.reasons for verdict in verdicts)
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(runs(), policies)
 def test_a_quota_is_kept_unless_what_must_stay_is_larger(
     run: tuple[list[Candidate], CheckpointId], policy: Retention
@@ -84,7 +80,6 @@ def test_a_quota_is_kept_unless_what_must_stay_is_larger(
     assert kept(verdicts) <= without
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(runs(), policies, st.randoms())
 def test_the_order_in_which_checkpoints_are_listed_does_not_matter(
     run: tuple[list[Candidate], CheckpointId], policy: Retention, random: Any
@@ -95,7 +90,6 @@ def test_the_order_in_which_checkpoints_are_listed_does_not_matter(
     assert choose(candidates, policy, newest) == choose(shuffled, policy, newest)
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(runs(), policies)
 def test_deciding_again_after_deleting_deletes_nothing_more(
     run: tuple[list[Candidate], CheckpointId], policy: Retention

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from blake3 import blake3
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -80,7 +80,6 @@ def test_digests_are_over_chunks_from_the_slices_start() -> None:
     assert digest_of_digests(digests) == blake3(digests).hexdigest()
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.lists(st.integers(0, 9000), max_size=8), st.integers(1, 5), st.sampled_from(["F32", "BF16"]))
 def test_slices_are_shared_out_in_order_over_files_that_are_not_too_long(
     lengths: list[int], chunks: int, dtype: str

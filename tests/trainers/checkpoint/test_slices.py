@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainers.checkpoint.shards import CHUNK_BYTES
@@ -23,14 +23,12 @@ worlds = st.integers(1, 17)
 numels = st.lists(st.integers(0, 400), min_size=1, max_size=8)
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.integers(0, 10_000), worlds)
 def test_even_slices_of_all_ranks_tile_the_tensor(numel: int, world: int) -> None:
     held = [even_slice(numel, rank, world) for rank in range(world)]
     assert tiling_faults({"t": numel}, [("t", *slice_) for slice_ in held if slice_[0] < slice_[1]]) == []
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(numels, worlds, st.integers(1, 8))
 def test_flat_group_slices_of_all_ranks_tile_every_tensor(sizes: list[int], world: int, alignment: int) -> None:
     held = [piece for rank in range(world) for piece in flat_group_slices(sizes, rank, world, alignment)]
@@ -66,7 +64,6 @@ def test_a_slice_of_an_unknown_tensor_is_a_fault() -> None:
     assert tiling_faults({}, [("stray", 0, 1)]) == ["stray is saved, but is not among the tensors"]
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.integers(1, 3000), worlds, st.data())
 def test_any_lost_or_doubled_slice_is_found(numel: int, world: int, data: st.DataObject) -> None:
     held = [("t", *even_slice(numel, rank, world)) for rank in range(world)]
@@ -97,7 +94,6 @@ def delivered(plan: ReadPlan[str]) -> list[tuple[str, int, int]]:
     return sorted((piece.source.key, piece.start, piece.end) for read in plan.reads for piece in read.pieces)
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=6), worlds, worlds, st.integers(1, 4), st.integers(0, 2000))
 def test_a_plan_delivers_each_wanted_element_exactly_once(
     lengths: list[int], old: int, new: int, longest: int, gap: int

@@ -182,7 +182,7 @@ rules = st.builds(
 STEPS = [10, 20, 30, 40, 50]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.sampled_from(STEPS), min_size=1, unique=True),
     st.sets(st.sampled_from(STEPS)),

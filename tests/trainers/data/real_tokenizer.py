@@ -8,6 +8,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from finetune_trainers.places import appearing_whole
+
 __all__ = ["real_tokenizer_folder"]
 
 
@@ -27,12 +29,6 @@ def real_tokenizer_folder() -> Path | None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf.name)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            whole = Path(scratch) / "tokenizer"
-            tokenizer.save_pretrained(whole)
-            try:
-                whole.rename(folder)
-            except OSError:
-                if not folder.exists():  # another test process was quicker
-                    raise
+        with appearing_whole(folder, others_will_do=True) as unfinished:
+            tokenizer.save_pretrained(unfinished)
     return folder

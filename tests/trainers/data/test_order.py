@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainers.data.order import TrainOrder
@@ -33,7 +33,6 @@ sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 seeds = st.integers(0, 2**63 - 1)
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(sizes=sizes, seed=seeds, epoch=st.integers(0, 5))
 def test_an_epoch_holds_every_sequence_of_every_source_once(sizes: list[int], seed: int, epoch: int) -> None:
     order = TrainOrder([source(size) for size in sizes], seed)
@@ -41,7 +40,6 @@ def test_an_epoch_holds_every_sequence_of_every_source_once(sizes: list[int], se
     assert Counter(epoch_of(order, epoch)) == Counter(expected)
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(sizes=sizes, seed=seeds, positions=st.lists(st.integers(0, 500), min_size=1, max_size=20))
 def test_entering_anywhere_gives_what_going_there_gives(sizes: list[int], seed: int, positions: list[int]) -> None:
     walked = TrainOrder([source(size) for size in sizes], seed)
@@ -50,7 +48,6 @@ def test_entering_anywhere_gives_what_going_there_gives(sizes: list[int], seed: 
     assert [entered.slot(position) for position in positions] == [stream[position] for position in positions]
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(size=st.integers(1, 60), weight=st.floats(0.05, 3.0), seed=seeds)
 def test_a_weight_is_the_number_of_times_a_source_is_seen_per_epoch(size: int, weight: float, seed: int) -> None:
     order = TrainOrder([source(size, weight), source(7)], seed)

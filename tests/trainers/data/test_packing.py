@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainers.data.packing import one_row_each, pack
@@ -13,7 +13,6 @@ CAPACITY = 50
 lengths_strategy = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=200)
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(lengths=lengths_strategy, seed=st.integers(0, 2**32))
 def test_every_row_is_packed_exactly_once(lengths: list[int], seed: int) -> None:
     rows, offsets = pack(np.array(lengths), CAPACITY, seed)
@@ -22,7 +21,6 @@ def test_every_row_is_packed_exactly_once(lengths: list[int], seed: int) -> None
     assert offsets[-1] == len(lengths)
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(lengths=lengths_strategy, seed=st.integers(0, 2**32))
 def test_no_sequence_is_empty_or_longer_than_its_capacity(lengths: list[int], seed: int) -> None:
     rows, offsets = pack(np.array(lengths), CAPACITY, seed)
@@ -31,7 +29,6 @@ def test_no_sequence_is_empty_or_longer_than_its_capacity(lengths: list[int], se
     assert (sums <= CAPACITY).all()
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(lengths=lengths_strategy)
 def test_the_number_of_sequences_keeps_the_bound_of_best_fit_decreasing(lengths: list[int]) -> None:
     _, offsets = pack(np.array(lengths), CAPACITY, 0)
@@ -41,7 +38,6 @@ def test_the_number_of_sequences_keeps_the_bound_of_best_fit_decreasing(lengths:
     assert len(offsets) - 1 >= at_least
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(lengths=lengths_strategy, seed=st.integers(0, 100))
 def test_packing_is_the_same_for_the_same_seed(lengths: list[int], seed: int) -> None:
     once, again = pack(np.array(lengths), CAPACITY, seed), pack(np.array(lengths), CAPACITY, seed)

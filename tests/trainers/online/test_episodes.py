@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.plan import BatchPlan
@@ -57,7 +57,6 @@ def test_a_rank_that_has_nothing_left_asks_about_one_token_that_nobody_learns() 
     assert batch.advantages.tolist() == []
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 1000))
 def test_all_ranks_together_learn_each_rollout_of_a_step_once(
     world: int, micro: int, accumulated: int, seed: int
@@ -72,7 +71,6 @@ def test_all_ranks_together_learn_each_rollout_of_a_step_once(
     assert sorted(index for part in parts for one in part for index in one) == list(range(total))
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.lists(st.integers(1, 9), min_size=0, max_size=20), st.integers(1, 4), st.integers(1, 5))
 def test_all_ranks_together_ask_about_each_rollout_once_in_as_many_passes(
     lengths: list[int], world: int, size: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.preference_data import Pairing
@@ -56,7 +56,6 @@ def test_what_is_nearer_than_the_least_gap_is_a_tie_and_what_is_as_far_is_none()
     assert ties == 1
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=7), st.sampled_from([0.0, 1.0, 2.0]))
 def test_every_pair_of_answers_is_a_pair_or_a_tie_and_the_chosen_one_is_higher(scores: list[int], gap: float) -> None:
     answers = {said(str(place))["content"]: score for place, score in enumerate(scores)}

@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.spec import MetricReward
@@ -81,13 +81,11 @@ def test_the_last_number_of_a_text(text: str, number: str) -> None:
     assert last_number(text) == Decimal(number)
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.text())
 def test_any_text_has_a_last_number_or_none(text: str) -> None:
     assert last_number(text) is None or any(character.isdigit() for character in text)
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(st.lists(st.sampled_from("abc"), max_size=12), st.lists(st.sampled_from("abc"), max_size=12))
 def test_rouge_finds_the_longest_common_subsequence(words: list[str], others: list[str]) -> None:
     lengths = [[0] * (len(others) + 1) for _ in range(len(words) + 1)]

@@ -55,7 +55,7 @@ def test_positions_outside_the_mask_are_stepped_over(places: list[int]) -> None:
 NUMBERS = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=8)
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(NUMBERS, st.data())
 def test_without_discount_the_returns_are_the_rewards_still_to_come(numbers: list[float], data: st.DataObject) -> None:
     size = len(numbers)
@@ -65,7 +65,7 @@ def test_without_discount_the_returns_are_the_rewards_still_to_come(numbers: lis
     assert found.returns[0].tolist() == pytest.approx([sum(numbers[place:]) for place in range(size)])
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(NUMBERS, st.floats(0, 1))
 def test_a_critic_that_is_right_leaves_no_advantage(numbers: list[float], lam: float) -> None:
     values = torch.tensor([[sum(numbers[place:]) for place in range(len(numbers))]], dtype=torch.float64)
@@ -115,14 +115,14 @@ def test_a_response_left_alone_by_its_group_gets_nothing(baseline: Baseline) -> 
 GROUPS = st.lists(st.lists(st.floats(-10, 10), min_size=4, max_size=4), min_size=1, max_size=5)
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(GROUPS, st.sampled_from(BASELINES))
 def test_the_advantages_of_a_group_sum_to_zero(groups: list[list[float]], baseline: Baseline) -> None:
     found = group_advantages(torch.tensor(groups, dtype=torch.float64).flatten(), 4, baseline)
     assert found.view(-1, 4).sum(1).abs().max().item() == pytest.approx(0, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(st.lists(st.floats(-10, 10), min_size=4, max_size=4), st.floats(-100, 100))
 def test_a_reward_added_to_all_changes_no_advantage(rewards: list[float], shift: float) -> None:
     given_rewards = torch.tensor(rewards, dtype=torch.float64)

@@ -30,7 +30,7 @@ def test_a_long_and_a_short_response(aggregation: Aggregation, wanted: float) ->
     assert aggregate(LOSSES, MASK, aggregation, total).item() == pytest.approx(wanted)
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(st.sampled_from(WAYS), st.integers(0, 1000), st.lists(st.integers(0, 6), max_size=3))
 def test_micro_batches_add_up_however_the_batch_is_cut(aggregation: Aggregation, seed: int, cuts: list[int]) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -41,14 +41,14 @@ def test_half_the_temperature_makes_the_teacher_nine_to_one() -> None:
     assert found.item() == pytest.approx(0.5 * math.log(5) + 0.5 * math.log(5 / 9))
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(SEEDS)
 def test_at_one_half_both_may_change_places(seed: int) -> None:
     student, teacher = pair(seed)
     torch.testing.assert_close(divergence(student, teacher, beta=0.5), divergence(teacher, student, beta=0.5))
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(SEEDS, st.floats(0, 1))
 def test_it_is_never_negative_and_nothing_between_equals(seed: int, beta: float) -> None:
     student, teacher = pair(seed)
@@ -56,14 +56,14 @@ def test_it_is_never_negative_and_nothing_between_equals(seed: int, beta: float)
     assert divergence(student, student, beta=beta).abs().max().item() == pytest.approx(0, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(SEEDS, st.floats(0.1, 0.9))
 def test_jensen_shannon_is_at_most_the_entropy_of_the_mixture_s_weights(seed: int, beta: float) -> None:
     most = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
     assert divergence(*pair(seed), beta=beta).max().item() <= most
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(SEEDS, st.integers(1, 70), st.sampled_from([0.0, 0.3, 1.0]))
 def test_the_size_of_the_pieces_does_not_matter(seed: int, chunk_elements: int, beta: float) -> None:
     student, teacher = pair(seed)

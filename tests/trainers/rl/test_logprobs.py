@@ -48,7 +48,7 @@ def test_the_head_is_applied_bias_and_all() -> None:
     assert stats.entropy.item() == pytest.approx(0.5623351)
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(chunk_elements=st.integers(1, 2 * POSITIONS * WORDS), temperature=st.floats(0.3, 3))
 def test_the_size_of_the_pieces_does_not_matter(chunk_elements: int, temperature: float) -> None:
     logits = random(POSITIONS, WORDS).requires_grad_()

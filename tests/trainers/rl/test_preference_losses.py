@@ -47,7 +47,7 @@ def test_gradients_of_dpo_are_those_of_small_differences(kind: DpoKind) -> None:
     assert torch.autograd.gradcheck(losses, (chosen.requires_grad_(), rejected.requires_grad_()))
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(st.floats(-50, 50), st.floats(0.01, 2), st.sampled_from(KINDS))
 def test_only_the_distance_to_the_reference_matters(shift: float, beta: float, kind: DpoKind) -> None:
     moved = [side.double() + shift for side in PAIR]
@@ -131,7 +131,7 @@ def test_a_better_score_by_one_and_by_one_less_a_margin() -> None:
     assert reward_loss(chosen, rejected, center_coefficient=0.01).item() == pytest.approx(0.3132617 + 0.09)
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(st.floats(-30, 30))
 def test_only_the_difference_of_scores_matters_until_they_are_centred(shift: float) -> None:
     chosen, rejected = torch.tensor([2.0], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)

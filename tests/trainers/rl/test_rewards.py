@@ -53,7 +53,7 @@ def test_a_rank_uses_the_moments_of_all_ranks() -> None:
     assert scores.item() == pytest.approx(3 / math.sqrt(14 / 3))
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(st.lists(st.floats(-10, 10, width=32), min_size=4, max_size=20))
 def test_a_run_that_was_resumed_normalises_as_if_it_had_not_stopped(numbers: list[float]) -> None:
     scores = torch.tensor(numbers)

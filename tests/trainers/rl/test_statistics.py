@@ -51,7 +51,7 @@ def test_whitening_may_leave_the_mean_where_it_is() -> None:
     assert white.flatten().tolist() == pytest.approx([3 - 2 / root, 3 - 1 / root, 0, 3 + 3 / root, 0, 0])
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(NUMBERS, st.data())
 def test_what_was_whitened_has_mean_0_and_variance_1(numbers: list[float], data: st.DataObject) -> None:
     values = torch.tensor(numbers, dtype=torch.float64)
@@ -64,7 +64,7 @@ def test_what_was_whitened_has_mean_0_and_variance_1(numbers: list[float], data:
     assert not white[~mask].any()
 
 
-@settings(deadline=None, max_examples=50)  # a loaded machine is no fault
+@settings(max_examples=50)
 @given(NUMBERS, st.integers(0, 30), st.integers(0, 30))
 def test_moments_merged_are_moments_taken_at_once(numbers: list[float], one: int, other: int) -> None:
     values = torch.tensor(numbers)
