@@ -1,8 +1,8 @@
-"""The real Kueue, for RayJobs, with its webhooks on loopback.
+"""The real Kueue, for RayJobs, as a process beside the API server.
 
 Kueue makes its own certificate, for the name of a Service in the cluster. Here that Service is of the kind that is
-only another name, localhost's: the API server then calls the webhooks where they are, under the name that the
-certificate has. What a kubelet would do, mounting the certificate's Secret, is done here.
+only another name, this process's address: the API server then calls the webhooks where they are, under the name that
+the certificate has. What a kubelet would do, mounting the certificate's Secret, is done here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 from tests.cluster.client import Client
 from tests.cluster.crds import CRDS, define
 from tests.cluster.processes import Started, reserved_ports, started, wait_until
-from tests.cluster.server import Server
 from tests.cluster.webhooks import answers, documents_of, registered
 
 __all__ = ["kueue"]
@@ -30,27 +29,30 @@ _JUDGED = ("clusterqueue", "cohort", "localqueue", "rayjob", "resourceflavor", "
 
 
 @contextmanager
-def kueue(program: Path, manifests: Path, server: Server) -> Iterator[Started]:
-    """`manifests` is kueue-manifests of tests.cluster.programs; the server must have KubeRay's CRDs.
+def kueue(
+    program: Path, manifests: Path, client: Client, kubeconfig: Path, folder: Path, address: str = "127.0.0.1"
+) -> Iterator[Started]:
+    """`manifests` is kueue-manifests of tests.cluster.programs; the API server must have KubeRay's CRDs, and finds the
+    webhooks at `address` of this machine. `folder` is Kueue's own, made here.
 
     Jobs without a queue's name are left alone.
     """
-    client, components, folder = server.client, manifests / "config" / "components", server.folder / "kueue"
+    components = manifests / "config" / "components"
     folder.mkdir(exist_ok=True)
     with reserved_ports(2) as (port, health):
         config = folder / "config.json"
-        config.write_text(json.dumps(_configuration(folder, port, health)), encoding="utf-8")
+        config.write_text(json.dumps(_configuration(folder, address, port, health)), encoding="utf-8")
         command = [program, f"--config={config}", "--feature-gates=VisibilityOnDemand=false"]
-        environment = {"KUBECONFIG": str(server.kubeconfig)}
+        environment = {"KUBECONFIG": str(kubeconfig)}
 
         def service(path: str) -> dict[str, Any]:
             return {"service": {"namespace": _NAMESPACE, "name": _SERVICE, "port": port, "path": path}}
 
-        _prepare(client)
+        _prepare(client, address)
         with (
             _converting(client, list(_crds(components / "crd", service("/convert")))),
             registered(client, _configurations(components / "webhook"), service) as webhooks,
-            started(command, server.folder / "kueue.log", environment) as process,
+            started(command, folder.with_suffix(".log"), environment) as process,
         ):
             wait_until(lambda: _mount(client, folder), "Kueue's certificate", process)
             wait_until(lambda: answers(f"http://127.0.0.1:{health}/readyz"), "Kueue to be ready", process)
@@ -58,14 +60,14 @@ def kueue(program: Path, manifests: Path, server: Server) -> Iterator[Started]:
             yield process
 
 
-def _configuration(certificates: Path, port: int, health: int) -> dict[str, Any]:
+def _configuration(certificates: Path, address: str, port: int, health: int) -> dict[str, Any]:
     return {
         "apiVersion": "config.kueue.x-k8s.io/v1beta2",
         "kind": "Configuration",
         "namespace": _NAMESPACE,
         "health": {"healthProbeBindAddress": f"127.0.0.1:{health}"},
         "metrics": {"bindAddress": "0"},
-        "webhook": {"host": "127.0.0.1", "port": port, "certDir": str(certificates)},
+        "webhook": {"host": address, "port": port, "certDir": str(certificates)},
         "leaderElection": {"leaderElect": False},
         "internalCertManagement": {
             "enable": True,
@@ -76,12 +78,12 @@ def _configuration(certificates: Path, port: int, health: int) -> dict[str, Any]
     }
 
 
-def _prepare(client: Client) -> None:
+def _prepare(client: Client, address: str) -> None:
     """What Kueue expects to find: its namespace, an empty Secret for the certificate, the Service."""
     inside = f"/api/v1/namespaces/{_NAMESPACE}"
     client.apply(inside, _named("Namespace", _NAMESPACE))
     client.apply(f"{inside}/secrets/{_SECRET}", _named("Secret", _SECRET))
-    service = _named("Service", _SERVICE) | {"spec": {"type": "ExternalName", "externalName": "localhost"}}
+    service = _named("Service", _SERVICE) | {"spec": {"type": "ExternalName", "externalName": address}}
     client.apply(f"{inside}/services/{_SERVICE}", service)
 
 

@@ -1,4 +1,4 @@
-"""A real S3 server on loopback: versitygw over a folder. Used by tests of checkpoints and of sources in buckets."""
+"""A real S3 server on this machine: versitygw over a folder. Used by tests of checkpoints and of sources in buckets."""
 
 from __future__ import annotations
 
@@ -55,21 +55,21 @@ class S3:
 
 
 @contextmanager
-def s3_server(versitygw: Path, folder: Path) -> Iterator[S3]:
-    """Starts the program with buckets below `folder`, waits until it listens, ends it afterwards."""
+def s3_server(versitygw: Path, folder: Path, address: str = "127.0.0.1") -> Iterator[S3]:
+    """Starts the program with buckets below `folder`, waits until it listens at `address`, ends it afterwards."""
     access, secret, buckets = secrets.token_hex(8), secrets.token_hex(16), folder / "buckets"
     buckets.mkdir()
     with reserved_ports(1) as (port,):
-        command = [versitygw, "--port", f"127.0.0.1:{port}", "posix", buckets]
+        command = [versitygw, "--port", f"{address}:{port}", "posix", buckets]
         keys = {"ROOT_ACCESS_KEY": access, "ROOT_SECRET_KEY": secret}
         with started(command, folder / "versitygw.log", keys) as process:
-            wait_until(lambda: _listens(port), "the S3 server to listen", process)
-            yield S3(f"http://127.0.0.1:{port}", access, secret, buckets, process)
+            wait_until(lambda: _listens(address, port), "the S3 server to listen", process)
+            yield S3(f"http://{address}:{port}", access, secret, buckets, process)
 
 
-def _listens(port: int) -> bool:
+def _listens(address: str, port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        socket.create_connection((address, port), timeout=1).close()
     except OSError:
         return False
     return True

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.nodes.cluster import Cluster
 from tests.cluster.nodes.layout import NODES
-from tests.cluster_e2e.conftest import Submit
+from tests.cluster_e2e.conftest import NAMESPACE, Submit
 from tests.cluster_e2e.world import World
 
 pytestmark = pytest.mark.cluster
@@ -26,6 +27,12 @@ LONG = {
     "failurePolicy": {"backoff": {"initialSeconds": 1, "maxSeconds": 5}},
 }
 STEPS = 1500
+KILL_TRAINER = """
+import psutil
+trainers = [one for one in psutil.process_iter() if "RayTrainWorker" in " ".join(one.cmdline())]
+trainers[0].kill()
+print(trainers[0].pid)
+"""
 
 
 @pytest.fixture
@@ -34,10 +41,6 @@ def long(tiny: dict[str, Any]) -> dict[str, Any]:
     spec = copy.deepcopy({**tiny, **LONG})
     spec["training"]["maxSteps"] = STEPS
     return spec
-
-
-def saved(team: World, job: str) -> int:
-    return int((team.status(job).get("checkpoint") or {}).get("step") or 0)
 
 
 def run_folder(team: World, job: str) -> Path:
@@ -62,7 +65,7 @@ def test_a_job_whose_worker_pod_is_deleted_goes_on_from_its_checkpoint(
 ) -> None:
     """KubeRay replaces the pod, and the driver begins a new group of workers in the same Ray: no attempt is lost."""
     job = submit("deleted", long)
-    team.wait(job, lambda: saved(team, job) > 0, "a first checkpoint")
+    team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
     before = {pod["metadata"]["name"] for pod in team.pods(job, "worker")}
     team.kubectl("delete", "pod", min(before), "--wait=false")
     team.wait(job, lambda: {pod["metadata"]["name"] for pod in team.pods(job, "worker")} - before, "another pod")
@@ -75,14 +78,62 @@ def test_a_job_whose_worker_pod_is_deleted_goes_on_from_its_checkpoint(
     assert steps(team, job) == list(range(1, STEPS + 1))
 
 
+def test_a_job_whose_trainer_is_killed_goes_on_from_its_checkpoint(
+    team: World, long: dict[str, Any], submit: Submit
+) -> None:
+    """As by the kernel: SIGKILL to one process in one pod, without a word to anybody."""
+    job = submit("killed", long)
+    team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
+    pod = min(pod["metadata"]["name"] for pod in team.pods(job, "worker"))
+    killed = team.kubectl("exec", pod, "--container=ray-worker", "--", "python3.11", "-c", KILL_TRAINER)
+    assert int(killed) > 0
+    team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed all the same", seconds=600)
+    assert len(team.status(job)["attempts"]) == 1
+    assert trainings(team, job) == 2
+    assert steps(team, job) == list(range(1, STEPS + 1))
+
+
+def test_a_job_whose_head_is_deleted_goes_on_in_another_attempt(
+    team: World, long: dict[str, Any], submit: Submit
+) -> None:
+    job = submit("headless", long)
+    team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
+    (head,) = team.pods(job, "head")
+    team.kubectl("delete", "pod", head["metadata"]["name"], "--grace-period=0", "--force")
+    team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed all the same", seconds=600)
+    first, second = team.status(job)["attempts"]
+    assert first["outcome"] in ("NodeLost", "Preempted")
+    assert second["resumedFromStep"] >= EVERY
+    assert team.status(job)["progress"]["step"] == STEPS
+
+
+def test_a_job_does_not_notice_that_the_operators_leader_dies(
+    team: World, long: dict[str, Any], submit: Submit, product: Cluster
+) -> None:
+    job = submit("leaderless", long)
+    team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
+    before = leader(product)
+    product.kubectl("--namespace", NAMESPACE, "delete", "pod", before, "--grace-period=0", "--force")
+    team.wait(job, lambda: leader(product) not in ("", before), "the other replica to lead")
+    team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed", seconds=600)
+    assert len(team.status(job)["attempts"]) == 1
+    assert steps(team, job) == list(range(1, STEPS + 1))
+
+
+def leader(cluster: Cluster) -> str:
+    """The pod that holds the lease."""
+    lease = json.loads(cluster.kubectl("--namespace", NAMESPACE, "get", "lease", "finetune-operator", "--output=json"))
+    return str(lease["spec"].get("holderIdentity") or "").partition("_")[0]
+
+
 def test_a_job_that_loses_a_node_goes_on_with_what_is_left(team: World, long: dict[str, Any], submit: Submit) -> None:
     job = submit("lost", long)
-    team.wait(job, lambda: saved(team, job) > 0, "a first checkpoint")
-    seen, lost = saved(team, job), NODES[1]
+    team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
+    seen, lost = team.saved(job), NODES[1]
     assert any(pod["spec"]["nodeName"] == lost.name for pod in team.pods(job, "worker"))
     team.cluster.lose(lost)
     try:
-        team.wait(job, lambda: saved(team, job) >= seen + 3 * EVERY, "training to go on", seconds=600)
+        team.wait(job, lambda: team.saved(job) >= seen + 3 * EVERY, "training to go on", seconds=600)
         assert {pod["spec"].get("nodeName") for pod in team.pods(job, "worker") if is_running(pod)} == {"node-1"}
     finally:
         team.cluster.restore(lost)
@@ -90,15 +141,3 @@ def test_a_job_that_loses_a_node_goes_on_with_what_is_left(team: World, long: di
 
 def is_running(pod: dict[str, Any]) -> bool:
     return pod["status"]["phase"] == "Running" and "deletionTimestamp" not in pod["metadata"]
-
-
-def test_an_image_that_does_not_exist_is_named_in_the_status(team: World, tiny: dict[str, Any], submit: Submit) -> None:
-    image = "ghcr.io/finetune-operator/no-such-image:1"
-    job = submit("imageless", {**tiny, "cluster": {"image": image}})
-
-    def told() -> str:
-        conditions = {one["type"]: one for one in team.status(job).get("conditions", [])}
-        return str(conditions.get("ClusterReady", {}).get("message", ""))
-
-    team.wait(job, lambda: "waits: " in told() and image in told(), "the image to be named", seconds=60)
-    assert image in team.finetune("get", job).stdout

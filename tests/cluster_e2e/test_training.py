@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from tests.cluster_e2e.conftest import Submit
-from tests.cluster_e2e.world import World
+from tests.cluster_e2e.world import CLAIM, World
+from tests.trainers.factories import write_pairs
 
 pytestmark = pytest.mark.cluster
 
@@ -40,6 +42,58 @@ def test_lora_with_zero_2_on_two_nodes_ends_with_an_adapter(team: World, tiny: d
     folder = team.folder / artifact["uri"].removeprefix("pvc://shared/")
     assert (folder / "adapter_model.safetensors").stat().st_size > 0
     assert job in team.finetune("get", job).stdout
+
+
+def test_every_parameter_with_zero_3_on_two_nodes_ends_with_a_model(
+    team: World, tiny: dict[str, Any], submit: Submit
+) -> None:
+    zero3 = {"tuning": {"full": {}}, "deepspeed": {"zeroStage": 3}, "checkpoint": {"everySteps": 20}}
+    job = submit("whole", {**tiny, **TWO_WORKERS, **zero3})
+    team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed", seconds=600)
+    status = team.status(job)
+    assert (status["checkpoint"]["step"], status["checkpoint"]["worldSize"]) == (40, 2)
+    (artifact,) = status["artifacts"]
+    assert (team.folder / artifact["uri"].removeprefix("pvc://shared/") / "model.safetensors").stat().st_size > 0
+
+
+def test_a_reward_model_and_the_policy_that_waits_for_it_are_applied_together(
+    team: World, tiny: dict[str, Any], submit: Submit
+) -> None:
+    write_pairs(team.folder / "pairs.jsonl", 32)
+    pairs = {"train": [{"source": f"pvc://{CLAIM}/pairs.jsonl"}]}
+    judge = submit("judge", {**tiny, "data": pairs, "method": {"reward": {"maxSeqLength": 128}}})
+    ppo = {
+        "maxSeqLength": 128,
+        "sampling": {"maxNewTokens": 8},
+        "rewards": [{"model": {"source": f"job://{judge}"}}],
+    }
+    training = {**tiny["training"], "maxSteps": 4}
+    policy = submit("policy", {**tiny, **TWO_WORKERS, "method": {"ppo": ppo}, "training": training})
+    team.wait(policy, lambda: judge in json.dumps(team.status(policy)), "the policy to wait for its judge")
+    assert not team.pods(policy)
+    team.wait(judge, lambda: team.phase(judge) == "Succeeded", "the judge to be ready", seconds=600)
+    team.wait(policy, lambda: team.phase(policy) == "Succeeded", "the policy to be ready", seconds=600)
+    assert team.status(policy)["progress"]["step"] == 4
+
+
+def test_a_job_is_laid_aside_and_goes_on_with_another_number_of_workers(
+    team: World, tiny: dict[str, Any], submit: Submit
+) -> None:
+    training = {**tiny["training"], "maxSteps": 1000}
+    job = submit("aside", {**tiny, **TWO_WORKERS, "training": training, "checkpoint": {"everySteps": 100}})
+    team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
+    assert team.finetune("suspend", job).returncode == 0
+    team.wait(job, lambda: team.phase(job) == "Suspended", "the job to be laid aside")
+    left = team.saved(job)
+    assert 100 <= left < 1000
+    team.wait(job, lambda: not team.pods(job), "its machines to be given back")
+    change = {"spec": {"cluster": {"workers": {"replicas": 1}}}}
+    team.kubectl("patch", "finetunejob", job, "--type=merge", "--patch", json.dumps(change))
+    assert team.finetune("resume", job).returncode == 0
+    team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed", seconds=600)
+    status = team.status(job)
+    assert [attempt.get("resumedFromStep") for attempt in status["attempts"]] == [None, left]
+    assert (status["checkpoint"]["step"], status["checkpoint"]["worldSize"]) == (1000, 1)
 
 
 def test_the_log_of_a_running_job_is_followed_from_outside(team: World, tiny: dict[str, Any], submit: Submit) -> None:

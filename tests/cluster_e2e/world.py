@@ -65,6 +65,15 @@ class World:
         """Optimizer steps done, as the status tells."""
         return int((self.status(job).get("progress") or {}).get("step") or 0)
 
+    def saved(self, job: str) -> int:
+        """The step of the newest checkpoint, 0 while there is none."""
+        return int((self.status(job).get("checkpoint") or {}).get("step") or 0)
+
+    def waits_for(self, job: str) -> str:
+        """What the status says that its pods wait for."""
+        conditions = {one["type"]: one for one in self.status(job).get("conditions", [])}
+        return str(conditions.get("ClusterReady", {}).get("message", ""))
+
     def pods(self, job: str, role: str | None = None, attempt: int | None = None) -> list[dict[str, Any]]:
         """The job's pods that are there, of one role or one attempt."""
         wanted = {_JOB: job} | ({_ROLE: role} if role else {}) | ({_ATTEMPT: str(attempt)} if attempt else {})

@@ -147,7 +147,8 @@ def nodes(server: Server, controllers: Started, built: Built) -> Iterator[Kwok]:
 
 @pytest.fixture(scope="session")
 def kueue(server: Server, controllers: Started, built: Built) -> Iterator[Started]:
-    with start_kueue(built("kueue"), built("kueue-manifests"), server) as process:
+    programs = built("kueue"), built("kueue-manifests")
+    with start_kueue(*programs, server.client, server.kubeconfig, server.folder / "kueue") as process:
         yield process
 
 
