@@ -27,7 +27,6 @@ __all__ = [
     "Difference",
     "Exported",
     "FileDamage",
-    "Flow",
     "GroupSummary",
     "Imported",
     "Mended",
@@ -35,13 +34,11 @@ __all__ = [
     "PinSummary",
     "RankReads",
     "Reasoned",
-    "Refusal",
     "Repair",
     "RestoreCosts",
     "StateSummary",
     "StoredFile",
     "TensorSummary",
-    "Told",
     "ValueDifference",
     "Verification",
 ]
@@ -386,29 +383,3 @@ class PinReport(Contract):
     changed: bool
     """false: it was so before."""
     pin: PinSummary | None = None
-
-
-class Flow(Contract):
-    """How far something that takes time has come."""
-
-    what: str
-    done: int
-    """Bytes."""
-    total: int
-
-
-class Refusal(Contract):
-    """Why there is no report."""
-
-    message: str
-    known: list[str] = Field(default_factory=list)
-    """Checkpoints that there are, where another one was asked for."""
-    exit_code: int
-
-
-class Told(Contract):
-    """One line: exactly one of them is set."""
-
-    progress: Flow | None = None
-    report: dict[str, JsonValue] | None = None
-    refusal: Refusal | None = None

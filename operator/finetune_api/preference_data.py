@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, JsonValue, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from finetune_api.base import Contract
-from finetune_api.failures import Problem
 from finetune_api.spec.fields import DataUri
 
 __all__ = [
@@ -24,12 +23,9 @@ __all__ = [
     "JudgeReport",
     "Layout",
     "Pairing",
-    "Refusal",
-    "Step",
     "ToImport",
     "ToJudge",
     "ToWrite",
-    "Told",
     "Written",
     "parse_request",
 ]
@@ -187,27 +183,3 @@ class CandidatesReport(Contract):
 
 
 DataReport = ImportReport | JudgeReport | CandidatesReport
-
-
-class Step(Contract):
-    """How far something that takes time has come."""
-
-    what: str
-    done: int
-    total: int
-
-
-class Refusal(Contract):
-    """Why there is no report."""
-
-    message: str
-    problems: list[Problem] = Field(default_factory=list)
-    exit_code: int
-
-
-class Told(Contract):
-    """One line: exactly one of them is set."""
-
-    progress: Step | None = None
-    report: dict[str, JsonValue] | None = None
-    refusal: Refusal | None = None

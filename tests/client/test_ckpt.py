@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 
 from finetune_api import checkpoints as reports
-from finetune_client.cli.ckpt import asking, verbs
+from finetune_api.answers import Step, Told
+from finetune_client.cli import asking
+from finetune_client.cli.ckpt import verbs
 from finetune_client.cli.exits import CKPT_MEANINGS, DAMAGED, IN_USE
 from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.admin.__main__ import main
@@ -75,6 +78,12 @@ def ckpt(real_ckpt: Finetune, monkeypatch: pytest.MonkeyPatch) -> Finetune:
     """The same in one process."""
     monkeypatch.setattr(asking, "start", Here)
     return real_ckpt
+
+
+def runs_instead(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """Another program takes the place of the one that is asked."""
+    start = asking.start
+    monkeypatch.setattr(asking, "start", lambda _, request: start((sys.executable, "-c", program), request))
 
 
 def row_of(done: Finished, start_: str) -> list[str]:
@@ -421,7 +430,7 @@ def test_an_export_is_written_by_the_format_that_is_named(ckpt: Finetune, run: R
 def test_what_is_missing_to_look_at_checkpoints_is_named(
     ckpt: Finetune, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asking, "NEEDED_PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(verbs, "ADMIN", replace(verbs.ADMIN, needs=("no_such_package",)))
     done = ckpt("ls", "bot")
     assert done.code == 2
     assert "finetune-operator[trainers]" in done.stderr
@@ -439,7 +448,7 @@ def test_what_is_missing_to_look_at_checkpoints_is_named(
 def test_a_process_that_dies_is_told_by_its_end(
     real_ckpt: Finetune, run: Run, monkeypatch: pytest.MonkeyPatch, program: str, code: int, said: str
 ) -> None:
-    monkeypatch.setattr(asking, "ADMIN", (sys.executable, "-c", program))
+    runs_instead(monkeypatch, program)
     done = real_ckpt("ls", "bot")
     assert done.code == code
     assert said in done.stderr
@@ -449,11 +458,11 @@ def test_a_process_that_dies_is_told_by_its_end(
 def test_progress_is_a_line_for_every_tenth_where_there_is_no_terminal(
     real_ckpt: Finetune, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flows = [reports.Flow(what="0000000030-e00001", done=done, total=1000) for done in (5, 120, 130, 990)]
-    lines = [reports.Told(progress=flow).model_dump_json(by_alias=True) for flow in flows]
+    flows = [Step(what="0000000030-e00001", done=done, total=1000) for done in (5, 120, 130, 990)]
+    lines = [Told(progress=flow).model_dump_json(by_alias=True) for flow in flows]
     report = reports.Verification(uri="file:///x", deep=True, whole=True, checkpoints=[], bytes_read=1000)
-    lines.append(reports.Told(report=report.model_dump(mode="json", by_alias=True)).model_dump_json(by_alias=True))
-    monkeypatch.setattr(asking, "ADMIN", (sys.executable, "-c", f"print({chr(10).join(lines)!r})"))
+    lines.append(Told(report=report.model_dump(mode="json", by_alias=True)).model_dump_json(by_alias=True))
+    runs_instead(monkeypatch, f"print({chr(10).join(lines)!r})")
     done = real_ckpt("verify", "bot", "--deep")
     assert done.code == 0
     assert done.stderr == "0000000030-e00001: 10 %\n0000000030-e00001: 90 %\n"

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from finetune_api import preference_data as api
-from finetune_client.cli.data import asking
+from finetune_client.cli import asking
 from finetune_client.cli.exits import DATA_MEANINGS, DENIED, UNREACHABLE
-from finetune_trainers.preference_data.__main__ import main
 from tests.client.conftest import Finetune
 from tests.client.test_cli import HEAVY, imported_by
+from tests.trainers.checkpoint.command import Here
 from tests.trainers.preference_data.judge_service import JudgeService, Reply
 
 RANKED = '{"prompt": "q", "answers": ["best", "fair", "worst"]}\n'
-
-
-class Here:
-    """The trainers' side in this process: what the command sees of a process."""
-
-    def __init__(self, request: str) -> None:
-        self.stdout = io.StringIO()
-        with redirect_stdout(self.stdout):
-            self._code = main([request])
-        self.stdout.seek(0)
-
-    def wait(self) -> int:
-        return self._code
 
 
 @pytest.fixture
@@ -160,7 +145,7 @@ def test_neither_importing_nor_judging_imports_torch() -> None:
 
 
 def test_a_process_that_ends_without_an_answer_is_told(data: Finetune, monkeypatch: pytest.MonkeyPatch) -> None:
-    def dies(request: str) -> subprocess.Popen[str]:
+    def dies(command: Sequence[str], request: str) -> subprocess.Popen[str]:
         return subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"], stdout=subprocess.PIPE, text=True)
 
     monkeypatch.setattr(asking, "start", dies)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from contextlib import redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from finetune_client.cli import asking
 from finetune_client.cli.app import app
-from finetune_client.cli.ckpt import asking
-from finetune_trainers.checkpoint.admin.__main__ import main
 
 __all__ = ["Ckpt", "Here"]
 
@@ -21,10 +22,11 @@ __all__ = ["Ckpt", "Here"]
 class Here:
     """The trainers' side in this process: what the command sees of a process."""
 
-    def __init__(self, request: str) -> None:
+    def __init__(self, command: Sequence[str], request: str) -> None:
+        program = import_module(f"{command[-1]}.__main__")
         self.stdout = io.StringIO()
         with redirect_stdout(self.stdout):
-            self._code = main([request])
+            self._code: int = program.main([request])
         self.stdout.seek(0)
 
     def wait(self) -> int:
@@ -38,9 +40,9 @@ class Ckpt:
         self.asked: list[Any] = []
         monkeypatch.setattr(asking, "start", self._start)
 
-    def _start(self, request: str) -> Here:
+    def _start(self, command: Sequence[str], request: str) -> Here:
         self.asked.append(json.loads(request))
-        return Here(request)
+        return Here(command, request)
 
     def __call__(self, *arguments: str | Path) -> Result:
         return CliRunner().invoke(app, ["ckpt", *map(str, arguments)], prog_name="finetune")

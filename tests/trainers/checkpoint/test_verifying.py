@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_api.checkpoints import Damages, Flow
+from finetune_api.answers import Step
+from finetune_api.checkpoints import Damages
 from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.admin.verifying import verification
 from finetune_trainers.checkpoint.commit import abandon
@@ -95,7 +96,7 @@ def test_what_was_given_up_is_left_out(run: Storage) -> None:
 
 
 def test_the_progress_ends_at_the_total_which_is_every_byte(run: Storage) -> None:
-    flows: list[Flow] = []
+    flows: list[Step] = []
     found = verification(run, [SECOND, FIRST], True, flows.append)
     done = [flow.done for flow in flows]
     assert done == sorted(done)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune_api.preference_data import CandidatesReport, Step, ToWrite
+from finetune_api.answers import Step
+from finetune_api.preference_data import CandidatesReport, ToWrite
 from finetune_trainers.errors import DataError, UserError
 from finetune_trainers.preference_data.candidates import write_candidates
 from tests.trainers.foreign_warnings import WHEN_TRAINING

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from finetune_api.preference_data import JudgeReport, Step, ToJudge
+from finetune_api.answers import Step
+from finetune_api.preference_data import JudgeReport, ToJudge
 from finetune_trainers.errors import DataError, UserError
 from finetune_trainers.preference_data.asking import DeniedError, UnreachableError
 from finetune_trainers.preference_data.judging import judge

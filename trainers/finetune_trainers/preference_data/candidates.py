@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from finetune_api.answers import Step
 from finetune_api.failures import Problem
-from finetune_api.preference_data import CandidatesReport, Step, ToWrite
+from finetune_api.preference_data import CandidatesReport, ToWrite
 from finetune_api.progress import Stage
 from finetune_api.spec import DataFormat
+from finetune_trainers.answering import OnStep
 from finetune_trainers.attention import PACKED_ATTENTION
 from finetune_trainers.context import SingleProcessContext
 from finetune_trainers.cpu_bf16 import bf16_is_emulated, use_float32_products
@@ -63,7 +65,7 @@ class _Answer:
     ended: bool
 
 
-def write_candidates(asked: ToWrite, tell: Callable[[Step], None]) -> CandidatesReport:
+def write_candidates(asked: ToWrite, tell: OnStep) -> CandidatesReport:
     """Write answers to all prompts of the source. Raises UserError about the model, DataError with the places of rows
     that cannot be asked."""
     if asked.method == "beam" and asked.num_beams is not None and asked.num_beams < asked.num:
@@ -126,7 +128,7 @@ class _Reader:
 class _Model:
     """Who writes."""
 
-    def __init__(self, asked: ToWrite, tell: Callable[[Step], None]) -> None:
+    def __init__(self, asked: ToWrite, tell: OnStep) -> None:
         folder = _folder(asked, tell)
         adapter = None if asked.adapter is None else Path(asked.adapter)
         texts = adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else folder
@@ -205,7 +207,7 @@ class _Model:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
-def _folder(asked: ToWrite, tell: Callable[[Step], None]) -> Path:
+def _folder(asked: ToWrite, tell: OnStep) -> Path:
     if asked.model is None:
         assert asked.adapter is not None, "a model, or an adapter of one"
         return base_of_adapter(Path(asked.adapter))

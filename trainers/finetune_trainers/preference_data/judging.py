@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from finetune_api.preference_data import JudgeReport, Step, ToJudge
+from finetune_api.answers import Step
+from finetune_api.preference_data import JudgeReport, ToJudge
 from finetune_api.spec import DataFormat
+from finetune_trainers.answering import OnStep
 from finetune_trainers.data.faults import RowError
 from finetune_trainers.data.preferences import Preference
 from finetune_trainers.data.turns import Message
@@ -57,9 +59,7 @@ class _Contest:
         return Question(self.prompt, first, second), Question(self.prompt, second, first)
 
 
-def judge(
-    asked: ToJudge, tell: Callable[[Step], None], wait_for: Callable[[float], object] | None = None
-) -> JudgeReport:
+def judge(asked: ToJudge, tell: OnStep, wait_for: Callable[[float], object] | None = None) -> JudgeReport:
     """Ask about all pairs, as far as no verdict is known, and write the data set. Raises UnreachableError, DeniedError,
     DataError with the places of rows that cannot be read, UserError."""
     path = new_file(asked)
@@ -91,7 +91,7 @@ def judge(
 
 
 def _asked(
-    contests: Sequence[_Contest], asked: ToJudge, judge_: Asking, journal: Journal, tell: Callable[[Step], None]
+    contests: Sequence[_Contest], asked: ToJudge, judge_: Asking, journal: Journal, tell: OnStep
 ) -> dict[str, int]:
     """Ask what the journal does not know -> counts."""
     questions = {question.key(asked): question for contest in contests for question in contest.questions()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import json
 import socket
 import sys
 from collections.abc import Callable, Iterable
@@ -14,26 +13,42 @@ from typing import Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
 from finetune_api import checkpoint_requests as requests
 from finetune_api import checkpoints as reports
+from finetune_api.answers import Refusal
 from finetune_api.base import Contract
-from finetune_api.failures import INTERRUPTED
+from finetune_client.cli.asking import Answer, Asked, Tell, ask, refuse, say, show
 from finetune_client.cli.ckpt import tables
-from finetune_client.cli.ckpt.asking import Answer, ask
 from finetune_client.cli.ckpt.places import BadPlace, Place, RunAtWork, held, place_of
 from finetune_client.cli.exits import IN_USE, INVALID, OK
 from finetune_client.cli.sizes import parse_size
 
-__all__ = ["Keeping", "diff", "export", "gc", "import_", "inspect", "ls", "pin", "plan", "repair", "unpin", "verify"]
+__all__ = [
+    "Keeping",
+    "diff",
+    "export",
+    "gc",
+    "import_",
+    "inspect",
+    "ls",
+    "pin",
+    "plan",
+    "repair",
+    "unpin",
+    "verify",
+]
 
 _NEWEST = "newest"
 _KEEP_LAST = 3
 """As spec.checkpoint.keepLast is unless a job says otherwise."""
 
-Tell = Callable[[dict[str, Any]], Iterable[str]]
-"""A report -> lines for people."""
+ADMIN = Asked(
+    "finetune_trainers.checkpoint.admin",
+    needs=("finetune_trainers", "blake3", "numpy"),
+    what_it_does="looks at the checkpoints",
+    in_bytes=True,
+)
 
 
 @dataclass(frozen=True)
@@ -216,7 +231,7 @@ def gc(where: str, keeping: Keeping, dry_run: bool, yes: bool, take_over: bool, 
     def request(place: Place, dry: bool) -> Contract:
         rules = keeping.rules(place.rules)
         if rules == requests.Rules() and not as_json:
-            _say("No rule is known here, so checkpoints stay and only what was never completed goes; say --keep-last N")
+            say("No rule is known here, so checkpoints stay and only what was never completed goes; say --keep-last N")
         alone = take_over or place.run is not None
         return requests.ToCollect(uri=place.uri, keep=rules, by=_whoami(), dry_run=dry, take_over=alone)
 
@@ -234,7 +249,7 @@ def gc(where: str, keeping: Keeping, dry_run: bool, yes: bool, take_over: bool, 
     if code != OK or not _would_delete(planned):
         return code
     if not typer.confirm("Delete these?", err=True):
-        _say("Nothing was deleted")
+        say("Nothing was deleted")
         return OK
     return gc(where, keeping, False, True, take_over, as_json)
 
@@ -263,9 +278,9 @@ def _run(
     try:
         place = place_of(where, is_new)
         if not alone:
-            return _show(_asked(make(place)), tell, as_json)
+            return show(_asked(make(place)), tell, as_json)
         with held(place):
-            return _show(_asked(make(place)), tell, as_json)
+            return show(_asked(make(place)), tell, as_json)
     except RunAtWork as error:
         return _refuse(str(error), as_json, IN_USE)
     except ValidationError as error:
@@ -276,35 +291,11 @@ def _run(
 
 
 def _asked(request: Contract) -> Answer:
-    return ask(request, Console(stderr=True))
+    return ask(ADMIN, request)
 
 
-def _show(answer: Answer, tell: Tell, as_json: bool) -> int:
-    if answer.report is not None:
-        if as_json:
-            print(json.dumps(answer.report, indent=2, ensure_ascii=False))
-        else:
-            for line in tell(answer.report):
-                print(line)
-        return answer.exit_code
-    if answer.refusal is None:
-        assert answer.exit_code == INTERRUPTED
-        return INTERRUPTED
-    return _refuse(answer.refusal.message, as_json, answer.exit_code, answer.refusal.known)
-
-
-def _refuse(message: str, as_json: bool, code: int = INVALID, known: Iterable[str] = ()) -> int:
-    known = list(known)
-    _say(message)
-    if known:
-        _say(f"There are: {', '.join(known)}")
-    if as_json:
-        print(json.dumps({"error": {"message": message, "known": known, "exitCode": code}}, indent=2))
-    return code
-
-
-def _say(sentence: str) -> None:
-    Console(stderr=True).print(sentence, markup=False, highlight=False, soft_wrap=True)
+def _refuse(message: str, as_json: bool, code: int = INVALID) -> int:
+    return refuse(Refusal(message=message, exit_code=code), as_json)
 
 
 def _id(given: str | None, place: Place) -> str:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
 
 from finetune_api import preference_data as api
+from finetune_api.answers import Refusal
 from finetune_api.base import Contract
-from finetune_api.failures import INTERRUPTED
 from finetune_client.cli.artifacts import find_artifact
-from finetune_client.cli.data.asking import Answer, ask
+from finetune_client.cli.asking import Asked, Tell, ask, refuse, show
 from finetune_client.cli.exits import INVALID
 
 __all__ = ["candidates", "import_", "judge"]
+
+WORKER = Asked(
+    "finetune_trainers.preference_data",
+    needs=("finetune_trainers", "numpy", "tokenizers"),
+    what_it_does="makes the data",
+)
 
 _GGUF = ".gguf"
 
@@ -138,7 +142,7 @@ def _text(file: Path) -> str:
     return text
 
 
-def _run(make: Callable[[], Contract], tell: Callable[[dict[str, Any]], Iterable[str]], as_json: bool) -> int:
+def _run(make: Callable[[], Contract], tell: Tell, as_json: bool) -> int:
     try:
         request = make()
     except ValidationError as error:
@@ -146,41 +150,16 @@ def _run(make: Callable[[], Contract], tell: Callable[[dict[str, Any]], Iterable
         return _refuse(f"{_option(first['loc'])}: {first['msg']} (found {first['input']!r})", as_json)
     except ValueError as error:
         return _refuse(str(error), as_json)
-    return _show(ask(request, Console(stderr=True)), tell, as_json)
+    return show(ask(WORKER, request), tell, as_json)
+
+
+def _refuse(message: str, as_json: bool) -> int:
+    return refuse(Refusal(message=message, exit_code=INVALID), as_json)
 
 
 def _option(place: Sequence[int | str]) -> str:
     name = "".join(f"-{letter.lower()}" if letter.isupper() else letter for letter in str(place[0]))
     return "SOURCE" if name == "source" else f"--{name}"
-
-
-def _show(answer: Answer, tell: Callable[[dict[str, Any]], Iterable[str]], as_json: bool) -> int:
-    if answer.report is not None:
-        if as_json:
-            print(json.dumps(answer.report, indent=2, ensure_ascii=False))
-        else:
-            for line in tell(answer.report):
-                print(line)
-        return answer.exit_code
-    if answer.refusal is None:
-        return INTERRUPTED
-    problems = [problem.to_document() for problem in answer.refusal.problems]
-    sentences = [str(problem) for problem in answer.refusal.problems]
-    return _refuse(answer.refusal.message, as_json, answer.exit_code, sentences, problems)
-
-
-def _refuse(
-    message: str,
-    as_json: bool,
-    code: int = INVALID,
-    sentences: Sequence[str] = (),
-    problems: Sequence[dict[str, Any]] = (),
-) -> int:
-    for sentence in sentences if len(sentences) > 1 else [message]:
-        Console(stderr=True).print(sentence, markup=False, highlight=False, soft_wrap=True)
-    if as_json:
-        print(json.dumps({"error": {"message": message, "problems": list(problems), "exitCode": code}}, indent=2))
-    return code
 
 
 def _written(data: api.Written) -> Iterable[str]:

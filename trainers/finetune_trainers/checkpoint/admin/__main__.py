@@ -13,14 +13,11 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pydantic import ValidationError
-
+from finetune_api.answers import Refusal
 from finetune_api.base import Contract
 from finetune_api.checkpoint_requests import (
     Request,
@@ -38,8 +35,9 @@ from finetune_api.checkpoint_requests import (
     ToVerify,
     parse_request,
 )
-from finetune_api.checkpoints import DAMAGED, IN_USE, Flow, Refusal, Told, Verification
-from finetune_api.failures import EXIT_CODES, INTERRUPTED
+from finetune_api.checkpoints import DAMAGED, IN_USE, Verification
+from finetune_api.failures import EXIT_CODES
+from finetune_trainers.answering import answered, tell_step
 from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.admin.activity import InUseError
 from finetune_trainers.checkpoint.admin.choosing import (
@@ -75,33 +73,15 @@ _BUCKET = {
 }
 _PATIENCE = Patience(num_tries=2, longest_pause_seconds=1.0)
 """A person waits for the answer; a run has more patience."""
-_TELL_SECONDS = 0.2
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Answer the request in `arguments` on stdout -> the exit code."""
-    try:
-        report = _answer(_request(arguments))
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except Exception as error:
-        refusal = _refusal(error)
-        _tell(Told(refusal=refusal))
-        return refusal.exit_code
-    _tell(Told(report=report.model_dump(mode="json", by_alias=True)))
+    report = answered(arguments, parse_request, _answer, _refusal)
+    if isinstance(report, int):
+        return report
     return DAMAGED if isinstance(report, Verification) and not report.whole else 0
-
-
-def _request(given: Sequence[str]) -> Request:
-    try:
-        (text,) = given
-        return parse_request(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UserError(f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}") from None
-    except ValueError:
-        raise UserError("one argument is expected: a request as JSON; see finetune ckpt --help") from None
 
 
 def _answer(request: Request) -> Contract:
@@ -125,7 +105,7 @@ def _verify(asked: ToVerify) -> Contract:
     from finetune_trainers.checkpoint.admin.verifying import verification
 
     storage = _open(asked.uri)
-    return verification(storage, _to_verify(storage, asked), asked.deep, _Progress())
+    return verification(storage, _to_verify(storage, asked), asked.deep, tell_step())
 
 
 def _to_verify(storage: Storage, asked: ToVerify) -> list[CheckpointId]:
@@ -148,7 +128,7 @@ def _compare(asked: ToCompare) -> Contract:
     other = storage if asked.uri_of_b is None else _open(asked.uri_of_b)
     a = Side(storage, manifest_of(storage, chosen(storage, asked.a)))
     b = Side(other, manifest_of(other, chosen(other, asked.b)))
-    return comparison(a, b, asked.states, _Progress())
+    return comparison(a, b, asked.states, tell_step())
 
 
 def _plan(asked: ToPlan) -> Contract:
@@ -247,24 +227,6 @@ def _retention(rules: Rules) -> Retention:
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-class _Progress:
-    """Tells how far it has come, a few times a second."""
-
-    def __init__(self) -> None:
-        self._told_at = 0.0
-
-    def __call__(self, flow: Flow) -> None:
-        now = time.monotonic()
-        if now - self._told_at >= _TELL_SECONDS:
-            self._told_at = now
-            _tell(Told(progress=flow))
-
-
-def _tell(told: Told) -> None:
-    with suppress(BrokenPipeError):  # nobody listens any more
-        print(told.model_dump_json(by_alias=True), flush=True)
 
 
 def _refusal(error: Exception) -> Refusal:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from pydantic import JsonValue
 
-from finetune_api.checkpoints import Comparison, Difference, Flow, ValueDifference
-from finetune_trainers.checkpoint.admin.verifying import OnFlow
+from finetune_api.answers import Step
+from finetune_api.checkpoints import Comparison, Difference, ValueDifference
+from finetune_trainers.answering import OnStep
 from finetune_trainers.checkpoint.manifest import ITEM_BYTES, Intent, Manifest, SliceKey, TensorRecord
 from finetune_trainers.checkpoint.reading import SliceReader
 from finetune_trainers.checkpoint.slices import Wanted
@@ -40,13 +41,13 @@ class Side(NamedTuple):
         return f"{self.storage.uri} {self.manifest.id}"
 
 
-def comparison(a: Side, b: Side, states: Sequence[str] | None, on_flow: OnFlow) -> Comparison:
+def comparison(a: Side, b: Side, states: Sequence[str] | None, on_step: OnStep) -> Comparison:
     """`states` None: what they say of themselves only; else the values of these states too. Raises UserError when
     neither has such a state, DamagedError when what is read is not what was saved."""
     one, other = a.manifest.intent, b.manifest.intent
     values, num_compared = None, 0
     if states is not None:
-        found = list(_values(a, b, states, on_flow))
+        found = list(_values(a, b, states, on_step))
         num_compared = len(found)
         differing = [value for value in found if value.num_different]
         values = sorted(differing, key=lambda value: -math.inf if value.max_abs is None else -value.max_abs)
@@ -106,7 +107,7 @@ def _shape(tensor: TensorRecord | None) -> JsonValue:
     return f"{list(tensor.shape)} {states}"
 
 
-def _values(a: Side, b: Side, states: Sequence[str], on_flow: OnFlow) -> Iterator[ValueDifference]:
+def _values(a: Side, b: Side, states: Sequence[str], on_step: OnStep) -> Iterator[ValueDifference]:
     """All states of tensors that both have in the same shape and type."""
     before, after = _by_name(a.manifest.intent), _by_name(b.manifest.intent)
     pairs = [
@@ -124,7 +125,7 @@ def _values(a: Side, b: Side, states: Sequence[str], on_flow: OnFlow) -> Iterato
     for tensor, state in pairs:
         yield _value(readers, tensor, state)
         done += 2 * tensor.numel * ITEM_BYTES[tensor.states[state]]
-        on_flow(Flow(what=tensor.name, done=done, total=total))
+        on_step(Step(what=tensor.name, done=done, total=total))
 
 
 def _value(readers: Sequence[SliceReader], tensor: TensorRecord, state: str) -> ValueDifference:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from finetune_api.checkpoints import Damages, FileDamage, Flow, Verification
+from finetune_api.answers import Step
+from finetune_api.checkpoints import Damages, FileDamage, Verification
+from finetune_trainers.answering import OnStep
 from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.find import Rejected, read_manifest
 from finetune_trainers.checkpoint.layout import CheckpointId
@@ -14,9 +16,8 @@ from finetune_trainers.checkpoint.manifest import Abandoned, Manifest
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.verify import Damage, deep_damages, quick_damages
 
-__all__ = ["OnFlow", "damages_of", "verification"]
+__all__ = ["damages_of", "verification"]
 
-OnFlow = Callable[[Flow], None]
 """Called from time to time while something takes time, from any thread."""
 
 
@@ -38,21 +39,21 @@ class _Counted:
 class _Meter:
     """Adds up what several threads read."""
 
-    def __init__(self, total: int, on_flow: OnFlow) -> None:
-        self.what, self.done, self._total, self._on_flow = "", 0, total, on_flow
+    def __init__(self, total: int, on_step: OnStep) -> None:
+        self.what, self.done, self._total, self._on_step = "", 0, total, on_step
         self._lock = threading.Lock()
 
     def add(self, num_bytes: int) -> None:
         with self._lock:
             self.done += num_bytes
-            self._on_flow(Flow(what=self.what, done=min(self.done, self._total), total=self._total))
+            self._on_step(Step(what=self.what, done=min(self.done, self._total), total=self._total))
 
 
-def verification(storage: Storage, asked: Sequence[CheckpointId], deep: bool, on_flow: OnFlow) -> Verification:
+def verification(storage: Storage, asked: Sequence[CheckpointId], deep: bool, on_step: OnStep) -> Verification:
     """Verify published checkpoints. Memory is that of a few blocks, however large they are. What was given up is left
     out: it never was a checkpoint."""
     folders = listed(storage)
-    meter = _Meter(sum(_volume(storage, one) for one in asked) if deep else 0, on_flow)
+    meter = _Meter(sum(_volume(storage, one) for one in asked) if deep else 0, on_step)
     counted: Storage = _Counted(storage, meter.add)  # type: ignore[assignment]
     found = []
     for checkpoint in asked:
