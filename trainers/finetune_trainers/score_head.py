@@ -7,6 +7,7 @@ here too, so a model reloaded elsewhere gives the same scores. Called by `models
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -83,8 +84,8 @@ _OF_THE_HEAD = {"labels", "return_dict", "output_attentions", "output_hidden_sta
 """What PEFT passes on, and what only the plain forward pass knows."""
 
 
-def scores(module: nn.Module, batch: Batch, padding_id: int) -> Tensor:
-    """fp32 [D]: one score for each document of `batch`."""
+def scores(module: Callable[..., Any], batch: Batch, padding_id: int) -> Tensor:
+    """fp32 [D]: one score for each document of `batch`. `module` reads packed rows."""
     kwargs = forward_kwargs(batch)
     del kwargs["logits_to_keep"]
     places = _last_tokens(batch, padding_id)

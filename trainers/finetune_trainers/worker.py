@@ -130,6 +130,10 @@ def load(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> tuple[
         from finetune_trainers.online.critic import add_critic
 
         tuned = add_critic(tuned, plan.method.ppo, plan, prepared, context.device, zero3_config)
+    if plan.method.online is not None:
+        from finetune_trainers.online.judges import add_judges
+
+        add_judges(tuned.model, plan, prepared.model, context)
     return tuned, build_engine(tuned, plan, context)
 
 

@@ -17,6 +17,7 @@ from finetune_trainers.methods import Method
 from finetune_trainers.models import DTYPES, load_model, load_tokenizer
 from finetune_trainers.online.critic import CRITIC_PARTS
 from finetune_trainers.online.grpo import Grpo
+from finetune_trainers.online.judges import judge_parts, judges_of
 from finetune_trainers.online.method import Parts
 from finetune_trainers.online.models import Models
 from finetune_trainers.online.ppo import Ppo
@@ -39,7 +40,7 @@ def build_online(plan: RunPlan, prepared: PreparedRun, module: nn.Module, contex
     settings = method.online
     assert settings is not None, "another method"
     tokenizer = load_tokenizer(prepared.model, plan.model.trust_remote_code)
-    rewards = build_rewards(settings.rewards, plan, prepared, context)
+    rewards = build_rewards(settings.rewards, plan, prepared, context, judges_of(module))
     try:
         engine = _engine(plan, prepared, settings, module, tokenizer, context)
     except BaseException:
@@ -73,11 +74,12 @@ def _engine(
     context: WorkerContext,
 ) -> RolloutEngine:
     end_ids = end_token_ids(module, tokenizer)
+    without = [*CRITIC_PARTS, *judge_parts(settings)]
     if settings.vllm is not None:
         from finetune_trainers.rollout.vllm_engine import start_vllm
 
         length = settings.max_seq_length
-        return start_vllm(plan, prepared.model, settings.vllm, length, module, end_ids, context, CRITIC_PARTS)
+        return start_vllm(plan, prepared.model, settings.vllm, length, module, end_ids, context, without)
     return InProcessEngine(
         module,
         tokenizer.pad_token_id,
@@ -85,7 +87,7 @@ def _engine(
         context,
         batch_size=WRITTEN_AT_ONCE,
         autocast=_autocast(plan),
-        without=CRITIC_PARTS,
+        without=without,
     )
 
 

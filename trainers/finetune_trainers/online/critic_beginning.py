@@ -7,9 +7,7 @@ function of a squashed score is no part of a linear head; the line that touches 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +18,13 @@ from finetune_api.failures import Problem
 from finetune_api.plan import RunPlan
 from finetune_api.problems import shorten
 from finetune_api.spec import Ppo
-from finetune_trainers.artifact_folder import ADAPTER_WEIGHTS
 from finetune_trainers.attention import PACKED_ATTENTION
 from finetune_trainers.cpu_bf16 import bf16_is_emulated, use_float32_products
 from finetune_trainers.data.encoding import load_encoding
 from finetune_trainers.errors import UserError
 from finetune_trainers.lean_peft import peft
 from finetune_trainers.models import load_dtype, load_model
+from finetune_trainers.online.reward_adapter import adapter_config, fill_adapter, head_weight, misfit
 from finetune_trainers.prepared import PreparedModel
 from finetune_trainers.rewards.judge import load_report_off
 from finetune_trainers.rewards.judge_checks import JudgeFiles, find_judge
@@ -51,39 +49,19 @@ class RewardBeginning:
 
     def adapter_config(self, model: PreparedModel) -> peft.LoraConfig:
         """Of the adapter that the critic becomes on the policy's frozen base. Raises UserError where it cannot."""
-        adapter = self.files.adapter
-        if adapter is None:
+        fault = misfit(self.files, model)
+        if fault is not None:
             raise self.refused(
-                "is a whole model, and with tuning.lora the critic is an adapter on the policy's base; name a reward"
-                " model that is an adapter of that base, or set critic.beginsAs to policy"
+                f"{fault}, and with tuning.lora the critic is an adapter on the policy's base; name a reward model that"
+                " is a LoRA adapter of spec.model.source, or set critic.beginsAs to policy"
             )
-        if not _same_weights(self.files.model, Path(model.folder), model.digest):
-            raise self.refused(
-                "is an adapter of another model than the policy's, so its weights mean nothing there; name one that was"
-                " trained on spec.model.source, or set critic.beginsAs to policy"
-            )
-        config = peft.PeftConfig.from_pretrained(str(adapter))
-        if not isinstance(config, peft.LoraConfig) or config.use_dora:
-            raise self.refused("is an adapter of another kind than LoRA; set critic.beginsAs to policy")
-        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
-        return config
+        assert self.files.adapter is not None, "it is no misfit"
+        return adapter_config(self.files.adapter)
 
-    @torch.no_grad()
     def fill_adapter(self, model: nn.Module, adapter: str) -> None:
         """Give the adapter of that name in `model` the reward model's weights. Raises UserError when they differ."""
-        assert self.files.adapter is not None
-        weights = {name: tensor for name, tensor in self._adapter_tensors() if f".{HEAD}." not in name}
-        parameters = {
-            name.replace(f".{adapter}.", "."): parameter
-            for name, parameter in model.named_parameters()
-            if f".{adapter}." in name
-        }
-        if {name: tuple(one.shape) for name, one in weights.items()} != {
-            name: tuple(one.shape) for name, one in parameters.items()
-        }:
-            raise self.refused("has adapters in other places or of another shape than the policy's base has room for")
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+        assert self.files.adapter is not None, "it is no misfit"
+        fill_adapter(model, adapter, self.files.adapter)
 
     def backbone(
         self, plan: RunPlan, model: PreparedModel, device: torch.device, zero3_config: dict[str, Any] | None
@@ -111,8 +89,7 @@ class RewardBeginning:
 
     def head(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> nn.Linear:
         """Values from hidden states, in the units of the reward. Raises UserError."""
-        tensors = self._adapter_tensors() if self.files.adapter is not None else self._model_tensors()
-        weight = next(tensor for name, tensor in tensors if f".{name}".endswith(f".{HEAD}.weight"))
+        weight = head_weight(self.files.adapter) if self.files.adapter is not None else self._head_of_model()
         if tuple(weight.shape) != (1, hidden_size):
             raise self.refused(f"reads {weight.shape[1]} numbers for each token, and the critic has {hidden_size}")
         head = nn.Linear(hidden_size, 1, bias=True, dtype=dtype, device=device)
@@ -121,14 +98,11 @@ class RewardBeginning:
             head.bias.fill_(self.offset)
         return head
 
-    def _adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        assert self.files.adapter is not None
-        return read_tensors(WeightFiles.of_file(self.files.adapter / ADAPTER_WEIGHTS))
-
-    def _model_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _head_of_model(self) -> Tensor:
         files = WeightFiles.of(self.files.model)
         assert files is not None, "it was found"
-        return read_tensors(files, [name for name in files.shard_of if f".{name}".endswith(f".{HEAD}.weight")])
+        [name] = [name for name in files.shard_of if f".{name}".endswith(f".{HEAD}.weight")]
+        return next(tensor for _, tensor in read_tensors(files, [name]))
 
     def refused(self, message: str) -> UserError:
         """About the reward model."""
@@ -175,10 +149,3 @@ def _line(files: JudgeFiles, weight: float) -> tuple[float, float]:
         return weight, 0.0
     gain, offset = weight / calibration.scale, -weight * calibration.mean / calibration.scale
     return (gain / 4, offset / 4 + weight / 2) if calibration.squash else (gain, offset)
-
-
-def _same_weights(folder: Path, other: Path, digest: str) -> bool:
-    if folder.resolve() == other.resolve():
-        return True
-    files = WeightFiles.of(folder)
-    return files is not None and files.digest() == digest

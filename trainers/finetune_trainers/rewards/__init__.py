@@ -57,7 +57,8 @@ class Rewards(Protocol):
     """All rewards of a run."""
 
     def score(self, episodes: Sequence[Episode]) -> Scores:
-        """This rank's own episodes; no rank waits for another. Raises UserError when a reward cannot be had."""
+        """This rank's own episodes, possibly none; only with a reward model that is part of a split policy do ranks
+        wait for one another. Raises UserError when a reward cannot be had."""
         ...
 
     def close(self) -> None: ...

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from finetune_api.failures import Problem
 from finetune_api.plan import RunPlan
@@ -16,6 +18,9 @@ from finetune_trainers.rewards.endpoint import HttpScorer, header_problems
 from finetune_trainers.rewards.functions import FunctionScorer
 from finetune_trainers.rewards.metrics import MetricScorer
 from finetune_trainers.rewards.weighted import NamedScorer, WeightedRewards
+
+if TYPE_CHECKING:
+    from finetune_trainers.rewards.judge import OnPolicy
 
 __all__ = ["build_rewards", "check_rewards"]
 
@@ -41,15 +46,20 @@ def check_rewards(rewards: Sequence[RewardSource], path: str) -> list[Problem]:
 
 
 def build_rewards(
-    rewards: Sequence[RewardSource], plan: RunPlan, prepared: PreparedRun, context: WorkerContext
+    rewards: Sequence[RewardSource],
+    plan: RunPlan,
+    prepared: PreparedRun,
+    context: WorkerContext,
+    on_policy: Mapping[int, OnPolicy] = MappingProxyType({}),
 ) -> Rewards:
-    """The plan's `rewards` on this worker: each has its own processes, and reward models whole. Raises UserError."""
+    """The plan's `rewards` on this worker: each has its own processes, and reward models whole, but for those that are
+    part of the policy, by their place. Raises UserError."""
     path = f"spec.method.{plan.method.chosen}.rewards"
     built: list[NamedScorer] = []
     try:
         for index, (name, reward) in enumerate(zip(reward_names(rewards), rewards, strict=True)):
             field = f"{path}[{index}].{reward.chosen}"
-            scorer = _scorer(reward, field, plan, prepared, context)
+            scorer = _scorer(reward, field, plan, prepared, context, on_policy.get(index))
             built.append(NamedScorer(name, field, reward.weight, scorer, in_this_thread=reward.model is not None))
     except BaseException:
         for one in built:
@@ -59,7 +69,14 @@ def build_rewards(
     return WeightedRewards(built, alone=context.world_size == 1)
 
 
-def _scorer(reward: RewardSource, field: str, plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> Scorer:
+def _scorer(
+    reward: RewardSource,
+    field: str,
+    plan: RunPlan,
+    prepared: PreparedRun,
+    context: WorkerContext,
+    on_policy: OnPolicy | None,
+) -> Scorer:
     if reward.function is not None:
         return FunctionScorer(reward.function, f"{field}.call")
     if reward.metric is not None:
@@ -69,4 +86,4 @@ def _scorer(reward: RewardSource, field: str, plan: RunPlan, prepared: PreparedR
     assert reward.model is not None, "a reward is of one kind"
     from finetune_trainers.rewards.judge import load_judge  # brings torch and transformers
 
-    return load_judge(reward.model, field, plan, prepared, context)
+    return load_judge(reward.model, field, plan, prepared, context, on_policy)

@@ -1,4 +1,5 @@
-"""A reward that is a reward model: frozen, whole on every rank, and reading text by its own tokenizer and template.
+"""A reward that is a reward model: frozen, and reading text by its own tokenizer and template. It is whole on every
+rank, or an adapter on the policy's base, where `online.judges` has put it.
 
     T  tokens of a packed row      D  documents in it
 
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,21 +29,23 @@ from finetune_api.spec import DataFormat, ModelReward
 from finetune_trainers.attention import PACKED_ATTENTION
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.cpu_bf16 import bf16_is_emulated, use_float32_products
-from finetune_trainers.data.batches import IGNORED, Batch
+from finetune_trainers.data.batches import IGNORED, Batch, dummy_batch
 from finetune_trainers.data.encoding import load_encoding
 from finetune_trainers.data.tokenize import RowTokenizer
 from finetune_trainers.data.turns import Conversation
+from finetune_trainers.evaluation import evaluating
 from finetune_trainers.methods.reward import Calibration
 from finetune_trainers.models import DTYPES
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.resting import RestingWeights
 from finetune_trainers.rewards import Episode, Scored
 from finetune_trainers.rewards.judge_checks import JudgeFiles, find_judge
+from finetune_trainers.rollout.zero3 import inside
 from finetune_trainers.score_head import read_packed, scores
 from finetune_trainers.tuning import peft_warnings_off
 from finetune_trainers.whole_models import not_split
 
-__all__ = ["Judge", "load_judge", "load_report_off"]
+__all__ = ["Judge", "OnPolicy", "load_judge", "load_report_off"]
 
 _TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 """Enough to keep the device busy; a longer answer goes alone."""
@@ -48,26 +53,53 @@ _TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 logger = logging.getLogger(__name__)
 
 
-def load_judge(reward: ModelReward, path: str, plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> Judge:
+@dataclass(frozen=True)
+class OnPolicy:
+    """A reward model that is part of the policy."""
+
+    module: nn.Module
+    """The engine's. Called with `judge` and `score_positions` it gives scores."""
+    name: str
+    """The `judge`."""
+    in_step: bool
+    """The policy's parameters are split, so all ranks make each forward pass together."""
+
+
+def load_judge(
+    reward: ModelReward,
+    path: str,
+    plan: RunPlan,
+    prepared: PreparedRun,
+    context: WorkerContext,
+    on_policy: OnPolicy | None = None,
+) -> Judge:
     """The reward model that stands at `path` of the job, in the plan's precision. Raises UserError."""
     with not_split():
         files = find_judge(reward, path)
-        module = _load(files, DTYPES[plan.precision], context.device)
+        module = _load(files, DTYPES[plan.precision], context.device) if on_policy is None else on_policy.module
     if context.rank == 0 and files.encoding.fingerprint != load_encoding(plan, prepared.model).fingerprint:
         logger.info("%s has another tokenizer or template than the model: answers go to it as text", path)
-    return Judge(module, files, context.device)
+    return Judge(module, files, context, on_policy)
 
 
 class Judge:
     """One reward model."""
 
-    def __init__(self, module: nn.Module, files: JudgeFiles, device: torch.device) -> None:
-        """`module` reads packed documents on `device`."""
+    def __init__(
+        self, module: nn.Module, files: JudgeFiles, context: WorkerContext, on_policy: OnPolicy | None = None
+    ) -> None:
+        """`module` reads packed documents on the context's device."""
         self._module = module
-        self._weights = RestingWeights(module, files.model)
+        self._context, self._device = context, context.device
+        self._in_step = on_policy is not None and on_policy.in_step
+        self._read: Callable[..., Any] = module
+        self._at_work: Callable[[], AbstractContextManager[None]] = partial(evaluating, module)
+        if on_policy is not None:
+            self._read = partial(module, judge=on_policy.name)
+        else:
+            self._at_work = RestingWeights(module, files.model).at_work
         self._padding_id = files.padding_id
         self._calibration = files.calibration
-        self._device = device
         encoding = files.encoding
         self._tokenizer = RowTokenizer(
             encoding.tokenizer,
@@ -76,7 +108,7 @@ class Judge:
             stop_ids=frozenset(encoding.stop_tokens.values()),
             loss_on="last",
         )
-        config: Any = module.config
+        config: Any = inside(module).config
         self._max_positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
         self._told_of_cuts = False
 
@@ -97,11 +129,13 @@ class Judge:
 
     def _scored(self, documents: dict[int, list[int]]) -> list[tuple[Tensor, list[int]]]:
         """Scores, and the places of the documents that have them."""
-        with self._weights.at_work(), torch.no_grad():
-            return [
-                (scores(self._module, batch.to(self._device), self._padding_id), places)
-                for batch, places in _packed(documents, _TOKENS_PER_PASS.get(self._device.type, 16384))
-            ]
+        batches = list(_packed(documents, _TOKENS_PER_PASS.get(self._device.type, 16384)))
+        if self._in_step:
+            most = max(self._context.all_gather_object(len(batches)))
+            batches += [(dummy_batch(), [])] * (most - len(batches))
+        with self._at_work(), torch.no_grad():
+            found = [(scores(self._read, batch.to(self._device), self._padding_id), one) for batch, one in batches]
+        return [(values, places) for values, places in found if places]
 
     def _encode(self, episodes: Sequence[Episode]) -> tuple[dict[int, list[int]], dict[int, str]]:
         """Tokens of each episode, by its place; and why there are none."""

@@ -52,6 +52,9 @@ class WeightedRewards:
     def score(self, episodes: Sequence[Episode]) -> Scores:
         """See `Rewards`."""
         if not episodes:
+            for reward in self._rewards:
+                if reward.in_this_thread:  # other ranks may wait for this one
+                    reward.scorer.score(episodes)
             return Scores([], {one.name: [] for one in self._rewards}, {one.name: 0 for one in self._rewards})
         asked = [
             None if reward.in_this_thread else self._pool.submit(reward.scorer.score, episodes)

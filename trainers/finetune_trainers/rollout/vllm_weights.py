@@ -35,7 +35,9 @@ def policy_weights(
     """
     module = inside(module)
     adapted: dict[str, Any] = {
-        name: layer for name, layer in module.named_modules() if isinstance(layer, peft.tuners.lora.LoraLayer)
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, peft.tuners.lora.LoraLayer) and ADAPTER in layer.lora_A
     }
     for name, parameter in module.named_parameters():
         parts = name.split(".")
