@@ -19,7 +19,7 @@ from finetune_api.job import FineTuneJob
 from finetune_api.problems import InvalidManifest, shorten, validate_document
 from finetune_api.runtime import FineTuneRuntime
 
-__all__ = ["LoadedJob", "Manifests", "collect_manifests", "load_manifests", "read_documents"]
+__all__ = ["LoadedJob", "Manifests", "collect_manifests", "load_manifests", "read_documents", "with_absolute_paths"]
 
 _KINDS: dict[str, type[FineTuneJob] | type[FineTuneRuntime]] = {
     "FineTuneJob": FineTuneJob,
@@ -123,7 +123,7 @@ def _load_document(document: Any, file: Path, found: Manifests) -> None:
     if isinstance(value, FineTuneRuntime):
         found.runtimes[value.metadata.name] = value
     else:
-        found.jobs.append(LoadedJob(name, _with_absolute_paths(value, document, file.parent.resolve())))
+        found.jobs.append(LoadedJob(name, with_absolute_paths(value, document, file.parent.resolve())))
 
 
 def _kind_of(document: Any, file: str) -> str:
@@ -145,8 +145,8 @@ def _wrong(file: str, path: str, value: object, message: str) -> Problem:
     return Problem(file=file, path=path, value=None if value is None else shorten(value), message=message)
 
 
-def _with_absolute_paths(job: FineTuneJob, document: dict[str, Any], folder: Path) -> FineTuneJob:
-    """The job with `file://./x` and `file://../x` taken from the manifest's folder."""
+def with_absolute_paths(job: FineTuneJob, document: dict[str, Any], folder: Path) -> FineTuneJob:
+    """The job that `document` holds, with `file://./x` and `file://../x` taken from `folder`."""
     spec = document["spec"]
     if not any(uri.startswith("file://.") for uri in _strings(spec)):
         return job

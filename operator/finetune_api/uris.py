@@ -4,7 +4,8 @@ hf://org/name              a repository on the Hugging Face Hub
 s3://bucket/key            an object store
 gs://bucket/key
 pvc://claim/path           a folder on a PersistentVolumeClaim of the job's namespace
-file:///path               this machine; `file://./path` is relative to the manifest's folder
+file:///path               this machine; `file://./path` is relative to the manifest's folder,
+                           or to the working directory where there is no manifest
 package://package/path     a resource inside an installed Python package
 job://name                 the artifact of another FineTuneJob in the namespace
 """

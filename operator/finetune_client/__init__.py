@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune_client.client import AsyncClient, AsyncJob, Client, Job
+    from finetune_client.history import Moment
     from finetune_client.views import JobEvent, JobView, LogLine
 
-__all__ = ["AsyncClient", "AsyncJob", "Client", "Job", "JobEvent", "JobView", "LogLine"]
+__all__ = ["AsyncClient", "AsyncJob", "Client", "Job", "JobEvent", "JobView", "LogLine", "Moment"]
 
 _HOMES = {
     **dict.fromkeys(("AsyncClient", "AsyncJob", "Client", "Job"), "finetune_client.client"),
+    "Moment": "finetune_client.history",
     **dict.fromkeys(("JobEvent", "JobView", "LogLine"), "finetune_client.views"),
 }
 

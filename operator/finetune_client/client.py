@@ -6,7 +6,8 @@
         job = client.submit("job.yaml")
         for status in job.watch():
             print(status.phase, status.progress)
-        print(job.artifacts())
+        print(job.metrics())                       # a row of figures for each step, as pandas.DataFrame takes them
+        print(job.model_folder())                  # what plain peft or transformers loads
 
 `AsyncClient` is the same with `await`. A client may be thrown away at any time: jobs go on, and `client.job(NAME)`
 takes one up again. Errors are those of `finetune_client.errors`, and InvalidManifest for a job that is not right.
@@ -29,6 +30,8 @@ from finetune_client.advice import Advice, advice_for
 from finetune_client.backends.protocol import Backend
 from finetune_client.documents import Handed, Submission, check_namespace, handed_over
 from finetune_client.errors import Unreachable
+from finetune_client.history import Moment, Row, history_of, moments
+from finetune_client.models import model_folder
 from finetune_client.portal import Portal
 from finetune_client.views import JobEvent, JobView, LogChoice, LogLine
 from finetune_operator.kinds import Key
@@ -231,6 +234,24 @@ class AsyncJob:
         """The trained models that it has written so far."""
         return (await self.view()).artifacts
 
+    async def model_folder(self) -> Path:
+        """The folder on this machine of the model that it has written. Raises NoModel, where there is none."""
+        return model_folder(await self.view())
+
+    async def metrics(self) -> list[Row]:
+        """The figures of each step, from the logs of all attempts. Raises NoLog, where there is none any more.
+
+        In Kubernetes logs go with the pods, soon after a job's end: there, `follow` it while it trains.
+        """
+        return await history_of(self._backend, self.key)
+
+    def follow(self) -> AsyncGenerator[Moment]:
+        """The job now and after every change with the figures of every step so far.
+
+        It ends as `wait` does: when nothing more will come of the job by itself.
+        """
+        return moments(self._backend, self.key)
+
     async def describe(self) -> Description:
         """All that is known of it, and what to do next."""
         view = await self.view()
@@ -352,6 +373,24 @@ class Job:
     def artifacts(self) -> list[Artifact]:
         """The trained models that it has written so far."""
         return self._portal.call(self._job.artifacts())
+
+    def model_folder(self) -> Path:
+        """The folder on this machine of the model that it has written. Raises NoModel, where there is none."""
+        return self._portal.call(self._job.model_folder())
+
+    def metrics(self) -> list[Row]:
+        """The figures of each step, from the logs of all attempts. Raises NoLog, where there is none any more.
+
+        In Kubernetes logs go with the pods, soon after a job's end: there, `follow` it while it trains.
+        """
+        return self._portal.call(self._job.metrics())
+
+    def follow(self) -> Generator[Moment]:
+        """The job now and after every change with the figures of every step so far.
+
+        It ends as `wait` does: when nothing more will come of the job by itself.
+        """
+        return self._portal.iterate(self._job.follow())
 
     def describe(self) -> Description:
         """All that is known of it, and what to do next."""

@@ -13,7 +13,7 @@ from typing import Any
 from finetune_api.base import API_VERSION
 from finetune_api.failures import Problem
 from finetune_api.job import FineTuneJob
-from finetune_api.manifests import load_manifests
+from finetune_api.manifests import load_manifests, with_absolute_paths
 from finetune_api.problems import InvalidManifest, validate_document
 from finetune_api.runtime import FineTuneRuntime
 
@@ -22,7 +22,8 @@ __all__ = ["Handed", "Submission", "check_namespace", "document_of", "handed_ove
 _GIVEN_BY_THE_CLUSTER = ("creationTimestamp", "generation", "managedFields", "resourceVersion", "selfLink", "uid")
 
 Submission = FineTuneJob | Mapping[str, Any] | Path | str
-"""A job as a model, as plain values, or the file in which it is."""
+"""A job as a model, as plain values, or the file in which it is. A `file://./path` is taken from the file's folder, and
+where there is none from the working directory."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,9 @@ class Handed:
 
 def handed_over(given: Submission | Sequence[Path]) -> Handed:
     """The jobs in it, checked as far as this machine can. Raises InvalidManifest."""
-    if isinstance(given, FineTuneJob):
-        return Handed([given])
-    if isinstance(given, Mapping):
-        return Handed([validate_document(FineTuneJob, dict(given))])
+    if isinstance(given, FineTuneJob | Mapping):
+        job = given if isinstance(given, FineTuneJob) else validate_document(FineTuneJob, dict(given))
+        return Handed([with_absolute_paths(job, document_of(job), Path.cwd())])
     paths = [Path(given)] if isinstance(given, str | Path) else [Path(one) for one in given]
     found = load_manifests(*paths)
     if not found.jobs:

@@ -6,7 +6,7 @@
 The backends for Ray start it on the cluster, the local one on this machine. It makes the same passes as `finetune run`
 (attempts, failure policy, suspension, status), with the trainers on the Ray cluster that RAY_ADDRESS names. Nobody
 shares its disk, so it tells in its own output: what the trainers write to their log, and between those lines the job
-itself, marked, whenever that has changed. In FOLDER, job.json holds the same for those who can look.
+itself, marked, whenever that has changed, its figures every quarter of a minute. In FOLDER, job.json holds it as it is.
 
 SIGTERM stops the trainers cleanly and ends it. Exit codes are those of `finetune run`.
 """
@@ -55,22 +55,28 @@ class Teller:
         self._folder = folder
         self._output = output
         self._said: dict[str, Any] = {}
+        self._shown: dict[str, Any] = {}
         self._said_at = float("-inf")
         self._lines = 0
         self._attempt: int | None = None
 
     def job(self, document: dict[str, Any], now: float, at_once: bool = False) -> None:
         """Tell the job, if that is due."""
+        if document != self._shown:
+            self._show(document)
         if document == self._said and self._lines < _LINES_BETWEEN:
             return
         is_new = _without_figures(document) != _without_figures(self._said)
         if at_once or is_new or self._lines >= _LINES_BETWEEN or now >= self._said_at + _QUIET_SECONDS:
             self._said, self._said_at, self._lines = document, now, 0
-            text = json.dumps(document, separators=(",", ":"))
-            print(JOB_MARK + text, file=self._output, flush=True)
-            unfinished = self._folder / f".{JOB_FILE}"
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(self._folder / JOB_FILE)
+            print(JOB_MARK + json.dumps(document, separators=(",", ":")), file=self._output, flush=True)
+
+    def _show(self, document: dict[str, Any]) -> None:
+        """To those who can look into the folder: every change, for it is written over."""
+        self._shown = document
+        unfinished = self._folder / f".{JOB_FILE}"
+        unfinished.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
+        unfinished.replace(self._folder / JOB_FILE)
 
     def log(self, attempt: int, lines: Sequence[str]) -> None:
         """Pass on what the trainers of an attempt have written."""

@@ -6,6 +6,7 @@
     ├── NotInstalled      what answers knows no FineTuneJobs
     ├── NoSuchJob         there is no job of that name, or no longer
     ├── NoLog             the job has written nothing that could still be read
+    ├── NoModel           the job has written no model, or none on this machine
     ├── NotSupported      this backend cannot do that; the message names what can
     └── Refused           anything else that a server would not do
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 __all__ = [
     "ClientError",
     "NoLog",
+    "NoModel",
     "NoSuchJob",
     "NotAllowed",
     "NotInstalled",
@@ -49,6 +51,10 @@ class NoSuchJob(ClientError):
 
 class NoLog(ClientError):
     """Nothing was written that could still be read."""
+
+
+class NoModel(ClientError):
+    """There is no model, or none on this machine."""
 
 
 class NotSupported(ClientError):

@@ -49,9 +49,9 @@ class JobEvent:
     message: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JobView:
-    """A job and its status at one moment.
+    """A job and its status at one moment. Notebooks show it with its progress.
 
     `document` is the whole object, with fields that this version may not know: an older or a newer operator's.
     """
@@ -137,3 +137,13 @@ class JobView:
     def condition(self, name: str) -> Condition | None:
         """The condition of that type, or None."""
         return find(self.status.conditions, name)
+
+    def __repr__(self) -> str:
+        from finetune_client.telling import summary
+
+        return f"<{self.name} in {self.namespace}: {summary(self)}>"
+
+    def _repr_html_(self) -> str:
+        from finetune_client.notebook import html_of
+
+        return html_of(self)

@@ -8,7 +8,8 @@ import pytest
 
 from finetune_api.failures import FailureClass
 from finetune_client.advice import advice_for
-from finetune_client.cli.jobs.tables import age, change, job_table
+from finetune_client.cli.jobs.tables import age, job_table
+from finetune_client.telling import summary
 from finetune_client.views import JobView
 from finetune_operator.times import written
 from tests.client.conftest import JOB
@@ -127,7 +128,7 @@ def test_a_row_says_the_first_words_of_why() -> None:
     [_, row] = job_table([seen], JobView.of(seen.document).status.conditions[0].last_transition_time)
     assert row.startswith("tiny")
     assert row.endswith("…")
-    assert change(seen).startswith("Starting: pod a cannot be scheduled")
+    assert summary(seen).startswith("Starting: pod a cannot be scheduled")
 
 
 def test_ages_are_short() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from finetune_api.job import FineTuneJob
 from finetune_api.problems import InvalidManifest
 from finetune_client.backends.kubeconfig import place_of
 from finetune_client.backends.refusals import error_for
@@ -100,3 +101,13 @@ def test_a_job_that_came_from_a_cluster_can_be_submitted_again() -> None:
     [job] = handed_over({**document, "status": {"phase": "Failed"}}).jobs
     assert document_of(job)["metadata"] == {"name": "tiny", "labels": {"team": "a"}}
     assert "status" not in document_of(job)
+
+
+def test_a_file_beside_a_job_without_a_manifest_is_looked_for_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    document = job_document({"data": {"train": [{"source": "file://./rows.jsonl"}]}})
+    for given in (document, FineTuneJob.model_validate(document)):
+        [job] = handed_over(given).jobs
+        assert job.spec.data.train[0].source == f"file://{tmp_path}/rows.jsonl"

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from finetune_api.progress import Progress, Stage
-from finetune_client.cli.display import duration, open_display
+from finetune_client.cli.display import open_display
+from finetune_client.telling import duration
 
 
 def report(stage: Stage, **others: Any) -> Progress:

@@ -177,6 +177,13 @@ def test_progress_alone_is_told_four_times_a_minute_and_anything_else_at_once(tm
     assert told(output) == [("Running", 0), ("Running", 15), ("Running", 30), ("Suspended", 40)]
 
 
+def test_who_looks_into_the_folder_sees_every_step(tmp_path: Path) -> None:
+    teller = Teller(tmp_path, io.StringIO())
+    for step in (1, 2):
+        teller.job(document("Running", step), float(step))
+        assert json.loads((tmp_path / JOB_FILE).read_text()) == document("Running", step)
+
+
 def test_the_job_is_told_again_when_much_has_been_printed_since(tmp_path: Path) -> None:
     output = io.StringIO()
     teller = Teller(tmp_path, output)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from finetune_client.backends.kubernetes import KubernetesBackend
+from finetune_client.history import moments
 from finetune_client.views import LogChoice
 from finetune_operator.kinds import Key
 from tests.factories import job_document
@@ -72,6 +73,18 @@ def test_what_is_left_early_is_closed(told: Any) -> None:
         for _ in range(3):
             await anext(seen)
         assert connection.num_open == 1
+        await seen.aclose()
+        assert connection.num_open == 0
+
+    asyncio.run(main())
+
+
+def test_following_a_job_that_is_left_early_closes_both_the_watch_and_the_log() -> None:
+    async def main() -> None:
+        connection: Any = Connection()
+        seen = moments(KubernetesBackend(connection, "team-a", AsyncExitStack()), KEY)
+        while connection.num_open < 2:
+            await anext(seen)
         await seen.aclose()
         assert connection.num_open == 0
 

@@ -81,7 +81,7 @@ def test_a_job_is_submitted_shown_watched_suspended_resumed_and_cancelled(
     assert finetune("artifacts", "tiny", *here).split()[-1] == "s3://models/tiny"
     page = finetune("describe", "tiny", *here)
     assert "Attempts (0 restarts, 0 preemptions)" in page
-    assert "Next: The model is s3://models/tiny" in page
+    assert "\nThe model is s3://models/tiny\n" in page
     finetune("cancel", "tiny", *here)
     gone = finetune.run("get", "tiny", *here)
     assert (gone.returncode, gone.stdout) == (ABSENT, "")

@@ -70,6 +70,14 @@ def test_each_log_is_one_line_with_step_time_and_metrics(tmp_path: Path) -> None
     trackers.close(Result.SUCCEEDED)
 
 
+def test_the_log_tells_each_figure_once_too(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    trackers = start()
+    with caplog.at_level(logging.INFO):
+        trackers.log(1, {"loss": 2.5})
+        trackers.log(1, {"loss": 2.5, "eval_loss": math.nan})
+    assert caplog.messages == ['step 1: {"loss": 2.5}', 'step 1: {"eval_loss": NaN}']
+
+
 def test_evaluation_figures_of_the_same_step_are_added(tmp_path: Path, start: Start) -> None:
     trackers = start()
     trackers.log(1, {"loss": 2.5})

@@ -1,4 +1,5 @@
-"""Where a run's figures go: metrics.jsonl always, and TensorBoard, Weights & Biases or MLflow when the job asks.
+"""Where a run's figures go: metrics.jsonl and the log always, and TensorBoard, Weights & Biases or MLflow when the job
+asks.
 
 The driver calls `check_trackers` before any worker starts; rank 0 calls `open_trackers`, then `log` at each step.
 
@@ -26,6 +27,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from finetune_api.failures import Problem
+from finetune_api.figures import line_of
 from finetune_api.plan import RunPlan
 from finetune_api.progress import Result
 from finetune_api.spec import MlflowTracking, WandbTracking
@@ -61,6 +63,7 @@ class Trackers:
         """Record figures of an optimizer step. Those that the step already has are left as they are."""
         new = self._metrics_file.append(step, metrics)
         if new:
+            logger.info(line_of(step, new))
             self._tell(lambda tracker: tracker.log(step, new))
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:

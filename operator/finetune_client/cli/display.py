@@ -23,8 +23,9 @@ from rich.text import Text
 
 from finetune_api.progress import Progress as Report
 from finetune_api.progress import Stage
+from finetune_client.telling import duration
 
-__all__ = ["Display", "duration", "open_display"]
+__all__ = ["Display", "open_display"]
 
 _STAGES = {
     Stage.CHECKING_MODEL: "Checking the model",
@@ -59,15 +60,6 @@ def open_display(console: Console, quiet: bool) -> Display:
     if quiet:
         return _Silent(console)
     return _Bars(console) if console.is_terminal and not console.is_dumb_terminal else _Lines(console)
-
-
-def duration(seconds: float) -> str:
-    """4.2 s, 3:07 or 1:02:05."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class _Silent:

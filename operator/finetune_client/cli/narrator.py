@@ -12,7 +12,7 @@ from datetime import datetime
 from finetune_api.job import Attempt, FineTuneJob, Status
 from finetune_api.progress import Outcome
 from finetune_api.spec.lifecycle import Action
-from finetune_client.cli.display import duration
+from finetune_client.telling import duration
 from finetune_operator.conditions import find
 from finetune_operator.kinds import Key
 

@@ -16,9 +16,9 @@ from finetune_api.job import Status
 from finetune_api.plan import RunPlan
 from finetune_api.progress import EvalSummary, Outcome, Progress, Result
 from finetune_client.attempts import tail
-from finetune_client.cli.display import duration
 from finetune_client.cli.exits import OK, SUSPENDED
 from finetune_client.cli.sizes import size
+from finetune_client.telling import duration
 
 __all__ = ["SUSPENDED_RESULT", "Ending", "as_document", "as_text", "exit_code_of"]
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from datetime import datetime
 
 from finetune_api.job import Attempt, Status
-from finetune_client.cli.display import duration
 from finetune_client.cli.jobs.tables import age, columns
 from finetune_client.cli.sizes import size
 from finetune_client.client import Description
+from finetune_client.telling import duration, what_next
 
 __all__ = ["page"]
 
@@ -23,8 +23,8 @@ def page(found: Description, now: datetime) -> Iterator[str]:
     yield f"{view.name} in {view.namespace}: {view.phase}, {age(view.created_at, now) or 'unknown'} old"
     if found.advice.why:
         yield from (_INDENT + line for line in found.advice.why.splitlines())
-    if found.advice.next:
-        yield f"Next: {found.advice.next}"
+    if told := what_next(view):
+        yield told
     yield from _training(status)
     yield from _attempts(status)
     yield from _post_mortem(status)

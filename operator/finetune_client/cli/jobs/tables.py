@@ -1,4 +1,4 @@
-"""Jobs for people: aligned columns without borders, whole at any width, and a line for each change."""
+"""Jobs for people: aligned columns without borders, whole at any width."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from datetime import datetime
 
 from finetune_api.progress import Artifact
 from finetune_client.advice import advice_for
-from finetune_client.cli.display import duration
 from finetune_client.cli.sizes import size
+from finetune_client.telling import first_words
 from finetune_client.views import JobView
 
-__all__ = ["age", "artifact_table", "change", "columns", "job_table"]
+__all__ = ["age", "artifact_table", "columns", "job_table"]
 
 _HEADER = ("NAME", "METHOD", "TUNING", "GPUS", "PHASE", "STEP", "CKPT", "RESTARTS", "AGE", "WHY")
 _RIGHT = frozenset({"GPUS", "STEP", "CKPT", "RESTARTS", "AGE"})
-_WHY_LENGTH = 70
 
 
 def job_table(views: Sequence[JobView], now: datetime, with_namespace: bool = False) -> Iterator[str]:
@@ -29,25 +28,6 @@ def artifact_table(artifacts: Sequence[Artifact]) -> Iterator[str]:
     """A row for each model."""
     rows = [(one.kind, size(one.bytes), one.digest, one.uri) for one in artifacts]
     return columns(("KIND", "SIZE", "DIGEST", "URI"), rows)
-
-
-def change(view: JobView) -> str:
-    """How the job stands, in a line that differs when something worth telling has changed."""
-    status = view.status
-    parts = [str(view.phase)]
-    if status.progress is not None and status.progress.step:
-        of = f"/{status.progress.total_steps}" if status.progress.total_steps else ""
-        parts.append(f"step {status.progress.step}{of}")
-        if "loss" in status.progress.metrics:
-            parts.append(f"loss {status.progress.metrics['loss']}")
-        if status.progress.eta_seconds and not view.is_over:
-            parts.append(f"{duration(status.progress.eta_seconds)} left")
-    if status.checkpoint is not None:
-        parts.append(f"checkpoint {status.checkpoint.step}")
-    if len(status.attempts) > 1:
-        parts.append(f"attempt {status.attempts[-1].number}")
-    why = advice_for(view).why
-    return ", ".join(parts) + (f": {_first_line(why)}" if why else "")
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -88,10 +68,5 @@ def _row(view: JobView, now: datetime) -> tuple[str, ...]:
         "" if status.checkpoint is None else str(status.checkpoint.step),
         str(status.restarts),
         age(view.created_at, now),
-        _first_line(advice_for(view).why),
+        first_words(advice_for(view).why),
     )
-
-
-def _first_line(text: str) -> str:
-    line = text.partition("\n")[0]
-    return line if len(line) <= _WHY_LENGTH else line[: _WHY_LENGTH - 1] + "…"

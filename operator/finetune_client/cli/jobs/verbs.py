@@ -19,10 +19,11 @@ from finetune_api.problems import InvalidManifest
 from finetune_client.advice import advice_for
 from finetune_client.cli.exits import ABSENT, DENIED, INVALID, NOT_INSTALLED, OK, UNREACHABLE
 from finetune_client.cli.jobs.page import page
-from finetune_client.cli.jobs.tables import artifact_table, change, job_table
+from finetune_client.cli.jobs.tables import artifact_table, job_table
 from finetune_client.client import Client, Description, Job
 from finetune_client.documents import handed_over
 from finetune_client.errors import ClientError, NoLog, NoSuchJob, NotAllowed, NotInstalled, Unreachable
+from finetune_client.telling import summary, what_next
 from finetune_client.views import JobView
 
 __all__ = [
@@ -115,9 +116,8 @@ def get(where: Where, name: str | None, output: str) -> int:
             _print(view.document, output)
             return OK
         _lines(job_table([view], datetime.now(UTC)))
-        advice = advice_for(view)
-        if advice.why or advice.next:
-            _lines(["", *filter(None, (advice.why, f"Next: {advice.next}" if advice.next else ""))])
+        if told := [*filter(None, (advice_for(view).why, what_next(view)))]:
+            _lines(["", *told])
         return OK
 
     return _answered(where, work)
@@ -263,7 +263,7 @@ def _follow(job: Job, output: str, several: bool = False, to_stderr: bool = Fals
         for view in views:
             if output != "table":
                 print(_text(view.status.to_document(), "json", compact=True), flush=True)
-            elif (line := change(view)) != said:
+            elif (line := summary(view)) != said:
                 said = line
                 stamp = datetime.now(UTC).strftime("%H:%M:%S")
                 who = f"{view.name}: " if several else ""
@@ -284,9 +284,8 @@ def _tell_of_submission(view: JobView, dry_run: bool, wait: bool) -> None:
 
 
 def _tell_what_next(view: JobView) -> None:
-    advice = advice_for(view)
-    if advice.next:
-        _say(f"Next: {advice.next}")
+    if told := what_next(view):
+        _say(told)
 
 
 def _document(views: Sequence[JobView], many: bool) -> Mapping[str, Any]:

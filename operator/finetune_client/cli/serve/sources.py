@@ -21,6 +21,7 @@ from finetune_client.cli.artifacts import find_artifact
 from finetune_client.cli.exits import ABSENT, INVALID
 from finetune_client.cli.jobs.verbs import Where, code_of
 from finetune_client.errors import ClientError
+from finetune_client.models import folder_of
 from finetune_client.views import JobView
 
 __all__ = ["NotServable", "Served", "to_serve"]
@@ -66,7 +67,7 @@ def to_serve(source: str, where: Where) -> Served:
 def _of_uris(uris: Sequence[Uri], name: str | None) -> Served:
     """The first of them that can be had here, disks before buckets."""
     for uri in uris:
-        folder = _folder(uri)
+        folder = folder_of(uri)
         if folder is not None and folder.is_dir():
             return _of_folder(folder, name)
     for uri in uris:
@@ -129,15 +130,6 @@ def _nothing_yet(view: JobView) -> str:
     if view.phase is Phase.FAILED:
         return f"job {name} has failed and written no model; finetune describe {where} says why"
     return f"job {name} is {view.phase} and has written no model yet; finetune watch {where} follows it"
-
-
-def _folder(uri: Uri) -> Path | None:
-    """On this machine, whether or not it is there; None for what can only be elsewhere."""
-    if uri.scheme is Scheme.FILE:
-        return Path(uri.path)
-    if uri.scheme is Scheme.PVC:
-        return Path(os.environ.get("FINETUNE_PVC_ROOT", "/mnt/pvc"), uri.authority, uri.path)
-    return None
 
 
 def _elsewhere(uri: Uri) -> str:
