@@ -45,6 +45,11 @@ MOST_REPLACEMENTS = 3
 """Groups that may follow one another without a newer checkpoint than the one before."""
 OBJECT_STORE_BYTES = 100 << 20
 """Nothing large passes through Ray's object store."""
+OWN_PODS = "FINETUNE_PROGRESS_CONFIGMAP"
+"""Set by the operator in pods of a Ray cluster that is there for this attempt alone."""
+COORDINATOR = "AutoscalingCoordinator"
+"""An actor that Ray Train leaves behind, of that name in a namespace of that name. While it is there the head's node is
+not idle, and a head that is told to end would wait for it as long as it may."""
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon the end of the workers is noticed
@@ -234,8 +239,13 @@ def _end_node(error: BaseException) -> None:
 
 
 def _shut_down() -> None:
-    if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()
+    ray = sys.modules.get("ray")
+    if ray is None:
+        return
+    if OWN_PODS in os.environ:
+        with suppress(Exception):  # it saves a minute, and nothing depends on it
+            ray.kill(ray.get_actor(COORDINATOR, namespace=COORDINATOR))
+    ray.shutdown()
 
 
 def _saved_step(plan: RunPlan, workdir: Path) -> int:

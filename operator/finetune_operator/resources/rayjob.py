@@ -28,7 +28,9 @@ from finetune_operator.settings import Settings
 
 __all__ = ["ENTRYPOINT", "WORKER_GROUP", "build_rayjob"]
 
-ENTRYPOINT = f'python -m finetune_trainers run --plan {PLAN_FOLDER}/{PLAN_KEY} --workdir "$FINETUNE_WORKDIR"'
+ENTRYPOINT = f'exec python -m finetune_trainers run --plan {PLAN_FOLDER}/{PLAN_KEY} --workdir "$FINETUNE_WORKDIR"'
+"""For a shell, which gives its place to the driver. A shell that is told to end leaves the driver an orphan, whose end
+nobody in a pod takes note of, and Ray then waits for it for as long as RAY_JOB_STOP_WAIT_TIME_S says."""
 WORKER_GROUP = "workers"
 _ONE_HEAD = "ray.io/disable-provisioned-head-restart"
 _OBJECT_STORE_BYTES = 256 << 20

@@ -85,7 +85,7 @@ def test_a_head_that_is_lost_is_not_replaced_behind_the_operators_back() -> None
 def test_the_entrypoint_trains_by_the_mounted_plan_in_the_attempts_folder() -> None:
     ray_job = built(runtime_changes={"storage": "pvc://runs"}, attempt=2)
     assert ray_job["spec"]["entrypoint"] == (
-        'python -m finetune_trainers run --plan /etc/finetune/plan.json --workdir "$FINETUNE_WORKDIR"'
+        'exec python -m finetune_trainers run --plan /etc/finetune/plan.json --workdir "$FINETUNE_WORKDIR"'
     )
     for template in templates(ray_job):
         assert env(template)["FINETUNE_WORKDIR"] == "/mnt/pvc/runs/default/example/attempt-2"
