@@ -12,6 +12,7 @@ asked for by name: python -m tests.lanes --lane cluster
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,10 +33,12 @@ from tests.trainers.factories import tiny_model, write_rows
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "finetune-operator"
 NAMESPACE = "finetune-system"
-VALUES = """\
+SMALL = {"workers": {"gpus": 0, "cpus": 1, "memory": "3Gi"}, "head": {"cpus": 0.5, "memory": "3Gi"}}
+"""Of a runtime: what fits onto these nodes."""
+VALUES = f"""\
 defaultRuntime:
   enabled: true
-  spec: {workers: {gpus: 0, cpus: 1, memory: 3Gi}, head: {cpus: 0.5, memory: 3Gi}, storage: pvc://shared/runs}
+  spec: {json.dumps({**SMALL, "storage": "pvc://shared/runs"})}
 """
 TEAM = "team-a"
 

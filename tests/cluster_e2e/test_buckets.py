@@ -16,7 +16,7 @@ import pytest
 from tests.cluster.build import program_path
 from tests.cluster.nodes.layout import HOST_ADDRESS
 from tests.cluster.s3 import S3, s3_server
-from tests.cluster_e2e.conftest import Say, Submit
+from tests.cluster_e2e.conftest import SMALL, Say, Submit
 from tests.cluster_e2e.world import World
 
 pytestmark = pytest.mark.cluster
@@ -51,6 +51,17 @@ class Bucket:
         self.server.process.process.send_signal(signal.SIGCONT)
 
 
+def runtime(name: str, bucket: str, secret: str) -> dict[str, Any]:
+    """One that stores in a bucket."""
+    spec = {**SMALL, "storage": f"s3://{bucket}/runs", "storageSecret": secret}
+    return {
+        "apiVersion": "finetune-operator.io/v1alpha1",
+        "kind": "FineTuneRuntime",
+        "metadata": {"name": name},
+        "spec": spec,
+    }
+
+
 @pytest.fixture(scope="module")
 def bucket(team: World, say: Say, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
     """With a runtime that stores there, and its keys in a Secret of the team's."""
@@ -58,18 +69,7 @@ def bucket(team: World, say: Say, tmp_path_factory: pytest.TempPathFactory) -> I
     with s3_server(program_path("versitygw", say), folder, HOST_ADDRESS) as server:
         name = server.bucket()
         keys = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "bucket-keys"}}
-        runtime = {
-            "apiVersion": "finetune-operator.io/v1alpha1",
-            "kind": "FineTuneRuntime",
-            "metadata": {"name": RUNTIME},
-            "spec": {
-                "workers": {"gpus": 0, "cpus": 1, "memory": "3Gi"},
-                "head": {"cpus": 0.5, "memory": "3Gi"},
-                "storage": f"s3://{name}/runs",
-                "storageSecret": "bucket-keys",
-            },
-        }
-        team.apply({**keys, "stringData": server.environment()}, runtime)
+        team.apply({**keys, "stringData": server.environment()}, runtime(RUNTIME, name, "bucket-keys"))
         yield Bucket(name, server)
 
 
@@ -113,14 +113,7 @@ def test_training_goes_on_while_the_bucket_does_not_answer_and_saves_when_it_doe
 def test_a_secret_that_does_not_exist_is_named_in_the_status(
     team: World, tiny: dict[str, Any], submit: Submit, bucket: Bucket
 ) -> None:
-    team.apply(
-        {
-            "apiVersion": "finetune-operator.io/v1alpha1",
-            "kind": "FineTuneRuntime",
-            "metadata": {"name": "keyless"},
-            "spec": {"workers": {"gpus": 0}, "storage": f"s3://{bucket.name}/runs", "storageSecret": "no-such-secret"},
-        }
-    )
+    team.apply(runtime("keyless", bucket.name, "no-such-secret"))
     job = submit("keyless", {**tiny, "runtimeRef": {"name": "keyless"}})
     team.wait(job, lambda: "no-such-secret" in team.waits_for(job), "the secret to be named", seconds=60)
     assert "no-such-secret" in team.finetune("describe", job).stdout

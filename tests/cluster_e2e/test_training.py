@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster_e2e.conftest import Submit
+from tests.cluster_e2e.conftest import SMALL, Submit
 from tests.cluster_e2e.world import CLAIM, World
 from tests.trainers.factories import write_pairs
 
@@ -104,7 +104,6 @@ def test_the_log_of_a_running_job_is_followed_from_outside(team: World, tiny: di
 
 
 def test_one_worker_trains_without_a_runtime(team: World, tiny: dict[str, Any], submit: Submit) -> None:
-    small = {"cpus": 0.5, "memory": "3Gi"}
     spec = {key: value for key, value in tiny.items() if key != "runtimeRef"}
-    job = submit("alone", {**spec, "cluster": {"workers": {"cpus": 1, "memory": "3Gi"}, "head": small}})
+    job = submit("alone", {**spec, "cluster": SMALL})
     team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed", seconds=600)
