@@ -201,17 +201,17 @@ def _code(work: Path) -> Path:
     return folder
 
 
-def _uv(*arguments: str | Path, **environment: str) -> None:
-    """Bytecode is made now, as nobody may write where it lies later, and is taken as it is: files in layers carry no
-    time of their own."""
+def _uv(*arguments: str | Path, **environment: str) -> str:
+    """What it prints. Bytecode is made now, as nobody may write where it lies later, and is taken as it is: files in
+    layers carry no time of their own."""
     uv = shutil.which("uv", path=os.pathsep.join([str(_ROOT / ".tools" / "bin"), os.environ.get("PATH", "")]))
     if uv is None:
         raise BuildError("there is no uv: `make install` fetches it into .tools")
     compiled = {"UV_COMPILE_BYTECODE": "1", "PYC_INVALIDATION_MODE": "UNCHECKED_HASH", "UV_SYSTEM_CERTS": "1"}
-    _run([uv, *arguments], compiled | environment)
+    return _run([uv, *arguments], compiled | environment)
 
 
-def _run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
+def _run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> str:
     inherited = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     done = subprocess.run(
         list(command),
@@ -224,6 +224,7 @@ def _run(command: Sequence[str | Path], environment: Mapping[str, str] | None = 
     )
     if done.returncode:
         raise BuildError(f"{' '.join(map(str, command))}: exit code {done.returncode}\n{done.stdout.strip()[-2000:]}")
+    return done.stdout
 
 
 def _import(root: Path, images: Sequence[Image], blobs: Mapping[str, Path]) -> None:
@@ -259,9 +260,16 @@ def _ctr(socket: Path) -> list[str]:
 
 
 def _packages_key() -> str:
-    """Follows from what the layers below our code are made of."""
-    arguments = [json.dumps(read_dockerfile(path).arguments, sort_keys=True) for path in _DOCKERFILES.values()]
-    return _key([_text(_ROOT / "uv.lock"), *arguments])
+    """Follows from what the layers below our code are made of. Of uv.lock that is what it pins for an image: what only
+    the tests need may change."""
+    parts = []
+    for path in _DOCKERFILES.values():
+        read = read_dockerfile(path)
+        pinned = _uv(
+            "export", "--quiet", "--locked", "--no-header", "--no-dev", "--no-emit-project", *read.words("EXTRAS")
+        )
+        parts += [json.dumps(read.arguments, sort_keys=True), pinned]
+    return _key(parts)
 
 
 def _digest_of_code() -> str:
