@@ -64,6 +64,8 @@ class JobProgress(Contract):
     """Seconds left at the present pace."""
     tokens_per_second: int | None = None
     """Tokens trained per second over all workers."""
+    world_size: int | None = None
+    """Training processes now, of resolved.worldSize."""
     metrics: Annotated[dict[str, str], Field(max_length=16)] = Field(default_factory=dict)
     """The last figures by name."""
     updated_at: datetime | None = None

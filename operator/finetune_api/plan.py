@@ -33,6 +33,7 @@ __all__ = [
     "Decision",
     "DeepSpeedPlan",
     "Device",
+    "ElasticPlan",
     "EvaluationPlan",
     "LearningRatePlan",
     "OptimizationPlan",
@@ -48,6 +49,15 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class ElasticPlan(Contract):
+    """How the run goes on while workers are missing."""
+
+    replicas: list[int]
+    """With how many instead of all, the most first: the global batch divides by the processes of each."""
+    resize_after_seconds: float
+    """How long all are waited for, and how long a group of fewer goes on at least before a larger one."""
+
+
 class WorkersPlan(Contract):
     """The processes that train."""
 
@@ -59,11 +69,23 @@ class WorkersPlan(Contract):
     world_size: int
     """Training processes in all: replicas × max(gpus, 1)."""
     device: Device
+    elastic: ElasticPlan | None = None
+    """None: with all of them or not at all."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of workers with which a group may train, the most first."""
+        return [self.replicas, *(self.elastic.replicas if self.elastic is not None else ())]
+
+    @property
+    def processes_per_worker(self) -> int:
+        """One for each GPU."""
+        return max(self.gpus, 1)
 
     @property
     def cpus_per_process(self) -> float | None:
-        """Cores of one training process: the processes of a worker, one for each GPU, share the worker's."""
-        return None if self.cpus is None else self.cpus / max(self.gpus, 1)
+        """Cores of one training process: those of a worker share the worker's."""
+        return None if self.cpus is None else self.cpus / self.processes_per_worker
 
 
 class BatchPlan(Contract):
@@ -184,3 +206,29 @@ class RunPlan(Contract):
     tracking: Tracking
     decisions: list[Decision] = Field(default_factory=list)
     """What `auto` and left-out fields became, with reasons."""
+
+    def on(self, replicas: int) -> RunPlan:
+        """The same run on so many workers, one of the numbers that it is elastic for: of a global batch that stays as
+        it is each process has more, in passes that are no larger."""
+        if replicas == self.workers.replicas:
+            return self
+        world_size = replicas * self.workers.processes_per_worker
+        share, rest = divmod(self.batch.global_batch_size, world_size)
+        assert not rest, "planning leaves out numbers that do not divide the batch"
+        micro = max(size for size in range(1, self.batch.micro_batch_size + 1) if share % size == 0)
+        batch = {
+            "micro_batch_size": micro,
+            "gradient_accumulation_steps": share // micro,
+            "world_size": world_size,
+        }
+        config = self.deepspeed.config | {
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": share // micro,
+        }
+        return self.model_copy(
+            update={
+                "workers": self.workers.model_copy(update={"replicas": replicas, "world_size": world_size}),
+                "batch": self.batch.model_copy(update=batch),
+                "deepspeed": self.deepspeed.model_copy(update={"config": config}),
+            }
+        )

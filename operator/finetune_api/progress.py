@@ -93,6 +93,8 @@ class Progress(Contract):
     """What is done within the stage: generate, score, judge, train, sync or save. Absent where it has one part only."""
     role: Annotated[str, Field(max_length=200)] | None = None
     """Who does it: policy, critic, vLLM, the rewards by name, or all workers, on whom the others wait."""
+    world_size: int | None = None
+    """Training processes now: fewer than planned while workers are missing. Absent until they train."""
     resumed_from_step: int | None = None
     """Optimizer steps that an earlier attempt had done and that were not done again."""
     checkpoint: SavedCheckpoint | None = None

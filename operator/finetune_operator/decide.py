@@ -33,7 +33,7 @@ from finetune_api.spec import Action
 from finetune_operator import checkpoints, endings, names
 from finetune_operator.conditions import TRAINING_STAGES, Finding
 from finetune_operator.decision import Create, Decision, Delete, Event, Merge
-from finetune_operator.describe import Scene, describe, events, obstacle
+from finetune_operator.describe import Scene, describe, events, obstacle, resized
 from finetune_operator.kinds import CONFIG_MAP, FINETUNE_JOB, RAY_JOB, Key
 from finetune_operator.launch import Blocked, Launch, Prepared, expected_config_maps, judge_spec, prepare
 from finetune_operator.observe import Document, Observed
@@ -216,7 +216,12 @@ class _Pass:
             return
         if outcome is None and progress is not None and shown is not None and shown.updated_at == progress.updated_at:
             return  # each report has a time of its own
-        self.draft.progress = job_progress(outcome, progress)
+        now, before = job_progress(outcome, progress), shown.world_size if shown is not None else None
+        if now is not None and now.world_size is None:
+            now = now.model_copy(update={"world_size": before})  # between two groups of workers
+        self.draft.progress = now
+        if now is not None and self.draft.resolved is not None:
+            self.events += resized(before, now.world_size, self.draft.resolved.world_size)
 
     def _outcome_is_awaited(self, ending: Ending, ray_job: RayJobState | None) -> bool:
         """The RayJob has succeeded, and what the trainers wrote last is still on its way to us."""

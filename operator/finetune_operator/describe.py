@@ -18,7 +18,7 @@ from finetune_operator.states import PodState, RayJobState
 from finetune_operator.status import Draft, clip
 from finetune_operator.times import written
 
-__all__ = ["Scene", "describe", "events", "obstacle"]
+__all__ = ["Scene", "describe", "events", "obstacle", "resized"]
 
 _EVENT_LENGTH = 1024
 _LONGEST_WORDS = 300
@@ -69,6 +69,16 @@ def events(draft: Draft) -> list[Event]:
         if was != (finding.status, finding.reason) and (kind := _kind(finding, *was)) is not None:
             told.append(Event(kind, _event_reason(finding), clip(finding.message, _EVENT_LENGTH)))
     return told
+
+
+def resized(before: int | None, now: int | None, planned: int) -> list[Event]:
+    """What people should hear of a group of workers: of how many training processes it is, if that is new."""
+    if now is None or now == (planned if before is None else before):
+        return []
+    if now < planned:
+        why = "there is no room for the others"
+        return [Event("Warning", "WorkersMissing", f"Training goes on with {now} of {planned} processes: {why}.")]
+    return [Event("Normal", "WorkersComplete", f"Training goes on with all {now} processes: there is room again.")]
 
 
 def obstacle(pods: tuple[PodState, ...]) -> str:

@@ -18,6 +18,7 @@ from finetune_api.plan import (
     Decision,
     DeepSpeedPlan,
     Device,
+    ElasticPlan,
     EvaluationPlan,
     LearningRatePlan,
     OptimizationPlan,
@@ -30,7 +31,7 @@ from finetune_api.runtime import FineTuneRuntime, FineTuneRuntimeSpec
 from finetune_api.spec import Distill, FineTuneJobSpec, Grpo, Method, Model, Ppo, Precision, Quantization
 from finetune_api.spec.fields import memory_bytes
 from finetune_api.uris import Scheme, parse_uri
-from finetune_operator.zero import deepspeed_config, reserved_key_problems
+from finetune_operator.zero import PARTITION_KEYS, deepspeed_config, reserved_key_problems
 
 __all__ = ["plan_run", "storage_of"]
 
@@ -187,7 +188,32 @@ class _Planner:
             cpus=asked.cpus if asked.cpus is not None else pool.cpus,
             world_size=asked.replicas * max(gpus, 1),
             device=Device.CUDA if gpus else Device.CPU,
+            elastic=self._elastic(max(gpus, 1)),
         )
+
+    def _elastic(self, processes_per_worker: int) -> ElasticPlan | None:
+        """The numbers of workers below the full one over whose processes the global batch can be spread evenly."""
+        asked, total = self.spec.cluster.workers, self.spec.training.global_batch_size
+        if asked.min_replicas is None or asked.min_replicas == asked.replicas:
+            return None
+        fewer = [n for n in range(asked.replicas - 1, 0, -1) if total % (n * processes_per_worker) == 0]
+        allowed = [n for n in fewer if n >= asked.min_replicas]
+        field = "cluster.workers.minReplicas"
+        if not allowed:
+            instead = f"set it to {fewer[0]}" if fewer else "remove it"
+            why = f"no number of workers from it to {asked.replicas - 1} divides globalBatchSize {total} evenly"
+            self._refuse(field, asked.min_replicas, f"{why}; {instead}")
+        hang = self.spec.failure_policy.hang_timeout_seconds
+        if asked.resize_after_seconds >= hang:
+            message = f"must be below failurePolicy.hangTimeoutSeconds ({hang}): waiting would be taken for a hang"
+            self._refuse("cluster.workers.resizeAfterSeconds", asked.resize_after_seconds, message)
+        config = self.spec.deepspeed.config.get("zero_optimization")
+        zero = config if isinstance(config, Mapping) else {}
+        for key in sorted(PARTITION_KEYS & zero.keys()):
+            message = "fixes how workers are partitioned, and minReplicas lets their number change; remove one of them"
+            self._refuse(f"deepspeed.config.zero_optimization.{key}", zero[key], message)
+        self._decide(field, ", ".join(map(str, allowed)), f"workers that can share {total} sequences evenly")
+        return ElasticPlan(replicas=allowed, resize_after_seconds=asked.resize_after_seconds)
 
     def _precision(self, workers: WorkersPlan) -> Precision:
         asked = self.spec.training.precision

@@ -178,6 +178,7 @@ def job_progress(outcome: Outcome | None, progress: Progress | None) -> JobProgr
         percent=min(100, 100 * step // total) if total else None,
         eta_seconds=math.ceil(eta) if eta is not None else None,
         tokens_per_second=_whole(progress.tokens_per_second if progress else None),
+        world_size=progress.world_size if progress else None,
         metrics=_as_text(metrics),
         updated_at=progress.updated_at if progress else None,
     )

@@ -14,12 +14,13 @@ from finetune_api.plan import BatchPlan
 from finetune_api.problems import shorten
 from finetune_api.spec import DeepSpeed, Precision
 
-__all__ = ["RESERVED_KEYS", "deepspeed_config", "reserved_key_problems"]
+__all__ = ["PARTITION_KEYS", "RESERVED_KEYS", "deepspeed_config", "reserved_key_problems"]
 
 RESERVED_KEYS: dict[str, str] = {
     "train_batch_size": "training.globalBatchSize",
     "train_micro_batch_size_per_gpu": "training.microBatchSize",
     "gradient_accumulation_steps": "training.globalBatchSize and training.microBatchSize",
+    "elasticity": "cluster.workers.minReplicas",
     "managed_gradient_accumulation": "training.microBatchSize",
     "gradient_allreduce_op": "training.globalBatchSize",
     "gradient_clipping": "training.maxGradNorm",
@@ -38,6 +39,9 @@ RESERVED_KEYS: dict[str, str] = {
     "wandb": "tracking.wandb",
     "steps_per_print": "training.logEverySteps",
 }
+
+PARTITION_KEYS = frozenset({"zero_hpz_partition_size", "mics_shard_size"})
+"""Of zero_optimization: into groups of how many processes all of them are divided."""
 
 _BLOCKS = {key[:place] for key in RESERVED_KEYS for place, letter in enumerate(key) if letter == "."}
 """Mappings that hold a reserved key: anything else in their place would take the key away."""

@@ -184,7 +184,14 @@ EXAMPLES = {
                 "config": {"a": {"b": 1}},
             },
             "cluster": {
-                "workers": {"replicas": 2, "gpus": 1, "cpus": 4, "memory": "64Gi"},
+                "workers": {
+                    "replicas": 2,
+                    "minReplicas": 1,
+                    "resizeAfterSeconds": 60,
+                    "gpus": 1,
+                    "cpus": 4,
+                    "memory": "64Gi",
+                },
                 "head": _HEAD,
                 "image": "registry.local/trainers:1",
                 "rayVersion": "2.60.0",

@@ -282,6 +282,21 @@ RULE_ROWS = [
         {"training.microBatchSize": 4, "cluster.workers": {"replicas": 3, "gpus": 0}},
     ),
     RuleRow(
+        "Workers",
+        "minReplicas is more than replicas, which is the most; lower it",
+        "spec.cluster.workers.minReplicas",
+        {"cluster.workers": {"replicas": 2, "minReplicas": 3}, "checkpoint": {}},
+    ),
+    *(
+        RuleRow(
+            "FineTuneJobSpec",
+            "minReplicas needs a checkpoint to go on from; add a checkpoint block (resume: auto), or remove it",
+            "spec.cluster.workers.minReplicas",
+            {"cluster.workers": {"replicas": 2, "minReplicas": 1}} | checkpoint,
+        )
+        for checkpoint in ({}, {"checkpoint": {"resume": "never"}})
+    ),
+    RuleRow(
         "FineTuneJobSpec",
         "a quantized base cannot be split by zeroStage 3; set deepspeed.zeroStage to 2 or less",
         "spec.deepspeed.zeroStage",

@@ -41,6 +41,64 @@ def decided(planned: RunPlan) -> dict[str, tuple[str, str]]:
     return {decision.field.removeprefix("spec."): (decision.value, decision.reason) for decision in planned.decisions}
 
 
+ELASTIC = {"cluster.workers": {"replicas": 4, "minReplicas": 1}, "checkpoint": {}, "training.globalBatchSize": 64}
+
+
+class TestElasticWorkers:
+    def test_numbers_that_do_not_divide_the_batch_are_left_out(self) -> None:
+        planned = plan(ELASTIC)
+        assert planned.workers.sizes == [4, 2, 1]
+        assert decided(planned)["cluster.workers.minReplicas"] == ("2, 1", "workers that can share 64 sequences evenly")
+
+    def test_those_below_the_least_are_left_out(self) -> None:
+        assert plan(ELASTIC | {"cluster.workers.minReplicas": 2}).workers.sizes == [4, 2]
+
+    def test_each_gpu_of_a_worker_takes_its_share(self) -> None:
+        changes = {"cluster.workers": {"replicas": 4, "minReplicas": 1, "gpus": 8}, "training.globalBatchSize": 96}
+        assert plan(ELASTIC | changes).workers.sizes == [4, 3, 2, 1]
+        assert plan(ELASTIC | changes | {"training.globalBatchSize": 64}).workers.sizes == [4, 2, 1]
+
+    @pytest.mark.parametrize("least", [None, 4])
+    def test_a_job_that_needs_all_of_them_is_not_elastic(self, least: int | None) -> None:
+        planned = plan(ELASTIC | {"cluster.workers": {"replicas": 4} | ({"minReplicas": least} if least else {})})
+        assert planned.workers.elastic is None
+        assert planned.workers.sizes == [4]
+
+    @pytest.mark.parametrize("replicas", [4, 2, 1])
+    def test_the_batch_stays_and_no_pass_is_larger(self, replicas: int) -> None:
+        whole = plan(ELASTIC | {"training.microBatchSize": 8, "deepspeed.zeroStage": 2})
+        on = whole.on(replicas)
+        assert on.batch.global_batch_size == whole.batch.global_batch_size == 64
+        assert (on.workers.replicas, on.workers.world_size, on.batch.world_size) == (replicas,) * 3
+        assert on.batch.micro_batch_size == 8
+        assert on.batch.gradient_accumulation_steps == 64 // 8 // replicas
+        config = on.deepspeed.config
+        assert config["train_batch_size"] == 64
+        assert config["train_micro_batch_size_per_gpu"] == on.batch.micro_batch_size
+        assert config["gradient_accumulation_steps"] == on.batch.gradient_accumulation_steps
+        assert on.deepspeed.zero_stage == whole.deepspeed.zero_stage
+
+    def test_a_pass_that_does_not_divide_a_larger_share_becomes_smaller(self) -> None:
+        whole = plan(ELASTIC | {"training.globalBatchSize": 36, "training.microBatchSize": 9})
+        batches = [whole.on(size).batch for size in (4, 3, 2, 1)]
+        passes = [(one.micro_batch_size, one.gradient_accumulation_steps) for one in batches]
+        assert passes == [(9, 1), (6, 2), (9, 2), (9, 4)]
+
+    def test_a_plan_on_all_of_them_is_the_plan(self) -> None:
+        planned = plan(ELASTIC)
+        assert planned.on(4) is planned
+
+    @pytest.mark.parametrize(("batch", "right"), [(64, "set it to 4"), (7, "set it to 1")])
+    def test_a_least_number_that_nothing_follows_from_is_refused(self, batch: int, right: str) -> None:
+        changes = {"cluster.workers": {"replicas": 8 if batch == 64 else 7, "minReplicas": 5}}
+        [problem] = problems(ELASTIC | changes | {"training.globalBatchSize": batch})
+        assert problem.path == "spec.cluster.workers.minReplicas"
+        assert problem.message.endswith(right)
+
+    def test_a_configuration_that_is_no_mapping_is_left_to_those_who_judge_it(self) -> None:
+        assert problems(ELASTIC | {"deepspeed.config": {"zero_optimization": 3}})
+
+
 class TestWorkers:
     def test_one_cpu_process_is_the_default(self) -> None:
         planned = plan()

@@ -117,6 +117,9 @@ class Alone:
     def preemption(self) -> object | None:
         return None
 
+    def has_room(self) -> bool:
+        return False
+
 
 class Kept:
     """Remembers at which steps the parameters were kept."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from finetune_api.plan import Device, RunPlan
 from finetune_api.progress import Stage
 from finetune_trainers.progress import PROGRESS_FILE, FileSink, Sink
+from finetune_trainers.resizing import Room
 
 __all__ = ["STOP_FILE", "RayTrainContext", "SingleProcessContext", "WorkerContext", "threads_per_worker"]
 
@@ -62,6 +63,10 @@ class WorkerContext(Protocol):
         one. Rank 0 decides what follows."""
         ...
 
+    def has_room(self) -> bool:
+        """Whether a larger group could start in the place of this one. Rank 0 decides what follows."""
+        ...
+
 
 class _FileSignals:
     """The half that both contexts share: progress and stop requests pass through files of the run's folder."""
@@ -81,6 +86,9 @@ class _FileSignals:
 
     def preemption(self) -> object | None:
         return None
+
+    def has_room(self) -> bool:
+        return False
 
 
 class SingleProcessContext(_FileSignals):
@@ -111,7 +119,8 @@ class SingleProcessContext(_FileSignals):
 class RayTrainContext(_FileSignals):
     """One worker of a Ray Train group, whose torch process group Ray has already set up."""
 
-    def __init__(self, plan: RunPlan, workdir: Path) -> None:
+    def __init__(self, plan: RunPlan, workdir: Path, group_id: str | None = None) -> None:
+        """`group_id` names the group to a driver that looks for room for a larger one."""
         import ray.train
         import ray.train.torch
 
@@ -123,9 +132,13 @@ class RayTrainContext(_FileSignals):
         self.device = ray.train.torch.get_device() if plan.workers.device is Device.CUDA else torch.device("cpu")
         self.local_world_size = group.get_local_world_size()
         self._preemptions = _preemptions()
+        self._room = Room(group_id) if group_id is not None else None
 
     def preemption(self) -> object | None:
         return getattr(self._preemptions, "preemption_info", None)
+
+    def has_room(self) -> bool:
+        return self._room is not None and self._room.there_is()
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.world_size > 1:

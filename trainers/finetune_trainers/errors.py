@@ -6,6 +6,7 @@
       ├── NonFiniteLossError     the loss or gradient is NaN or infinite; raised before the update
       ├── KLDivergedError        the model strayed too far from its reference
       ├── OutOfMemoryError       a worker ran out of the device's or the machine's memory
+      ├── PeerLostError          the connection to another worker broke off: it is gone, for a reason of its own
       └── StorageError           files that cannot be read or written
 
 Raised where the fault is seen, turned into an `Outcome` and an exit code once, in `__main__`.
@@ -25,6 +26,7 @@ __all__ = [
     "KLDivergedError",
     "NonFiniteLossError",
     "OutOfMemoryError",
+    "PeerLostError",
     "StorageError",
     "TrainerError",
     "UserError",
@@ -73,11 +75,19 @@ class OutOfMemoryError(TrainerError):
     failure_class = FailureClass.OUT_OF_MEMORY
 
 
+class PeerLostError(TrainerError):
+    """Told by a worker that survives, often before anybody has noticed the one that is gone."""
+
+
 class StorageError(TrainerError):
     failure_class = FailureClass.STORAGE_ERROR
 
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE}
+
+
+_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+"""What gloo and NCCL say of a worker that is gone."""
 
 
 def classified(error: BaseException) -> TrainerError:
@@ -97,6 +107,8 @@ def classified(error: BaseException) -> TrainerError:
         )
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
         return StorageError(f"A file could not be written or read: {error}")
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _PEER_LOST):
+        return PeerLostError(f"The connection to another worker broke off: {first_line(error)}")
     return TrainerError(f"{type(error).__name__}: {first_line(error)}")
 
 

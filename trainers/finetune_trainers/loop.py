@@ -7,7 +7,7 @@
         not finite? end here, before the update
         update
         log; evaluate when it is time; stop early when it no longer gets better
-        save a checkpoint when it is time
+        save a checkpoint when it is time; give way when it is whole and a larger group waits for it
     asked to stop? save a checkpoint of the steps that no checkpoint has
 
 Runs on every rank, in step. It decides nothing from a rank's own view: what ranks could see differently (a stop
@@ -81,6 +81,8 @@ class SaveNews(NamedTuple):
     """Why there is none of a step for which one was tried."""
     skipped: str | None = None
     """Why none was tried when one was due."""
+    gives_way: bool = False
+    """All that was trained is in a whole checkpoint, and another group of workers is to go on from it. On all ranks."""
 
 
 class SavesCheckpoints(Protocol):
@@ -114,6 +116,8 @@ class LoopResult:
     stopped_early: bool = False
     cancelled: bool = False
     """A stop was asked for; the steps done are whole ones."""
+    gives_way: bool = False
+    """The stop was for another group of workers, which goes on."""
     best_step: int | None = None
     """The step whose parameters were kept as the best; None without early stopping."""
     eval: EvalSummary | None = None
@@ -191,7 +195,9 @@ class Loop:
             if self._evaluation_is_due() and self._evaluate():
                 result.stopped_early = result.step < self._total
                 break
-            self._save(ended=False)
+            if self._save(ended=False):
+                result.cancelled = result.gives_way = True
+                break
         self._save(ended=True)
         return result
 
@@ -230,10 +236,10 @@ class Loop:
         """Where a method that learns several steps from the same rollouts can be left, and gone on with."""
         return self.result.step % self._iteration == 0
 
-    def _save(self, ended: bool) -> None:
-        """What a step's end, or the end of training, has to do with checkpoints."""
+    def _save(self, ended: bool) -> bool:
+        """What a step's end, or the end of training, has to do with checkpoints; True when others are to go on."""
         if self._checkpoints is None:
-            return
+            return False
         step, start, self._told_of_saving = self.result.step, self._clock(), False
         if ended:
             self._tell_of_saving()
@@ -247,6 +253,7 @@ class Loop:
             self.always_report(save_failure=news.failure)
         if any(news) or (self._told_of_saving and not ended):
             self._report(Stage.TRAINING, urgent=True, message=news.failure or news.skipped)
+        return news.gives_way
 
     def _memory_to_save(self) -> LoopMemory:
         """Asked for when a checkpoint is about to be made."""

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import traceback
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -29,9 +30,17 @@ from finetune_api.failures import FailureClass
 from finetune_api.plan import Device, RunPlan
 from finetune_api.uris import in_bucket
 from finetune_trainers import ray_warm
-from finetune_trainers.errors import OutOfMemoryError, StorageError, TrainerError, classified, first_line
+from finetune_trainers.errors import (
+    OutOfMemoryError,
+    PeerLostError,
+    StorageError,
+    TrainerError,
+    classified,
+    first_line,
+)
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.progress import PROGRESS_FILE, last_report
+from finetune_trainers.resizing import Growth, first_size, room_in_ray, tell_of_room
 from finetune_trainers.worker_process import LOG_FILE, train
 
 if TYPE_CHECKING:
@@ -75,6 +84,7 @@ class RayWorkers:
         self._function = function
         self._address = os.environ.get("RAY_ADDRESS")
         self._shortcuts = self._address is None and version("ray").startswith(SHORTCUTS_FOR)
+        self._run_id = uuid.uuid4().hex
         self._temporary: Path | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
         self._started: Future[None] | None = None
@@ -179,46 +189,92 @@ class RayWorkers:
     def _fit(self, prepared: PreparedRun, workdir: Path, tell: Callable[[str], None]) -> WorkerResult:
         """One group after the other, until one trains to its end or fails for a reason."""
         number, left, saved = 0, MOST_REPLACEMENTS, _saved_step(self._plan, workdir)
+        wanted = self._plan.workers.replicas
         while True:
+            size = self._size(wanted, tell)
+            name = f"{self._plan.name}-{number}"
+            number, wanted = number + 1, self._plan.workers.replicas
             try:
-                return self._fit_group(prepared, workdir, f"{self._plan.name}-{number}")
+                with self._growth(size, name) as growth:
+                    result = self._fit_group(self._plan.on(size), prepared, workdir, name)
+                if not result.training.gives_way:
+                    return result
+                assert growth.wanted is not None, "nobody else tells a group of room"
+                wanted = growth.wanted
+                tell(f"All is saved, and there is room for {wanted} workers instead of {size}.")
             except Exception as error:
                 if (now := _saved_step(self._plan, workdir)) > saved:
                     left, saved = MOST_REPLACEMENTS, now
                 if not left or not self._resumes or not _is_loss(error):
                     raise
-                number, left = number + 1, left - 1
+                left -= 1
                 tell(f"{_first_cause(error).message} Other workers start, and go on from the newest checkpoint.")
+
+    def _size(self, wanted: int, tell: Callable[[str], None]) -> int:
+        """With how many workers the next group starts. One that must be whole is left to Ray Train, which waits."""
+        elastic = self._plan.workers.elastic
+        if elastic is None:
+            return wanted
+        size = first_size(self._plan.workers.sizes, wanted, elastic.resize_after_seconds, self._room_for)
+        if size < wanted:
+            waited = f"{elastic.resize_after_seconds:g} s (spec.cluster.workers.resizeAfterSeconds)"
+            all_of_them = self._plan.workers.replicas
+            tell(f"Training goes on with {size} of {all_of_them} workers: there is no room for more after {waited}.")
+        return size
+
+    def _growth(self, size: int, group: str) -> Growth:
+        """What looks for room for a larger group than this."""
+        return Growth(
+            self._plan.workers.sizes, size, self._room_for, lambda there_is: tell_of_room(self._id(group), there_is)
+        )
+
+    def _room_for(self, num_workers: int, seconds: float) -> bool:
+        return room_in_ray(self._resources, num_workers * self._plan.workers.processes_per_worker, seconds)
+
+    def _id(self, group: str) -> str:
+        """Of a group of this run, among all that Ray has ever seen."""
+        return f"{self._run_id}/{group}"
 
     @property
     def _resumes(self) -> bool:
         return self._plan.checkpoint is not None and self._plan.checkpoint.resume
 
-    def _fit_group(self, prepared: PreparedRun, workdir: Path, name: str) -> WorkerResult:
-        """`name` is new each time: Ray Train would take up what it has noted under an old one."""
+    @property
+    def _resources(self) -> dict[str, float]:
+        """Of one process, as Ray counts them."""
+        workers = self._plan.workers
+        cpus = 1.0 if self._address is None else workers.cpus_per_process or 1.0
+        return {"CPU": cpus} | ({"GPU": 1.0} if workers.device is Device.CUDA else {})
+
+    def _fit_group(self, plan: RunPlan, prepared: PreparedRun, workdir: Path, name: str) -> WorkerResult:
+        """`plan` is of the group's size. `name` is new each time: Ray Train would take up what it has noted under an
+        old one."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig
 
-        workers = self._plan.workers
+        workers = plan.workers
         on_gpu = workers.device is Device.CUDA
-        own_ray = self._address is None
-        resources = {"CPU": 1.0 if own_ray else workers.cpus_per_process or 1.0} | ({"GPU": 1.0} if on_gpu else {})
+        # Ray Train would begin again with as many workers, and wait for them without an end.
+        retries: Any = {"max_failures": 0, "max_preemption_failures": 0}
+        if workers.elastic is not None:
+            retries["controller_failure_limit"] = 0
         storage = workdir / "ray"
         trainer = self._trainer_class()(
             self._function,  # what it returns is the result's return_value
             train_loop_config={
-                "plan": self._plan.model_dump_json(by_alias=True),
+                "plan": plan.model_dump_json(by_alias=True),
                 "prepared": prepared.model_dump_json(by_alias=True),
                 "workdir": str(workdir),
+                **({"group": self._id(name)} if workers.elastic is not None else {}),
             },
             torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=workers.world_size, use_gpu=on_gpu, resources_per_worker=resources
+                num_workers=workers.world_size, use_gpu=on_gpu, resources_per_worker=self._resources
             ),
             run_config=RunConfig(
                 name=name,
                 storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=0),
+                failure_config=FailureConfig(**retries),
                 worker_runtime_env={"env_vars": self._warm_environment()},  # type: ignore[call-arg]
             ),
         )
@@ -266,15 +322,23 @@ def _saved_step(plan: RunPlan, workdir: Path) -> int:
     return -1 if newest is None else newest.intent.step
 
 
+_LOSSES = ("PreemptionError", "WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
+"""Of a group as a whole: its machine was taken away, or others were faster when there was room for it."""
+
+
 def _is_loss(error: BaseException) -> bool:
     """Whether workers are gone, for no reason that would hold for their successors: memory that is too small would."""
     failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    if not failures:
+        return any(type(one).__name__ in _LOSSES for one in (error, getattr(error, "controller_failure", None)))
     typed = [failure for failure in failures.values() if isinstance(failure, TrainerError)]
     out_of_memory = getattr(sys.modules.get("ray.exceptions"), "OutOfMemoryError", ())
     if any(isinstance(failure, out_of_memory) for failure in failures.values()):
         return False
     lost = (FailureClass.NODE_LOST, TrainerError.failure_class)
-    return len(typed) < len(failures) and all(failure.failure_class in lost for failure in typed)
+    if len(typed) < len(failures):
+        return all(failure.failure_class in lost for failure in typed)
+    return all(isinstance(failure, PeerLostError) for failure in typed)  # the one that is gone is not yet missed
 
 
 def _first_cause(error: BaseException) -> TrainerError:

@@ -16,6 +16,7 @@ A save that fails is told and does not end the training; the next one is tried w
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -76,6 +77,8 @@ class Votes(NamedTuple):
     """A rank's part of something is not durable yet."""
     preempted: float = 0.0
     """Rank 0: a machine is about to be taken away, and nothing was saved since that was known."""
+    resize: float = 0.0
+    """Rank 0: it is time for a larger group of workers, for which there is room."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ class Checkpoints:
         self._all_written_at: float | None = None
         self._heeded: object | None = None
         """The preemption that the last checkpoint was made in the knowledge of."""
+        self._resize_at = math.inf
+        """When this group of workers may give way to a larger one."""
         self._told_steps: set[int] = set()
         """Whose failure every rank knows of."""
         self.rejected: list[str] = []
@@ -152,6 +157,7 @@ class Checkpoints:
             saved = saved_checkpoint(self._uri, found.manifest, found.manifest.intent.created)
             resumed = Resumed(step, found.read.memory, saved)
         self._flushes = Flushes(self._begin(taken), self._clock)
+        self._may_give_way_later()
         return resumed
 
     def _take_fence(self) -> _Taken:
@@ -195,12 +201,22 @@ class Checkpoints:
             superseded=float(flushes.superseded is not None),
             writing=float(flushes.is_writing),
             preempted=float(step % self._iteration == 0 and self._preemption() is not None),
+            resize=float(step % self._iteration == 0 and self._should_give_way(step)),
         )
 
     def _preemption(self) -> object | None:
         """A word of a preemption that nothing was saved for yet. Training goes on: it may come late, or not at all."""
         word = self._context.preemption() if self._context.rank == 0 else None
         return word if word != self._heeded else None
+
+    def _should_give_way(self, step: int) -> bool:
+        """Not too soon, lest training be nothing but starts, and never after the last step."""
+        is_time = self._clock() >= self._resize_at and step < self._prepared.total_steps
+        return self._context.rank == 0 and is_time and self._context.has_room()
+
+    def _may_give_way_later(self) -> None:
+        elastic = self._plan.workers.elastic
+        self._resize_at = math.inf if elastic is None else self._clock() + elastic.resize_after_seconds
 
     def after_step(self, step: int, sums: Sequence[float], memory: Callable[[], LoopMemory]) -> SaveNews:
         """Act on the sums of all ranks' votes. Raises SupersededError when a newer attempt has begun."""
@@ -210,6 +226,12 @@ class Checkpoints:
         if votes.failed:
             failures = self._settle_failures()
         self._give_up_the_invisible(nobody_writes=not votes.writing)
+        if votes.resize:
+            self._may_give_way_later()  # should no checkpoint come of it
+            failures += self._commit(step, memory() if step != self._staged_step else None)
+            published = self._started.published
+            is_whole = self._context.broadcast_object(published is not None and published.step == step)
+            return self._news(failures)._replace(gives_way=is_whole)
         if votes.preempted and not votes.behind and step != self._staged_step:
             self._stage(step, memory())
         elif votes.due and step != self._staged_step:
@@ -226,14 +248,7 @@ class Checkpoints:
         """The last call but `close`: save `step` too, unless `memory` is None or it is saved, and wait until everything
         is durable, ten minutes at most. Raises SupersededError."""
         flushes, deadline = self._started, self._clock() + FINISH_SECONDS
-        if memory is not None and step != self._staged_step:
-            self._stage(step, memory)
-        flushes.wait(lambda: not flushes.is_writing, deadline)
-        failures = self._settle_failures()
-        if not any(self._context.all_gather_object(flushes.is_writing)):
-            flushes.wait(lambda: not flushes.publishing, min(deadline, self._clock() + VISIBLE_SECONDS))
-            for number in flushes.publishing:
-                flushes.give_up(number, self._invisible)
+        failures = self._commit(step, memory)
         flushes.wait(lambda: not flushes.publishing, deadline)
         self._forget_told()
         failures += [_failed(step, reason) for step, reason in flushes.failures.items()]
@@ -246,6 +261,20 @@ class Checkpoints:
         if superseded is not None:
             raise SupersededError(superseded)
         return self._news(failures)
+
+    def _commit(self, step: int, memory: LoopMemory | None) -> list[str]:
+        """Save `step` too, unless `memory` is None or it is saved, and wait until everything is durable, or given up
+        for being invisible to rank 0. Collective -> failures to tell."""
+        flushes, deadline = self._started, self._clock() + FINISH_SECONDS
+        if memory is not None and step != self._staged_step:
+            self._stage(step, memory)
+        flushes.wait(lambda: not flushes.is_writing, deadline)
+        failures = self._settle_failures()
+        if not any(self._context.all_gather_object(flushes.is_writing)):
+            flushes.wait(lambda: not flushes.publishing, min(deadline, self._clock() + VISIBLE_SECONDS))
+            for number in flushes.publishing:
+                flushes.give_up(number, self._invisible)
+        return failures
 
     def close(self) -> None:
         """The writer finishes what it was given, and is not waited for."""

@@ -89,6 +89,7 @@ def run(plan: RunPlan, prepared: PreparedRun, context: WorkerContext, workdir: P
             if (resumed := checkpoints.resume()) is not None:
                 loop.resume(resumed.step, resumed.memory, resumed.checkpoint)
             loop.always_report(rejected_checkpoints=checkpoints.rejected[:4])
+        loop.always_report(world_size=context.world_size)
         training = loop.run()
         calibration = _calibrated(method, engine, evaluator, training)
         engine.close()

@@ -26,7 +26,8 @@ LOG_FILE = "trainer.log"
 
 
 def train(orders: dict[str, str]) -> WorkerResult:
-    """Run one worker of the group. `orders` holds plan and prepared as JSON, and workdir. Raises TrainerError only."""
+    """Run one worker of the group. `orders` holds plan and prepared as JSON, workdir, and the group's id
+    where it may be asked to give way to a larger one. Raises TrainerError only."""
     import ray.train
 
     workdir = Path(orders["workdir"])
@@ -38,7 +39,7 @@ def train(orders: dict[str, str]) -> WorkerResult:
         from finetune_trainers.preparing import prepared_here
 
         plan = RunPlan.model_validate_json(orders["plan"])
-        context = RayTrainContext(plan, workdir)
+        context = RayTrainContext(plan, workdir, orders.get("group"))
         prepared = prepared_here(plan, PreparedRun.model_validate_json(orders["prepared"]), context)
         return worker.run(plan, prepared, context, workdir)
     except BaseException as error:

@@ -172,6 +172,14 @@ class FineTuneJobSpec(Contract):
             field="training.globalBatchSize",
         ),
         Rule(
+            cel="!has(self.cluster.workers.minReplicas) || (has(self.checkpoint) && self.checkpoint.resume == 'auto')",
+            message="minReplicas needs a checkpoint to go on from; add a checkpoint block (resume: auto), or remove it",
+            holds=lambda s: (
+                s.cluster.workers.min_replicas is None or (s.checkpoint is not None and s.checkpoint.resume == "auto")
+            ),
+            field="cluster.workers.minReplicas",
+        ),
+        Rule(
             cel="!has(self.tuning.lora) || self.tuning.lora.quantization == 'none'"
             " || !has(self.deepspeed.zeroStage) || self.deepspeed.zeroStage != 3",
             message="a quantized base cannot be split by zeroStage 3; set deepspeed.zeroStage to 2 or less",

@@ -27,8 +27,8 @@ class Checkpoint(Contract):
     """Weights, optimizer state and position in the data, saved so that the next attempt goes on where this one was."""
 
     every_steps: EverySteps = "auto"
-    """Optimizer steps between two checkpoints, or `auto`: as often as saving takes no more than a hundredth of the
-    time, between one minute and half an hour apart. One is also made when the run is asked to stop."""
+    """Optimizer steps between two checkpoints, or `auto`: so that saving takes no more than a hundredth of the
+    time, 1 to 30 minutes apart. One is also made when the run is asked to stop."""
     when_behind: Literal["skip", "wait"] = "skip"
     """When one is due while two earlier ones are still being written: `skip` leaves it out, `wait` stops training
     until there is room."""

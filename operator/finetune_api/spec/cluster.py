@@ -65,12 +65,25 @@ class Workers(Contract):
 
     replicas: Annotated[int, Field(ge=1, le=1024)] = 1
     """Number of workers (pods in a cluster, processes on a laptop)."""
+    min_replicas: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Fewest that training goes on with, from a checkpoint, while others are missing. Left out: replicas."""
+    resize_after_seconds: Annotated[int, Field(ge=1, le=86_400)] = 300
+    """How long missing workers are waited for, and fewer train at least before more join them."""
     gpus: Annotated[int, Field(ge=0, le=16)] | None = None
     """GPUs of one worker; each runs one training process. 0 trains on the CPU. Left out: the runtime's, or 0."""
     cpus: Annotated[float, Field(gt=0, le=1024)] | None = None
     """CPU cores of one worker. Left out: what the runtime says, or the machine's cores shared evenly."""
     memory: Memory | None = None
     """Memory of one worker pod, such as 64Gi. Left out: the runtime's. A laptop does not limit it."""
+
+    rules = (
+        Rule(
+            cel="!has(self.minReplicas) || self.minReplicas <= self.replicas",
+            message="minReplicas is more than replicas, which is the most; lower it",
+            holds=lambda w: w.min_replicas is None or w.min_replicas <= w.replicas,
+            field="minReplicas",
+        ),
+    )
 
 
 class Head(Contract):

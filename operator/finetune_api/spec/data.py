@@ -57,8 +57,8 @@ class Columns(Contract):
     rejected: ColumnName | None = None
     """preference: the worse answer, in the same way."""
     margin: ColumnName | None = None
-    """preference: by how much the chosen answer is better, a number of at least 0 that method.reward learns to put
-    between the scores; may be empty."""
+    """preference: how much better the chosen answer is, at least 0: method.reward learns to put that between the
+    scores; may be empty."""
     label: ColumnName | None = None
     """unpaired-preference: whether the answer is good, true or false."""
 
@@ -74,14 +74,14 @@ class DataSource(Contract):
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Branch, tag or commit of an hf:// dataset."""
     format: DataFormat = DataFormat.AUTO
-    """Layout of a row. `auto` reads it from the columns of the first row, among those that the method learns from:
-    reward, dpo and orpo learn from `preference`, kto from `unpaired-preference`, ppo and grpo from `prompt`, sft and
-    distill from the others. Rows of `prompt` are asked and not answered; their other columns are given to rewards."""
+    """Layout of a row; `auto` reads it from the first one's columns. reward, dpo and orpo learn from `preference`,
+    kto from `unpaired-preference`, ppo and grpo from `prompt`, whose other columns rewards get, the rest from the
+    others."""
     columns: Columns | None = None
     """Column names where they differ from the format's own."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """How often a row of this source is seen per epoch: 1 is once, 0.5 is a random half of the rows, another half
-    in the next epoch, 3 is three times."""
+    """How often a row of this source is seen per epoch: 3 is three times, 0.5 a random half of the rows, another
+    half in the next epoch."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Take only the first rows of the source."""
 

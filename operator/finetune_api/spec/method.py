@@ -24,14 +24,14 @@ class Reward(Contract):
     max_seq_length: MaxSeqLength = 2048
     """Tokens of a prompt with one answer."""
     long_rows: LongRows = "error"
-    """What to do with a pair in which a prompt with its answer is longer than maxSeqLength: `error` stops before
+    """A pair of which a prompt with its answer is longer than maxSeqLength: `error` stops before
     training and names the rows, `truncate` cuts the end of the answer, `drop` leaves the pair out."""
     center_coefficient: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Weight of (chosen + rejected)², which keeps scores around zero; 0.01 is usual. Only differences are learned
     otherwise (Eisenstein et al. 2023, arXiv 2312.09244)."""
     squash: bool = False
-    """Calibrated scores are to be read as sigmoid((score - mean) / scale), from 0 to 1. The mean and the scale are
-    written into the artifact either way."""
+    """Scores are to be read as sigmoid((score - mean) / scale), from 0 to 1; the artifact has both figures either
+    way."""
 
 
 class Dpo(Contract):
@@ -41,7 +41,7 @@ class Dpo(Contract):
     max_seq_length: MaxSeqLength = 2048
     """Tokens of a prompt with one answer."""
     long_rows: LongRows = "error"
-    """What to do with a pair in which a prompt with its answer is longer than maxSeqLength: `error` stops before
+    """A pair of which a prompt with its answer is longer than maxSeqLength: `error` stops before
     training and names the rows, `truncate` cuts the end of the answer, `drop` leaves the pair out."""
     beta: Beta = 0.1
     """How strongly the model is held to the reference: more holds it closer."""
@@ -68,7 +68,7 @@ class Kto(Contract):
     max_seq_length: MaxSeqLength = 2048
     """Tokens of a prompt with its answer."""
     long_rows: LongRows = "error"
-    """What to do with a row longer than maxSeqLength: `error` stops before training and names the rows, `truncate`
+    """A row longer than maxSeqLength: `error` stops before training and names the rows, `truncate`
     cuts the end of the answer, `drop` leaves the row out."""
     beta: Beta = 0.1
     """How strongly the model is held to the reference: more holds it closer."""
@@ -86,7 +86,7 @@ class Orpo(Contract):
     max_seq_length: MaxSeqLength = 2048
     """Tokens of a prompt with one answer."""
     long_rows: LongRows = "error"
-    """What to do with a pair in which a prompt with its answer is longer than maxSeqLength: `error` stops before
+    """A pair of which a prompt with its answer is longer than maxSeqLength: `error` stops before
     training and names the rows, `truncate` cuts the end of the answer, `drop` leaves the pair out."""
     beta: Beta = 0.1
     """Weight of the odds ratio beside the chosen answer's own loss."""

@@ -28,8 +28,8 @@ class Model(Contract):
     """`tokenizer` uses the template that the tokenizer brings. `chatml` and `plain` are stored templates for a
     tokenizer without one; the template is saved with the artifact."""
     parameters: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?[MBT]$", max_length=12)] | None = None
-    """Size hint such as 135M or 8B. Planning reads it for `learningRate: auto`; without it the size is taken from
-    the source's name, or from the model itself before training starts."""
+    """Size hint such as 135M or 8B, for `learningRate: auto`. Left out: what the source's name says, or the model
+    itself before training starts."""
     trust_remote_code: bool = False
     """Run Python code that the model repository ships. Leave it off unless you have read that code."""
 

@@ -40,7 +40,7 @@ class Sampling(Contract):
     """Draw from the likeliest tokens that have this much of the probability. Below 1 the rollouts are no longer samples
     of the policy that learns."""
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """Draw from so many of the likeliest tokens; 0 draws from all. What is said of topP holds here too."""
+    """Draw from so many of the likeliest tokens; 0: from all. See topP."""
 
 
 class Vllm(Contract):
@@ -62,7 +62,7 @@ class OnlineMethod(Contract):
     max_seq_length: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     """Tokens of a prompt with its answer. Prompts may have maxSeqLength - sampling.maxNewTokens."""
     long_rows: Literal["error", "drop"] = "error"
-    """What to do with a longer prompt: `error` stops before training and names the rows, `drop` leaves it out."""
+    """A longer prompt: `error` stops before training and names the rows, `drop` leaves it out."""
     mini_batches: Annotated[int, Field(ge=1, le=1024)] = 1
     """Optimizer steps in which all rollouts of an iteration are learned from once: an iteration has miniBatches ×
     globalBatchSize rollouts."""
@@ -74,8 +74,8 @@ class OnlineMethod(Contract):
     missing_eos_penalty: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Taken off the reward of a rollout that was cut off before it had ended."""
     max_kl: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Nats per token between the model and its reference, at which the run fails with KLDiverged rather than ruin the
-    model: rollouts of such an iteration are not learned from, and checkpoints are from before it. 0: no limit."""
+    """Nats per token between model and reference at which the run fails with KLDiverged: rollouts of such an
+    iteration are not learned from, and checkpoints are from before it. 0: no limit."""
 
     vllm: Vllm | None = None
     """Who writes rollouts, in the place of the trainers."""
@@ -105,8 +105,8 @@ class KlPenalty(Contract):
     coefficient: Annotated[float, Field(ge=0, le=100)] = 0.05
     """Taken off each token's reward, times the difference of its log-probabilities (k1)."""
     target: Annotated[float, Field(gt=0, le=10_000)] | None = None
-    """Nats per rollout that are wanted: the coefficient is raised while the model strays farther, and lowered while it
-    stays nearer (Ziegler et al. 2019, arXiv 1909.08593). Left out: the coefficient stays."""
+    """Nats per rollout that are wanted: the coefficient rises while the model strays farther, and falls while it is
+    nearer (Ziegler et al. 2019, arXiv 1909.08593). Left out: it stays."""
     horizon: Annotated[int, Field(ge=1, le=1_000_000_000)] = 10_000
     """Rollouts in which the coefficient may change by a factor of about 1.2; with a target only."""
 
@@ -191,8 +191,8 @@ class Grpo(OnlineMethod):
     group_size: Annotated[int, Field(ge=2, le=1024)] = 8
     """Answers to each prompt."""
     baseline: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """What an answer is compared with: `grpo` the mean of its group, divided by the deviation; `dr_grpo` the mean alone
-    (arXiv 2503.20783); `rloo` the mean of the others (arXiv 2402.14740)."""
+    """What an answer is compared with: `grpo` its group's mean, divided by the deviation; `dr_grpo` the mean alone
+    (arXiv 2503.20783); `rloo` the others' mean (arXiv 2402.14740)."""
     aggregation: Literal["token", "sequence", "constant"] = "token"
     """How tokens are weighed: `token` all alike; `sequence` each answer alike; `constant` by maxNewTokens, so that no
     answer can change its weight by its length."""

@@ -55,9 +55,9 @@ class FunctionReward(Contract):
         str,
         Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*([.][A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$", max_length=256),
     ]
-    """module:function, in the image or on PYTHONPATH. It is called as f(prompts, completions, **columns, **settings)
-    with lists of texts and one list for each column of the rows, takes what it names (all, with **kwargs), and
-    returns a number, or None for no opinion, for each completion. It may be async. It runs in a process of its own."""
+    """module:function, in the image or on PYTHONPATH: f(prompts, completions, **columns, **settings), with lists of
+    texts and a list for each column of the rows. It is given what it names (all, with **kwargs), and returns a
+    number, or None for no opinion, for each completion. It may be async, and has a process of its own."""
     timeout_seconds: Seconds = 60.0
     """One call may take this long; then its process is ended and begun anew, and the batch has no score."""
     settings: Annotated[
@@ -70,7 +70,7 @@ class MetricReward(Contract):
     """How near an answer comes to the one in the data."""
 
     kind: MetricKind
-    """`exact-match` is 1 for the same text, white space at the ends aside, and 0 otherwise. `numeric-answer` is 1 when
+    """`exact-match` is 1 for the same text, white space at the ends aside, else 0. `numeric-answer` is 1 when
     the last number of both is the same. `token-f1` (as SQuAD counts words), `rouge-l` and `bleu` (of one sentence) are
     0 to 1. `regex` is 1 when the pattern occurs in the answer."""
     column: Annotated[str, Field(min_length=1, max_length=200)] | None = None
@@ -104,7 +104,7 @@ class HttpReward(Contract):
     timeout_seconds: Seconds = 60.0
     """One request may take this long."""
     retries: Annotated[int, Field(ge=0, le=20)] = 3
-    """Further attempts at a request that got no answer, or status 429 or 5xx, after longer and longer waits."""
+    """Further tries of a request without an answer, or with status 429 or 5xx, after longer and longer waits."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Answers in one request."""
     headers_from_env: Annotated[dict[HeaderName, EnvName], Field(max_length=16)] = Field(default_factory=dict)
@@ -121,8 +121,8 @@ class ModelReward(Contract):
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Branch, tag or commit of an hf:// source."""
     calibrated: bool | None = None
-    """Put scores on the footing that method.reward measured: (score - mean) / scale, from 0 to 1 if it was trained
-    with squash. Left out: where the folder has a calibration.json."""
+    """Use (score - mean) / scale as method.reward measured them, from 0 to 1 if trained with squash. Left out:
+    where the folder has a calibration.json."""
 
     rules = (only_for_hub("revision", "remove it"),)
 
@@ -131,7 +131,7 @@ class RewardSource(Choice):
     """One thing that gives answers a number. The reward is the sum of all, each times its weight."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=_MAX_NAME_LENGTH)] | None = None
-    """What it is called in figures. Left out: the name of the function, of the metric, or http or model."""
+    """Its name in figures. Left out: that of the function or metric, or http or model."""
     weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
     """What its scores are multiplied with; below 0 it is a penalty."""
     function: FunctionReward | None = None

@@ -25,7 +25,7 @@ class Supervised(Contract):
     loss_on: Literal["assistant", "all"] = "assistant"
     """`assistant` trains on the answers only, end-of-turn token included; `all` trains on every token."""
     long_rows: LongRows = "error"
-    """What to do with a row longer than maxSeqLength: `error` stops before training and names the rows. Rows of
+    """A row longer than maxSeqLength: `error` stops before training and names the rows. Rows of
     format `text` are never refused; they are cut into consecutive sequences."""
 
 
@@ -42,8 +42,8 @@ class Teacher(Contract):
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Branch, tag or commit of an hf:// source."""
     tokenizer: TokenizerUri | None = None
-    """Where the teacher's tokenizer is, when it is not beside the teacher. It must have the same tokens under the same
-    numbers as the model's own."""
+    """Where the teacher's tokenizer is, when not beside the teacher. Tokens and their numbers must be those of the
+    model's own."""
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository ships. Leave it off unless you have read that code."""
 
@@ -80,10 +80,10 @@ class Distill(Supervised):
     """Weight of the cross-entropy of the answers themselves; 0 learns from the teacher's probabilities alone, 1, beside
     teacherAnswers, from the answers that it wrote alone."""
     teacher_answers: TeacherAnswers | None = None
-    """The teacher writes the last answer of each training row anew, once and before the first step, and it is learned
-    from in the place of the data's: with alpha 1 this is sequence-level distillation (Kim and Rush 2016, arXiv
-    1606.07947). It is asked in the model's own chat template. Steps are counted before the answers are written, so
-    packing must be false. Left out: the answers in the data. Evaluation data keeps its answers."""
+    """The teacher writes the last answer of each training row anew, once and before the first step, and that is
+    learned from: with alpha 1, sequence-level distillation (Kim and Rush 2016, arXiv 1606.07947). It is asked in
+    the model's own chat template. Steps are counted before, so packing must be false. Left out: the data's answers,
+    which evaluation always has."""
 
     rules = (
         Rule(

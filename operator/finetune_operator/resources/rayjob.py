@@ -8,7 +8,8 @@ It is made once and never changed: whatever should be different is for the next 
   and with no reason on record. What happens after a failure is decided in one place, by the job's failurePolicy.
 - No deadline of KubeRay's: it measures them from the RayJob's own start and knows nothing of queues or of the attempts
   before. The operator ends an attempt by deleting its RayJob.
-- Workers have a fixed number, and Ray's autoscaler is off: training needs all of them or none.
+- All workers are asked for, whatever training could do with, and Ray's autoscaler is off: KubeRay makes up for a pod
+  that is lost, and the driver decides with how many of them training goes on.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def build_rayjob(
         "workerGroupSpecs": [
             {
                 "groupName": WORKER_GROUP,
-                **dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), plan.workers.replicas),
+                "replicas": plan.workers.replicas,
+                "minReplicas": plan.workers.sizes[-1],
+                "maxReplicas": plan.workers.replicas,
                 # Said, because KubeRay would not take every pool's name for a GPU's.
                 "rayStartParams": common | ({"num-gpus": str(worker.gpus)} if worker.gpus else {}),
                 "template": pod_template(owner, job, plan, runtime, attempt, names.WORKER, worker, software, place),

@@ -53,6 +53,14 @@ def env(template: Any) -> dict[str, Any]:
     return values
 
 
+def test_all_workers_are_asked_for_and_the_least_is_said() -> None:
+    elastic = {"cluster.workers": {"replicas": 4, "minReplicas": 2}, "checkpoint": {}, "training.globalBatchSize": 8}
+    fixed = elastic | {"cluster.workers": {"replicas": 4}}
+    for changes, numbers in ((elastic, (4, 2, 4)), (fixed, (4, 4, 4))):
+        group = workers(built(changes))
+        assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == numbers
+
+
 def test_it_is_the_jobs_own_child_named_by_its_attempt() -> None:
     metadata = built(attempt=3)["metadata"]
     assert (metadata["name"], metadata["namespace"]) == ("example-3", "default")

@@ -48,9 +48,11 @@ def _workers(status: Status) -> str:
     found = status.resolved
     if found is None:
         return ""
+    now = status.progress.world_size if status.progress is not None else None
+    missing = f"{now} of " if now is not None and now < found.world_size else ""
     batch = f"{found.micro_batch_size} x {found.gradient_accumulation_steps} x {found.world_size}"
     return (
-        f"{found.world_size} processes on {found.gpus} GPUs, batch {batch} = {found.global_batch_size}, "
+        f"{missing}{found.world_size} processes on {found.gpus} GPUs, batch {batch} = {found.global_batch_size}, "
         f"ZeRO stage {found.zero_stage}, {found.precision}"
     )
 

@@ -1,0 +1,67 @@
+"""What the end of a group of workers comes from: workers that are gone are replaced, a reason of their own is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_trainers import ray_workers
+from finetune_trainers.errors import DataError, PeerLostError, TrainerError, classified
+
+DEAD = OSError("as Ray tells of an actor that died")
+LOST = PeerLostError("Connection closed by peer")
+ODD = TrainerError("ValueError: odd")
+
+
+class GroupError(Exception):
+    """As Ray Train raises it."""
+
+    def __init__(self, *failures: Exception) -> None:
+        super().__init__("training failed")
+        self.worker_failures = dict(enumerate(failures))
+
+
+class PreemptionError(Exception):
+    """Has the name of Ray Train's."""
+
+
+class ControllerError(Exception):
+    def __init__(self, failure: Exception) -> None:
+        super().__init__("training failed")
+        self.controller_failure = failure
+
+
+class WorkerGroupStartupTimeoutError(Exception):
+    """Has the name of Ray Train's."""
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "is_loss"),
+    [
+        ("one has died", GroupError(DEAD), True),
+        ("one has died, and another one says so", GroupError(DEAD, LOST), True),
+        ("one has died, and it makes another one stumble", GroupError(DEAD, ODD), True),
+        ("one is gone, and only the others have noticed", GroupError(LOST, LOST), True),
+        ("one fails by a mistake, and the others lose it", GroupError(ODD, LOST), False),
+        ("one reads bad data, and the others lose it", GroupError(DataError("row 3"), LOST), False),
+        ("one has died, and another one reads bad data", GroupError(DEAD, DataError("row 3")), False),
+        ("their machine was taken away", PreemptionError("in 30 s"), True),
+        ("others took the room", ControllerError(WorkerGroupStartupTimeoutError("60 s")), True),
+        ("Ray Train fails", ControllerError(ValueError("odd")), False),
+        ("something else", ValueError("odd"), False),
+    ],
+)
+def test_workers_are_replaced_that_are_gone(what: str, error: Exception, is_loss: bool) -> None:
+    assert ray_workers._is_loss(error) is is_loss, what
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:8594.",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_who_loses_the_connection_to_another_one_says_so(said: str) -> None:
+    error = classified(RuntimeError(said))
+    assert isinstance(error, PeerLostError)
+    assert said in error.message
