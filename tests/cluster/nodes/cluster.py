@@ -107,9 +107,10 @@ def up(say: Say, install: bool = False) -> Cluster:
     def tell(what: str) -> None:
         say(f"{time.monotonic() - began:5.1f} s  {what}")
 
-    if not _identities(place).exists():  # what is left of an earlier one, as after a restart of the machine, is no use
-        down()
+    if _store_of(place) != cluster.images.store.name:  # nodes that began with other packages cannot take our code
+        down()  # and what is left of an earlier one, as after a restart of the machine, is no use
         _prepare(place)
+        _identities(place).write_text(cluster.images.store.name, encoding="utf-8")
     for node in NODES:
         machine.make_namespace(node, NODES[0])
     start_control_plane(place, NODES[0], programs)
@@ -156,8 +157,14 @@ def _prepare(place: Layout) -> None:
 
 
 def _identities(place: Layout) -> Path:
-    """The file that is there when all certificates are."""
+    """The file that is there when all certificates are; it says which packages the nodes began with."""
     return place.run / "identities"
+
+
+def _store_of(place: Layout) -> str | None:
+    """The name of the packages that a cluster which is up began with."""
+    file = _identities(place)
+    return file.read_text(encoding="utf-8") if file.exists() else None
 
 
 def _write_identities(place: Layout) -> None:
@@ -177,7 +184,6 @@ def _write_identities(place: Layout) -> None:
     (place.run / "resolv.conf").touch()
     authority.issue("admin", "admin", [_ADMINISTRATORS])
     _write_kubeconfig(place, place.kubeconfig, "admin")
-    _identities(place).touch()
 
 
 def _write_kubeconfig(place: Layout, file: Path, name: str) -> None:
