@@ -69,7 +69,7 @@ def _imports(node: ast.AST) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("module", ["finetune_api.job", "finetune_operator.planning", "finetune_client.cli"])
+@pytest.mark.parametrize("module", ["finetune_api.job", "finetune_operator.__main__", "finetune_client.cli"])
 def test_what_stands_under_operator_loads_without_torch_ray_and_kubernetes(module: str) -> None:
     heavy = "{'torch', 'ray', 'transformers', 'deepspeed', 'kubernetes'}"
     assert python(f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))") == "[]"

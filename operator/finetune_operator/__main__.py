@@ -14,8 +14,9 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from finetune_operator import logs
-from finetune_operator.cluster.connection import Connection, Unusable, connect
+from finetune_operator.cluster.connection import Connection, connect
 from finetune_operator.cluster.kubernetes import KubernetesCluster, KubernetesLeases
+from finetune_operator.cluster.login import Unusable
 from finetune_operator.handlers import Operator
 from finetune_operator.metrics import Metrics
 from finetune_operator.runtime.leader import LeaderElector

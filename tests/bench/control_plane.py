@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import psutil
@@ -70,14 +71,34 @@ def namespace_of(server: Server, name: str) -> None:
     server.client.create("/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
 
 
+_IN_A_POD = """
+import pathlib, sys
+from finetune_operator import __main__
+from finetune_operator.cluster import login
+
+login.ACCOUNT_FOLDER = pathlib.Path(sys.argv[1])
+sys.exit(__main__.main(sys.argv[2:]))
+"""
+
+
 @contextmanager
 def run_operator(server: Server, name: str, *flags: str) -> Iterator[Operator]:
-    """Our operator with its default settings but for the ports; not waited for."""
+    """Our operator as it runs in a pod, with its default settings but for the ports; not waited for."""
+    account = server.folder / "account"
+    account.mkdir(exist_ok=True)
+    (account / "token").write_text(server.token, encoding="ascii")
+    (account / "ca.crt").write_bytes(server.ca_file.read_bytes())
+    where = urlsplit(server.url)
+    pod = {
+        "KUBECONFIG": "",
+        "KUBERNETES_SERVICE_HOST": str(where.hostname),
+        "KUBERNETES_SERVICE_PORT": str(where.port),
+    }
     command = [
-        *(sys.executable, "-m", "finetune_operator", f"--kubeconfig={server.kubeconfig}", f"--pod-name={name}"),
-        *(f"--operator-namespace={NAMESPACE}", "--metrics-host=127.0.0.1", "--metrics-port=0", *flags),
+        *(sys.executable, "-c", _IN_A_POD, str(account), f"--pod-name={name}", f"--operator-namespace={NAMESPACE}"),
+        *("--metrics-host=127.0.0.1", "--metrics-port=0", *flags),
     ]
-    with started(command, server.folder / f"{name}-{time.time_ns()}.log") as process:
+    with started(command, server.folder / f"{name}-{time.time_ns()}.log", pod) as process:
         yield Operator(process)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import ipaddress
 import json
 import logging
 import queue
@@ -11,21 +10,18 @@ import ssl
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, timedelta
+from datetime import UTC
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from finetune_api.progress import Outcome, Progress, Result, SavedCheckpoint, Stage
 from finetune_trainers import progress as progress_module
 from finetune_trainers.cluster_sink import ClusterSink, Mailbox, cluster_sink
 from finetune_trainers.progress import FileSink
+from tests.certificates import self_signed
 
 NOON = datetime.datetime(2026, 1, 1, 12, tzinfo=UTC)
 DONE = Outcome(result=Result.SUCCEEDED, step=3, total_steps=3)
@@ -364,29 +360,3 @@ def test_a_driver_that_cannot_tell_how_far_it_came_says_only_what_it_knows(
         file.write_bytes(before)
     FileSink(file).report(Stage.DONE)
     assert b'"stage":"Done"' in file.read_bytes()
-
-
-def self_signed(folder: Path) -> Path:
-    """A file with a key and a certificate for 127.0.0.1 that is its own authority."""
-    folder.mkdir(exist_ok=True)
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    now = datetime.datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    path = folder / "certificate.pem"
-    path.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
-    return path

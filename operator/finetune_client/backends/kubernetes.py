@@ -21,7 +21,8 @@ from finetune_client.backends.refusals import error_for
 from finetune_client.documents import document_of
 from finetune_client.errors import NoSuchJob, Unreachable
 from finetune_client.views import JobEvent, JobView, LogChoice, LogLine
-from finetune_operator.cluster.connection import Connection, Unusable, connect
+from finetune_operator.cluster.connection import Connection, connect
+from finetune_operator.cluster.login import Unusable
 from finetune_operator.errors import ApiError, ClusterError, Gone, TooManyRequests
 from finetune_operator.errors import Unreachable as NoAnswer
 from finetune_operator.kinds import EVENT, FINETUNE_JOB, Key

@@ -1,52 +1,40 @@
 """One API server over HTTP: where it is, whether to trust it, who we are, and JSON there and back.
 
-`cluster.kubernetes` speaks through it and `__main__` opens it. How to reach a cluster is read by the official client:
-kubeconfigs with all their ways to log in, and a pod's service account with its rotating token. The requests are
-aiohttp's own: the client's models would turn each document into objects and back, and refuse fields they do not know.
+`cluster.kubernetes` speaks through it and `__main__` opens it; how to reach the cluster says `cluster.login`. The
+requests are aiohttp's own: the official client's models would turn each document into objects and back, and refuse
+fields they do not know.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import os
-import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from socket import socket
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass
 from weakref import WeakSet
 
 import aiohttp
-from kubernetes.aio import config
-from kubernetes.aio.client import Configuration
 
+from finetune_operator.cluster.login import Login
 from finetune_operator.errors import ApiError, Unreachable, api_error
 from finetune_operator.metrics import Metrics
 from finetune_operator.raw import at, items
 
-__all__ = ["JSON", "Connection", "Sockets", "Unusable", "connect", "proxy_of_environment"]
+__all__ = ["JSON", "Connection", "Sockets", "connect"]
 
 JSON = "application/json"
 
 _CONNECTIONS = 100  # HTTP/1.1: a request has one to itself, a watch for as long as it lasts
 _CONNECT_SECONDS = 10.0
-_LOGIN_SECONDS = 10.0  # between two attempts to log in anew
 _FAREWELL_SECONDS = 2.0
 _READ_AT_ONCE = 1 << 18
 _CHANNELS = "v4.channel.k8s.io"
 """How a command's streams share one WebSocket: the first byte of each message says whose it is."""
 _LONGEST_MESSAGE = 2000
-_log = logging.getLogger(__name__)
-
-
-class Unusable(ValueError):
-    """What should say how to reach the cluster does not; the message names the file and what is wrong."""
 
 
 @asynccontextmanager
@@ -57,7 +45,7 @@ async def connect(
 
     Raises Unusable. Nothing is asked of the server yet.
     """
-    login = _Login(kubeconfig, context)
+    login = Login(kubeconfig, context)
     await login.load()
     sockets = Sockets()
     connector = aiohttp.TCPConnector(limit=_CONNECTIONS, ssl=login.tls or True, socket_factory=sockets.new)
@@ -93,7 +81,7 @@ class Sockets:
 class Connection:
     """Sends requests, counts them, and turns every way to fail into one of `errors`."""
 
-    def __init__(self, session: aiohttp.ClientSession, login: _Login, metrics: Metrics) -> None:
+    def __init__(self, session: aiohttp.ClientSession, login: Login, metrics: Metrics) -> None:
         """Made by `connect`."""
         self._session = session
         self._login = login
@@ -193,98 +181,6 @@ class Connection:
             # reading on is part of the request.
             self._metrics.requests.labels("<error>", method, self.host).inc()
             raise Unreachable(f"{method} {path}: {str(error) or 'no answer in time'}") from error
-
-
-class _Login:
-    """What the official client makes of a kubeconfig or a service account, read again when it no longer serves."""
-
-    def __init__(self, kubeconfig: Path | None, context: str | None) -> None:
-        self._file = kubeconfig or _kubeconfig_from_environment()
-        self._context = context
-        self._lock = asyncio.Lock()
-        self._loaded_at = 0.0
-        self.configuration: Any = None
-        self.tls: ssl.SSLContext | None = None
-
-    async def load(self) -> None:
-        """Raises Unusable."""
-        where = str(self._file) if self._file else "the pod's service account"
-        # $KUBECONFIG may name several files, which the client merges.
-        if self._file is not None and not any(Path(one).is_file() for one in str(self._file).split(os.pathsep)):
-            raise Unusable(f"{self._file} is not there; name a kubeconfig with --kubeconfig or $KUBECONFIG")
-        configuration: Any = Configuration()
-        client: Any = config  # it has no types
-        try:
-            if self._file is None:
-                client.load_incluster_config(client_configuration=configuration)
-            else:
-                await client.load_kube_config(
-                    str(self._file), self._context, client_configuration=configuration, persist_config=False
-                )
-            self._trust(configuration)
-        except Exception as error:  # a malformed file makes the client raise whatever its code stumbles over
-            raise Unusable(f"{where} does not say how to reach a cluster: {error}") from error
-        configuration.proxy = configuration.proxy or proxy_of_environment(str(configuration.host))
-        self.configuration = configuration
-        self._loaded_at = asyncio.get_running_loop().time()
-
-    async def renew(self, asked_at: float) -> bool:
-        """Reads everything anew, unless that was done since `asked_at`; whether asking again is worth it."""
-        async with self._lock:
-            if self._loaded_at > asked_at:
-                return True
-            if asked_at - self._loaded_at < _LOGIN_SECONDS:
-                return False
-            try:
-                await self.load()
-            except Unusable as error:
-                _log.warning("could not log in anew: %s", error)
-                return False
-            return True
-
-    async def headers(self) -> dict[str, str]:
-        """Who we are. A service account's token is read again every minute: the kubelet replaces it."""
-        token = await self.configuration.get_api_key_with_prefix("BearerToken")
-        return {"Authorization": token} if token else {}
-
-    def options(self) -> dict[str, Any]:
-        """How to get there, for each request."""
-        configuration = self.configuration
-        options = {
-            "proxy": configuration.proxy,
-            "proxy_headers": configuration.proxy_headers,
-            "server_hostname": configuration.tls_server_name,
-        }
-        return {name: value for name, value in options.items() if value}
-
-    def _trust(self, configuration: Any) -> None:
-        """Certificates go into the context that is in use, so that a renewed one holds for new connections."""
-        if not str(configuration.host).startswith("https"):
-            return
-        if self.tls is None:
-            self.tls = ssl.create_default_context(cafile=configuration.ssl_ca_cert, cadata=configuration.ca_cert_data)
-        elif configuration.ssl_ca_cert:
-            self.tls.load_verify_locations(cafile=configuration.ssl_ca_cert)
-        if configuration.cert_file:
-            self.tls.load_cert_chain(configuration.cert_file, configuration.key_file)
-        if not configuration.verify_ssl:
-            self.tls.check_hostname = False
-            self.tls.verify_mode = ssl.CERT_NONE
-
-
-def _kubeconfig_from_environment() -> Path | None:
-    """None for a pod's own service account."""
-    if named := os.environ.get("KUBECONFIG"):
-        return Path(named)
-    return None if os.environ.get("KUBERNETES_SERVICE_HOST") else Path.home() / ".kube" / "config"
-
-
-def proxy_of_environment(host: str) -> str | None:
-    """What HTTPS_PROXY and NO_PROXY say. Looked up once: aiohttp would do so for each request, in a thread."""
-    url = urlsplit(host)
-    if proxy_bypass(url.hostname or ""):
-        return None
-    return getproxies_environment().get(url.scheme)
 
 
 def _parsed(text: bytes) -> Any:

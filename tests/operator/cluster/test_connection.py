@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from finetune_operator.cluster.connection import Connection, Unusable, connect, proxy_of_environment
+from finetune_operator.cluster.connection import Connection, connect
 from finetune_operator.cluster.kubernetes import KubernetesCluster
+from finetune_operator.cluster.login import Unusable, proxy_of_environment
 from finetune_operator.errors import (
     AlreadyExists,
     ApiError,
