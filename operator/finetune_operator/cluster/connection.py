@@ -18,6 +18,7 @@ from typing import Any
 from weakref import WeakSet
 
 import aiohttp
+from pydantic_core import from_json
 
 from finetune_operator.cluster.login import Login
 from finetune_operator.errors import ApiError, Unreachable, api_error
@@ -184,6 +185,11 @@ class Connection:
 
 
 def _parsed(text: bytes) -> Any:
+    """Words that come again and again, above all names of fields, are held once for all objects of all watches."""
+    try:
+        return from_json(text, cache_strings="all")
+    except ValueError:
+        pass  # nested more deeply than it reads, or no JSON
     try:
         return json.loads(text)
     except ValueError:

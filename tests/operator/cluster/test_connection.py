@@ -342,6 +342,29 @@ def test_a_watch_is_read_line_by_line_however_the_bytes_arrive(scene: Scene) -> 
     }
 
 
+def test_a_word_that_comes_again_in_a_watch_is_held_once(scene: Scene) -> None:
+    stream = b"".join(json.dumps(event(name, data={"the-same-key": "and its value"})).encode() + b"\n" for name in "ab")
+
+    async def scenario(connection: Connection) -> None:
+        [[first], [second]] = [list(one.object["data"].items()) for one in await watched(connection)]
+        assert first[0] is second[0]
+        assert first[1] is second[1]
+
+    scene.play(streaming(stream), scenario)
+
+
+def test_an_object_that_is_nested_deeply_ends_no_watch(scene: Scene) -> None:
+    config: dict[str, Any] = {}
+    for _ in range(300):
+        config = {"a": config}
+    stream = json.dumps(event("deep", spec=config)).encode() + b"\n" + json.dumps(event("next")).encode() + b"\n"
+
+    async def scenario(connection: Connection) -> None:
+        assert [one.object["metadata"]["name"] for one in await watched(connection)] == ["deep", "next"]
+
+    scene.play(streaming(stream), scenario)
+
+
 def test_an_error_inside_a_watch_is_raised_after_what_came_before(scene: Scene) -> None:
     error = {"type": "ERROR", "object": {"code": 410, "reason": "Expired", "message": "too old resource version"}}
     stream = json.dumps(event("a")).encode() + b"\n" + json.dumps(error).encode() + b"\n"
