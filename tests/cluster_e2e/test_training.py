@@ -79,13 +79,13 @@ def test_a_reward_model_and_the_policy_that_waits_for_it_are_applied_together(
 def test_a_job_is_laid_aside_and_goes_on_with_another_number_of_workers(
     team: World, tiny: dict[str, Any], submit: Submit
 ) -> None:
-    training = {**tiny["training"], "maxSteps": 1000}
+    training = {**tiny["training"], "maxSteps": 3000}
     job = submit("aside", {**tiny, **TWO_WORKERS, "training": training, "checkpoint": {"everySteps": 100}})
     team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
     assert team.finetune("suspend", job).returncode == 0
     team.wait(job, lambda: team.phase(job) == "Suspended", "the job to be laid aside")
     left = team.saved(job)
-    assert 100 <= left < 1000
+    assert 100 <= left < 3000
     team.wait(job, lambda: not team.pods(job), "its machines to be given back")
     change = {"spec": {"cluster": {"workers": {"replicas": 1}}}}
     team.kubectl("patch", "finetunejob", job, "--type=merge", "--patch", json.dumps(change))
@@ -93,7 +93,7 @@ def test_a_job_is_laid_aside_and_goes_on_with_another_number_of_workers(
     team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed", seconds=600)
     status = team.status(job)
     assert [attempt.get("resumedFromStep") for attempt in status["attempts"]] == [None, left]
-    assert (status["checkpoint"]["step"], status["checkpoint"]["worldSize"]) == (1000, 1)
+    assert (status["checkpoint"]["step"], status["checkpoint"]["worldSize"]) == (3000, 1)
 
 
 def test_the_log_of_a_running_job_is_followed_from_outside(team: World, tiny: dict[str, Any], submit: Submit) -> None:
