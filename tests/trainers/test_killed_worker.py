@@ -118,7 +118,9 @@ def test_the_processes_that_were_started_ahead_are_the_ones_that_train(ended: En
 def survived(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     workdir = tmp_path_factory.mktemp("survived")
     waiting = {"everySteps": 5, "whenBehind": "wait"}  # or a starved writer might have none whole before the last step
-    changes = {"training.maxSteps": 100, "training.globalBatchSize": 16, "checkpoint": waiting}
+    elastic = {"replicas": 2, "minReplicas": 1, "cpus": 1}  # on one machine all are there again at once
+    training = {"training.maxSteps": 100, "training.globalBatchSize": 16}
+    changes = training | {"checkpoint": waiting, "cluster.workers": elastic}
     has_a_whole_checkpoint = Killer(workdir / "progress.jsonl", '"savedAt"')
     return run_with_a_kill(small_world, workdir, changes, has_a_whole_checkpoint)
 
@@ -129,5 +131,6 @@ def test_a_training_that_saves_goes_on_with_other_workers(survived: Ended) -> No
     assert survived.outcome.step == 100
     reports = (survived.workdir / "progress.jsonl").read_text()
     assert "Other workers start, and go on from the newest checkpoint." in reports
-    begun = [Progress.model_validate_json(line).resumed_from_step for line in reports.splitlines()]
-    assert max(step for step in begun if step is not None) >= 5
+    told = [Progress.model_validate_json(line) for line in reports.splitlines()]
+    assert max(one.resumed_from_step for one in told if one.resumed_from_step is not None) >= 5
+    assert {one.world_size for one in told if one.world_size is not None} == {2}
