@@ -66,7 +66,7 @@ class RolloutGap(Contract):
             return f"vLLM and the trainer differ {differ}; gapLimit is {self.limit:g}."
         return (
             f"vLLM and the trainer differ {differ}, and gapLimit is {self.limit:g}; learning is corrected for it, and"
-            " less sure. fp32 makes the difference smaller; without vllm there is none."
+            " less sure. fp32 and maxStaleness 0 make the difference smaller; without vllm there is none."
         )
 
 

@@ -208,6 +208,13 @@ MANIFESTS = [
             ),
         )
     ),
+    *(
+        at(what, f"spec.method.grpo.{path}", {"spec.method": {"grpo": {"rewards": [METRIC], **also}}}, value, says)
+        for what, path, value, says, also in (
+            ("rollouts that are too old", "vllm.maxStaleness", 2, "must be at most 1", {"vllm": {"maxStaleness": 2}}),
+            ("trainers that write ahead", "maxStaleness", 1, "is not a known field", {"maxStaleness": 1}),
+        )
+    ),
     at("no rewards", "spec.method.grpo.rewards", {"spec.method": {"grpo": {}}}, NO_VALUE, "is required"),
     at("an empty list of rewards", "spec.method.ppo.rewards", rewards("ppo"), [], "must have at least 1 entry"),
     at(

@@ -50,6 +50,9 @@ class Vllm(Contract):
     """GiB of each process for keys and values."""
     gap_limit: Annotated[float, Field(gt=0, le=100)] = 0.05
     """Nats per token between trainer and vLLM, on average, above which condition RolloutFaithful is False."""
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """Iterations that rollouts may be behind. 1: vLLM writes the next ones while the model learns, which widens the
+    gap; resuming writes them anew."""
 
 
 class OnlineMethod(Contract):

@@ -212,3 +212,21 @@ def test_two_iterations_learn_from_rollouts_of_vllm(
         r"differ by [^ ]+ nats per token, and gapLimit is 1e-09", (tmp_path / "run/progress.jsonl").read_text()
     )
     assert len(told) == 1, "said once"
+
+
+def test_with_a_staleness_of_1_vllm_writes_by_the_weights_of_the_iteration_before(
+    python: str, online: OnlineWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, python)
+    rewards = {}
+    for staleness, rate in ((1, 0.01), (0, 1e-12)):
+        vllm = {"kvCacheGib": 1, "gapLimit": 100, "maxStaleness": staleness}
+        method = {"grpo": METHODS["grpo"]["grpo"] | {"vllm": vllm}}
+        changes = {"method": method, "training.maxSteps": 3, "training.learningRate": rate} | LORA
+        online.train(online.plan("grpo", changes, evaluated=False), tmp_path / str(staleness))
+        rewards[staleness] = online.curve(tmp_path / str(staleness), "reward")
+    assert online.curve(tmp_path / "1", "staleness") == [0, 1, 1]
+    assert rewards[1][:2] == rewards[0][:2], "two iterations are written before anything is learned"
+    assert rewards[1][2] != rewards[0][2]
+    gaps = online.curve(tmp_path / "1", "rollout_gap")
+    assert gaps[0] < TOLERANCE < min(gaps[1:])

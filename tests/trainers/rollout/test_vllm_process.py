@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,6 +85,35 @@ def test_a_vllm_that_goes_wrong_ends_the_run_and_says_how(how: str, words: str, 
     engine = engine_that(how)
     with pytest.raises(TrainerError, match=words):
         engine.generate(requests_for([[1], [2]]), DRAWN)
+
+
+@pytest.mark.parametrize(("how", "words"), [("dies", "ended with code 3"), ("refuses", "RuntimeError: no")])
+def test_what_goes_wrong_while_the_policy_learns_is_said_when_answers_are_collected(
+    how: str, words: str, engine_that: Any
+) -> None:
+    engine = engine_that(how)
+    engine.start(requests_for([[1], [2]]), DRAWN)
+    with pytest.raises(TrainerError, match=words):
+        engine.collect()
+
+
+def test_answers_are_written_between_start_and_collect(engine_that: Any) -> None:
+    engine, told = engine_that("is well"), []
+    for requests in ([[1], [2, 3]], [], [[4]]):
+        engine.start(requests_for(requests), DRAWN)
+        with pytest.raises(AssertionError, match="an answer is written with one policy"):
+            engine.update_weights()
+        assert engine.collect(lambda done, of: told.append((done, of))) == [WRITTEN] * len(requests)
+        engine.update_weights()
+    assert told == [(1, 2), (2, 2), (1, 1), (1, 1)]
+
+
+def test_one_that_is_ended_while_it_writes_leaves_nothing_behind(engine_that: Any) -> None:
+    engine = engine_that("writes for ever")
+    engine.start(requests_for([[1]]), DRAWN)
+    process = engine._process._process
+    engine.close()
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_a_vllm_that_was_killed_most_likely_had_no_memory(engine_that: Any) -> None:

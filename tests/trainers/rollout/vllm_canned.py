@@ -22,7 +22,7 @@ def answer(how: str, num: int) -> dict[str, Any]:
             sys.exit(3)
         case "is killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        case "is silent":
+        case "is silent" | "writes for ever":
             time.sleep(600)
         case "refuses":
             return {"error": "RuntimeError: no"}

@@ -53,6 +53,7 @@ def build_online(plan: RunPlan, prepared: PreparedRun, module: nn.Module, contex
         engine=engine,
         rewards=rewards,
         questions=Questions(prepared.data.train, plan.optimization.seed),
+        num_iterations=-(-prepared.total_steps // settings.steps_per_iteration),
         eval_questions=list(Questions(prepared.data.eval, plan.optimization.seed)),
         tokenizer=tokenizer,
         batch=plan.batch,

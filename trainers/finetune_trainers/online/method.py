@@ -7,7 +7,9 @@
     weigh       advantages: the part in which the methods differ
     learn       miniBatches × passes optimizer steps
 
-All of it happens when the loop asks for the first step of an iteration.
+All of it happens when the loop asks for the first step of an iteration. With a `maxStaleness` of 1 the next prompts are
+asked before the policy learns, and their rollouts, written meanwhile by weights of one iteration before, are waited for
+in the next iteration. They are no part of a checkpoint: whoever goes on from one asks these prompts anew.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from finetune_trainers.online.episodes import Rollout, Said, in_forward_passes, 
 from finetune_trainers.online.memory import give_back
 from finetune_trainers.online.models import Models
 from finetune_trainers.rewards import Episode, Rewards
-from finetune_trainers.rollout import Request, RolloutEngine, Sampling
+from finetune_trainers.rollout import AheadEngine, Completion, Request, RolloutEngine, Sampling
 from finetune_trainers.rollout.sampling import seed_of
 
 __all__ = ["Asked", "Judged", "Online", "Parts"]
@@ -76,11 +78,17 @@ class Parts:
     rewards: Rewards
     questions: Questions
     """The training prompts, an endless stream."""
+    num_iterations: int
+    """Of the whole run."""
     eval_questions: Sequence[Question]
     tokenizer: PreTrainedTokenizerBase
     batch: BatchPlan
     seed: int
     context: WorkerContext
+
+
+Asking = tuple[Question, int, int]
+"""A prompt, its place in the stream, and which of its answers is wanted."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,14 @@ class Online(Method):
         self._iteration: _Iteration | None = None
         self._cursor = 0
         """Prompts of the stream that were asked."""
+        self._ahead: AheadEngine | None = None
+        """The engine, where it writes while the policy learns."""
+        if settings.vllm is not None and settings.vllm.max_staleness:
+            assert isinstance(parts.engine, AheadEngine), "it is a process of its own"
+            self._ahead = parts.engine
+        self._is_writing_ahead = False
+        self._written_ahead: list[Completion] | None = None
+        """This rank's answers to the next prompts of the stream, by weights of one iteration before."""
         self._seconds: dict[str, float] = {}
         self._train_began: float | None = None
         self._phase: str | None = None
@@ -212,7 +228,11 @@ class Online(Method):
     def _iterate(self, number: int) -> _Iteration:
         self._seconds = {}
         with self._writing():
+            staleness = {} if self._ahead is None else {"staleness": float(self._written_ahead is not None)}
             rollouts, kept = self._collected()
+        if self._ahead is not None and number + 1 < self._parts.num_iterations:
+            self._ahead.start(self._requests(self._next_prompts()), self._sampling)
+            self._is_writing_ahead = True
         with self._timed("judge"):
             judged = self._judged(rollouts)
         weights, gap = corrections(rollouts, [one.log_probs for one in judged])
@@ -222,27 +242,34 @@ class Online(Method):
         said, of_method = self._weigh(rollouts, judged)
         said = [replace(one, importance=weight) for one, weight in zip(said, weights, strict=True)]
         seconds = {f"seconds/{phase}": value for phase, value in self._seconds.items()}
-        return _Iteration(number, rollouts, said, {**figures, **kept, **of_method, **seconds})
+        return _Iteration(number, rollouts, said, {**figures, **kept, **staleness, **of_method, **seconds})
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Inside, the engine answers with the policy as it is now; after it, it keeps no memory that it can spare."""
+        """Inside, the engine answers with the policy as it is now, what it was at being done. After it, it keeps no
+        memory that it can spare, unless it is to write on."""
         engine = self._parts.engine
+        if self._ahead is not None and self._is_writing_ahead:
+            with self._timed("generate"):
+                self._written_ahead = self._ahead.collect(self._tell_of_writing)
+            self._is_writing_ahead = False
         with self._timed("sync"):
-            engine.wake()
+            if self._ahead is None:
+                engine.wake()
             engine.update_weights()
         yield
-        with self._timed("sync"):
-            engine.sleep()
+        if self._ahead is None:
+            with self._timed("sync"):
+                engine.sleep()
 
     def _collected(self) -> tuple[list[Rollout], dict[str, float]]:
         """The rollouts of an iteration, in whole groups; and how many groups were asked for each that is kept."""
-        wanted = self.num_rollouts // self._settings.rollouts_per_prompt
+        wanted = self._num_prompts
         good: list[list[Rollout]] = []
         others: list[list[Rollout]] = []
         num_asked = 0
         for _ in range(1 + self._more_rounds):
-            groups = self._groups(wanted)
+            groups = self._groups()
             num_asked += wanted
             good += [group for group in groups if self._is_worth_learning(group)]
             others += [group for group in groups if not self._is_worth_learning(group)]
@@ -253,28 +280,44 @@ class Online(Method):
         figures = {"prompts_asked": float(num_asked)} if self._more_rounds else {}
         return rollouts, figures
 
-    def _groups(self, num: int) -> list[list[Rollout]]:
-        """The answers to the next `num` prompts."""
-        each = self._settings.rollouts_per_prompt
-        asked = [
+    @property
+    def _num_prompts(self) -> int:
+        """That are asked together, as many as an iteration learns from."""
+        return self.num_rollouts // self._settings.rollouts_per_prompt
+
+    def _next_prompts(self) -> list[Asking]:
+        """Of the stream, each as often as answers are wanted."""
+        return [
             (self._parts.questions.at(position), position, sample)
-            for position in range(self._cursor, self._cursor + num)
-            for sample in range(each)
+            for position in range(self._cursor, self._cursor + self._num_prompts)
+            for sample in range(self._settings.rollouts_per_prompt)
         ]
-        self._cursor += num
-        rollouts = self._rollouts(asked, self._sampling)
+
+    def _groups(self) -> list[list[Rollout]]:
+        """The answers to the next prompts."""
+        asked, each = self._next_prompts(), self._settings.rollouts_per_prompt
+        self._cursor += self._num_prompts
+        written, self._written_ahead = self._written_ahead, None
+        rollouts = self._rollouts(asked, self._sampling, written)
         return [rollouts[start : start + each] for start in range(0, len(rollouts), each)]
 
-    def _rollouts(self, asked: Sequence[tuple[Question, int, int]], sampling: Sampling) -> list[Rollout]:
-        """The answers to (question, its place, number of the sample), in that order. Collective."""
+    def _requests(self, asked: Sequence[Asking]) -> list[Request]:
+        """This rank's."""
+        return [
+            Request(question.ids, seed_of(self._parts.seed, place, sample))
+            for question, place, sample in asked[self._context.rank :: self._context.world_size]
+        ]
+
+    def _rollouts(
+        self, asked: Sequence[Asking], sampling: Sampling, written: list[Completion] | None = None
+    ) -> list[Rollout]:
+        """The answers in the order of `asked`; `written` are this rank's where it has them. Collective."""
         rank, world = self._context.rank, self._context.world_size
         mine = range(rank, len(asked), world)
-        with self._timed("generate"):
-            requests = [
-                Request(question.ids, seed_of(self._parts.seed, place, sample))
-                for question, place, sample in asked[rank::world]
-            ]
-            completions = self._parts.engine.generate(requests, sampling, self._tell_of_writing)
+        completions = written
+        if completions is None:
+            with self._timed("generate"):
+                completions = self._parts.engine.generate(self._requests(asked), sampling, self._tell_of_writing)
         texts = [str(self._parts.tokenizer.decode(one.ids, skip_special_tokens=True)) for one in completions]
         with self._timed("score"):
             scores = self._parts.rewards.score(

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-__all__ = ["Completion", "OnProgress", "Request", "RolloutEngine", "Sampling"]
+__all__ = ["AheadEngine", "Completion", "OnProgress", "Request", "RolloutEngine", "Sampling"]
 
 OnProgress = Callable[[int, int], None]
 """Told how many of this rank's requests are answered, and how many there are."""
@@ -85,5 +85,20 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """End for good. May be called twice."""
+        """End for good, in the middle of writing too. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class AheadEngine(RolloutEngine, Protocol):
+    """One in a process of its own, which writes while the policy learns. Between `start` and `collect` it has the
+    weights of the `update_weights` before, and nothing else may be asked of it."""
+
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """Begin to answer `requests`, which are this rank's own."""
+        ...
+
+    def collect(self, on_progress: OnProgress | None = None) -> list[Completion]:
+        """The answers, as `generate` gives them, as soon as they are there. What went wrong since `start` is raised
+        here."""
         ...

@@ -6,7 +6,8 @@ are lines of JSON over a pipe. torch's group of one process, which vLLM wants, l
 
 vLLM draws by generators of its own: an answer follows from its seed, as everywhere, but is not the one that the
 trainer would have drawn. Its kernels are others too, so the probability of a token is nearly that of the trainer, which
-`online.method` measures and corrects for.
+`online.method` measures and corrects for. It may write while the policy learns, with the weights that it has; what goes
+wrong meanwhile is heard of when the answers are collected.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ class VllmEngine:
         self._module, self._dtype, self._without = module, dtype, without
         self._end_ids = sorted(end_ids)
         self._piece_bytes = piece_bytes
+        self._started: tuple[int, Sampling] | None = None
+        """How many answers are being written, and how."""
         self._buffer = Buffer()
         try:
             self._process = VllmProcess(command, settings, _variables(context), self._buffer.file)
@@ -108,8 +111,14 @@ class VllmEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress | None = None
     ) -> list[Completion]:
+        self.start(requests, sampling)
+        return self.collect(on_progress)
+
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        assert self._started is None, "one thing at a time"
+        self._started = len(requests), sampling
         if not requests:
-            return []
+            return
         asked = {
             "do": "generate",
             "prompts": [list(request.prompt_ids) for request in requests],
@@ -117,18 +126,26 @@ class VllmEngine:
             "end_ids": self._end_ids,
             **asdict(sampling),
         }
+        self._process.tell(asked)
+
+    def collect(self, on_progress: OnProgress | None = None) -> list[Completion]:
+        assert self._started is not None, "nothing was asked"
+        (num, sampling), self._started = self._started, None
+        if not num:
+            return []
 
         def tell(num_done: int) -> None:
             if on_progress is not None:
-                on_progress(num_done, len(requests))
+                on_progress(num_done, num)
 
-        answers = self._process.ask(asked, tell).get("answers", [])
-        if len(answers) != len(requests):
-            raise TrainerError(f"vLLM gave {len(answers)} answers to {len(requests)} prompts")
-        tell(len(answers))
+        answers = self._process.hear(tell).get("answers", [])
+        if len(answers) != num:
+            raise TrainerError(f"vLLM gave {len(answers)} answers to {num} prompts")
+        tell(num)
         return [_completion(answer, sampling.max_new_tokens) for answer in answers]
 
     def update_weights(self) -> None:
+        assert self._started is None, "an answer is written with one policy"
         for piece, is_last in _with_last(self._pieces()):
             self._process.ask({"do": "load", "tensors": piece, "is_last": is_last})
 

@@ -121,7 +121,8 @@ class VllmProcess:
         os.close(their_in)
         os.close(their_out)
         try:
-            self.about = self._answer(settings, START_SECONDS, None)
+            self.tell(settings)
+            self.about = self._hear(START_SECONDS, None)
             """What it says of itself."""
         except BaseException:
             self.end()
@@ -130,7 +131,16 @@ class VllmProcess:
     def ask(self, document: Mapping[str, Any], on_progress: Callable[[int], None] | None = None) -> dict[str, Any]:
         """Its answer to `document`; `on_progress` is told how much is done. Raises TrainerError when it cannot do it,
         is gone, or has been silent for too long."""
-        return self._answer(document, SILENT_SECONDS, on_progress)
+        self.tell(document)
+        return self.hear(on_progress)
+
+    def tell(self, document: Mapping[str, Any]) -> None:
+        """Give it `document`, whose answer is to be had by `hear`, before anything else is asked."""
+        self._send(json.dumps(document).encode() + b"\n")
+
+    def hear(self, on_progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+        """The answer to what it was told, as `ask` gives it."""
+        return self._hear(SILENT_SECONDS, on_progress)
 
     def end(self) -> None:
         """With all that it may have started. May be called twice."""
@@ -143,10 +153,7 @@ class VllmProcess:
         os.close(self._out)
         self._in = -1
 
-    def _answer(
-        self, document: Mapping[str, Any], silent_seconds: float, on_progress: Callable[[int], None] | None
-    ) -> dict[str, Any]:
-        self._send(json.dumps(document).encode() + b"\n")
+    def _hear(self, silent_seconds: float, on_progress: Callable[[int], None] | None) -> dict[str, Any]:
         while True:
             answer = self._line(silent_seconds)
             if "error" in answer:
