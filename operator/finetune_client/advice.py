@@ -14,15 +14,15 @@ from finetune_api.spec.lifecycle import MANAGER
 from finetune_client.views import JobView
 from finetune_operator.raw import text
 
-__all__ = ["Advice", "advice_for"]
+__all__ = ["Advice", "advice_for", "typed"]
 
 _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 
 _AFTER_FAILURE = {
-    FailureClass.USER_ERROR: "Correct the manifest, then: {cancel}, and finetune submit FILE",
+    FailureClass.USER_ERROR: "Correct the manifest, then: {cancel}, and {submit}",
     FailureClass.DATA_ERROR: "Correct the data (finetune validate FILE --data checks every row), then: {cancel}, and "
-    "finetune submit FILE",
+    "{submit}",
     FailureClass.NON_FINITE_LOSS: "Try a smaller training.learningRate, or training.precision fp32, under a new name",
     FailureClass.KL_DIVERGED: "Try a smaller training.learningRate or a higher KL coefficient, under a new name",
     FailureClass.OUT_OF_MEMORY: "Try a smaller training.microBatchSize or method maxSeqLength, or a higher "
@@ -57,9 +57,9 @@ def advice_for(view: JobView) -> Advice:
         return Advice(_sentence(refused.message), _after_refusal(view, refused.reason))
     if view.phase is Phase.SUSPENDED or (view.wants_suspension and not view.status.attempts):
         suspended = view.condition("Suspended")
-        return Advice(_sentence(suspended.message) if suspended else "", _typed("resume", view))
+        return Advice(_sentence(suspended.message) if suspended else "", typed("resume", view))
     if view.phase is Phase.RUNNING:
-        return Advice(next="" if view.wants_suspension else _typed("logs", view, "-f"))
+        return Advice(next="" if view.wants_suspension else typed("logs", view, "-f"))
     return _of_waiting(view)
 
 
@@ -69,7 +69,7 @@ def _of_the_end(view: JobView) -> Advice:
         return Advice(next=f"The model is {places[0].uri}" if places else "")
     failed = view.condition("Failed")
     kind = view.status.failure
-    commands = {name: _typed(name, view) for name in ("cancel", "describe", "logs")}
+    commands = {name: typed(name, view) for name in ("cancel", "describe", "logs")} | {"submit": _submit(view)}
     return Advice(
         _sentence(failed.message) if failed else "", _AFTER_FAILURE[kind].format(**commands) if kind is not None else ""
     )
@@ -91,7 +91,7 @@ def _after_refusal(view: JobView, reason: str) -> str:
         return "Choose one of: kubectl get finetuneruntimes; the job starts by itself once its runtime is there"
     if reason == "RuntimeInvalid":
         return "Have the platform's team correct the runtime; the job then starts by itself"
-    return f"Correct the manifest, then: {_typed('cancel', view)}, and finetune submit FILE"
+    return f"Correct the manifest, then: {typed('cancel', view)}, and {_submit(view)}"
 
 
 def _of_waiting(view: JobView) -> Advice:
@@ -121,11 +121,16 @@ def _for_the_cluster(view: JobView, reason: str, message: str) -> str:
         return "Create the claim in the job's namespace (kubectl get pvc), or name another; it then starts by itself"
     if "Insufficient" in message or "node(s)" in message:
         return "Ask for fewer or other workers (spec.cluster.workers), or wait until machines are free"
-    return _typed("describe", view)
+    return typed("describe", view)
 
 
-def _typed(verb: str, view: JobView, *options: str) -> str:
-    return " ".join(["finetune", verb, *options, view.name, "-n", view.namespace])
+def typed(verb: str, view: JobView, *options: str) -> str:
+    """A command about the job, to be typed as it stands."""
+    return " ".join(filter(None, ["finetune", verb, *options, view.name, "-n", view.namespace, view.place]))
+
+
+def _submit(view: JobView) -> str:
+    return f"finetune submit FILE {view.place}".rstrip()
 
 
 def _sentence(message: str) -> str:

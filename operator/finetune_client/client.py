@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.parse import urlsplit
 
 from finetune_api.failures import Problem
 from finetune_api.job import Status
@@ -28,7 +29,7 @@ from finetune_api.problems import InvalidManifest
 from finetune_api.progress import Artifact
 from finetune_client.advice import Advice, advice_for
 from finetune_client.backends.protocol import Backend
-from finetune_client.documents import Handed, Submission, check_namespace, handed_over
+from finetune_client.documents import Handed, Submission, check_namespace, checked, handed_over
 from finetune_client.errors import Unreachable
 from finetune_client.history import Moment, Row, history_of, moments
 from finetune_client.models import model_folder
@@ -86,7 +87,7 @@ class AsyncClient:
         from finetune_client.backends.drivers import DriversBackend
         from finetune_client.backends.local import LocalDrivers
 
-        return DriversBackend(LocalDrivers(self._workdir), self._namespace)
+        return DriversBackend(LocalDrivers(self._workdir), self._namespace, is_here=True)
 
     async def _in_kubernetes(self) -> Backend:
         from finetune_client.backends.kubernetes import KubernetesBackend
@@ -94,9 +95,9 @@ class AsyncClient:
         return await KubernetesBackend.open(self._namespace, self._context, self._kubeconfig)
 
     async def _on_ray(self, address: str) -> Backend:
-        if address.startswith("ray://"):
+        if address.startswith("ray://") and urlsplit(address).hostname:
             return await self._by_ray_client(address)
-        if not address.startswith(("http://", "https://")):
+        if not address.startswith(("http://", "https://")) or not urlsplit(address).hostname:
             message = "such as http://HEAD:8265 (its dashboard) or ray://HEAD:10001 (Ray Client)"
             raise Unreachable(f"{address} is not the address of a Ray cluster, {message}")
         from finetune_client.backends.ray_jobs import RayJobsBackend
@@ -131,14 +132,15 @@ class AsyncClient:
         return await self._submit(files if isinstance(files, Handed) else handed_over(files), dry_run)
 
     async def job(self, name: str, namespace: str | None = None) -> AsyncJob:
-        """A job that was submitted before, by whomever. Nothing is asked yet."""
+        """A job that was submitted before, by whomever. Nothing is asked yet. Raises NoSuchJob for what is no name."""
         backend = await self.backend()
-        return AsyncJob(backend, Key(namespace or backend.namespace, name))
+        return AsyncJob(backend, checked(Key(namespace or backend.namespace, name)))
 
     async def list(self, *, all_namespaces: bool = False) -> Sequence[JobView]:
         """All jobs, by name."""
         backend = await self.backend()
-        return await backend.list(None if all_namespaces else backend.namespace)
+        views = await backend.list(None if all_namespaces else backend.namespace)
+        return [replace(view, place=backend.place) for view in views]
 
     async def close(self) -> None:
         """Let go of connections."""
@@ -159,7 +161,8 @@ class AsyncClient:
             check_namespace(one, self._namespace)
         backend = await self.backend()
         views = [await backend.submit(one, handed.runtimes, dry_run) for one in handed.jobs]
-        return [AsyncJob(backend, Key(view.namespace, view.name), view) for view in views]
+        placed = [replace(view, place=backend.place) for view in views]
+        return [AsyncJob(backend, Key(view.namespace, view.name), view) for view in placed]
 
 
 class AsyncJob:
@@ -171,6 +174,9 @@ class AsyncJob:
         self.key = key
         self.submitted = submitted
         """The job as it was accepted, when this handle comes from submitting it."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} in {self.namespace}>"
 
     @property
     def name(self) -> str:
@@ -184,7 +190,7 @@ class AsyncJob:
 
     async def view(self) -> JobView:
         """The job as it is now. Raises NoSuchJob."""
-        return await self._backend.get(self.key)
+        return replace(await self._backend.get(self.key), place=self._backend.place)
 
     async def status(self) -> Status:
         """What has become of it."""
@@ -194,7 +200,7 @@ class AsyncJob:
         """The job as it is now and after every change, until it has succeeded or failed for good."""
         async with aclosing(self._backend.watch(self.key)) as seen:
             async for view in seen:
-                yield view
+                yield replace(view, place=self._backend.place)
                 if view.is_over:
                     return
 
@@ -323,6 +329,9 @@ class Job:
         self.key = job.key
         self.submitted = job.submitted
         """The job as it was accepted, when this handle comes from submitting it."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} in {self.namespace}>"
 
     @property
     def name(self) -> str:

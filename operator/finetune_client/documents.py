@@ -5,6 +5,7 @@ Used by `client` and by the backends.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,15 @@ from finetune_api.base import API_VERSION
 from finetune_api.failures import Problem
 from finetune_api.job import FineTuneJob
 from finetune_api.manifests import load_manifests, with_absolute_paths
-from finetune_api.problems import InvalidManifest, validate_document
+from finetune_api.problems import InvalidManifest, shorten, validate_document
 from finetune_api.runtime import FineTuneRuntime
+from finetune_client.errors import NoSuchJob
+from finetune_operator.kinds import Key
 
-__all__ = ["Handed", "Submission", "check_namespace", "document_of", "handed_over"]
+__all__ = ["Handed", "Submission", "check_namespace", "checked", "document_of", "handed_over"]
 
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+"""What Kubernetes takes; a job that was made by other hands may have a name that we would not give."""
 _GIVEN_BY_THE_CLUSTER = ("creationTimestamp", "generation", "managedFields", "resourceVersion", "selfLink", "uid")
 
 Submission = FineTuneJob | Mapping[str, Any] | Path | str
@@ -56,6 +61,15 @@ def document_of(job: FineTuneJob) -> dict[str, Any]:
     for name in _GIVEN_BY_THE_CLUSTER:  # of a job that was read from one, to be submitted again
         document["metadata"].pop(name, None)
     return {"apiVersion": API_VERSION, "kind": "FineTuneJob", **document}
+
+
+def checked(key: Key) -> Key:
+    """The key, where it can be one: of nothing, or of a path, a server would make something else. Raises NoSuchJob."""
+    for what, text in (("job", key.name), ("namespace", key.namespace)):
+        if not _NAME.fullmatch(text):
+            right = "those are lower-case letters, digits and '-', such as support-bot"
+            raise NoSuchJob(f"{shorten(text)} is not the name of a {what}; {right}")
+    return key
 
 
 def check_namespace(job: FineTuneJob, asked: str | None) -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from finetune_api.uris import BUCKETS, Scheme, Uri, parse_uri
+from finetune_client.advice import typed
 from finetune_client.errors import NoModel
 from finetune_client.views import JobView
 
@@ -28,10 +29,7 @@ def model_folder(view: JobView) -> Path:
         if folder is not None and folder.is_dir():
             return folder
     if not uris:
-        raise NoModel(
-            f"job {view.name} is {view.phase} and has written no model; "
-            f"finetune describe {view.name} -n {view.namespace} says why"
-        )
+        raise NoModel(f"job {view.name} is {view.phase} and has written no model; {typed('describe', view)} says why")
     raise NoModel(f"the model of job {view.name} is {uris[0]}, which is not on this machine; {_how_to_get(uris[0])}")
 
 

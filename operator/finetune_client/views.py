@@ -60,6 +60,8 @@ class JobView:
     namespace: str
     status: Status
     document: Mapping[str, Any]
+    place: str = ""
+    """Where it is, as options of the finetune command: --local, say. Empty: where that looks by itself."""
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> JobView:

@@ -102,7 +102,9 @@ def test_every_command_speaks_json(finetune: Any, words: tuple[str, ...]) -> Non
 
 def test_the_help_lists_the_commands_and_the_exit_codes(finetune: Any) -> None:
     text = " ".join(finetune("--help").stdout.split())
-    assert all(command in text for command in [*COMMANDS, *JOBS_COMMANDS])
+    here, elsewhere = text.split("Jobs in a cluster, or in the background of this machine")
+    assert all(f"│ {command} " in here for command in COMMANDS)
+    assert all(f"│ {command} " in elsewhere for command in JOBS_COMMANDS)
     assert all(f"{code} {meaning}" in text for code, meaning in MEANINGS.items())
 
 
@@ -207,6 +209,44 @@ def test_a_shell_completes_the_commands() -> None:
     program = Path(sys.executable).with_name("finetune")
     done = subprocess.run([program], env=os.environ | asked, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["submit", "suspend"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ("finetune get --local su", ["support-bot"]),
+        ("finetune logs --local ", ["other", "support-bot"]),
+        ("finetune cancel -n team-a --local ", ["elsewhere"]),
+        ("finetune get su", []),
+    ],
+)
+def test_a_shell_completes_the_names_of_the_jobs_on_this_machine(
+    typed: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for job in ("default/support-bot", "default/other", "team-a/elsewhere"):
+        folder = tmp_path / ".finetune" / "jobs" / job
+        folder.mkdir(parents=True)
+        (folder / "20260101-000000-000000.pid").touch()
+    num_before = typed.count(" ")
+    monkeypatch.setenv("_FINETUNE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(num_before))
+    done = subprocess.run([Path(sys.executable).with_name("finetune")], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == names
+
+
+def commands(app: typer.Typer) -> Iterator[typer.models.CommandInfo]:
+    yield from app.registered_commands
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        yield from commands(group.typer_instance)
+
+
+def test_no_paragraph_of_help_is_broken_where_its_docstring_is() -> None:
+    paragraphs = [part for command in commands(app) for part in (command.help or "").split("\n\n")]
+    assert len(paragraphs) > 50
+    assert [part for part in paragraphs if "\n" in part and not part.startswith("\b")] == []
 
 
 def test_an_unknown_option_exits_2(finetune: Any, write_job: Any) -> None:

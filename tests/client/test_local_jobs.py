@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from finetune_api.job import Phase
 from finetune_api.problems import InvalidManifest
@@ -62,6 +64,14 @@ def test_a_job_goes_on_without_its_client_and_is_found_by_another(
     with pytest.raises(NoSuchJob, match="there is no job tiny in namespace default"):
         job.status()
     assert list((tmp_path / "jobs").glob("default/tiny/*/outcome.json"))
+
+
+def test_files_that_are_not_there_are_told_before_anything_is_started(client: Client, tmp_path: Path) -> None:
+    absent = f"file://{tmp_path}/absent"
+    with pytest.raises(InvalidManifest) as refused:
+        client.submit(with_changes(JOB, {"spec.model.source": absent, "spec.data.train": [{"source": absent}]}))
+    assert [problem.path for problem in refused.value.problems] == ["spec.model.source", "spec.data.train[0].source"]
+    assert client.list() == []
 
 
 def test_a_driver_that_was_killed_is_told_as_a_failure_with_its_last_words(
@@ -118,6 +128,9 @@ def test_the_commands_speak_of_the_same_jobs(
     done = finetune("submit", file, "--local", "--wait")
     assert done.code == 0, done
     assert "Succeeded, step 5/5" in done.stdout
+    assert re.match(r"The model is file://\S+/artifact\n$", done.stderr)
+    taken = finetune("submit", file, "--local")
+    assert "or type: finetune cancel tiny -n default --local (" in taken.stderr
     assert finetune("get", "tiny", "--local").stdout.splitlines()[1].split()[:5] == [
         "tiny",
         "sft",
@@ -132,6 +145,10 @@ def test_the_commands_speak_of_the_same_jobs(
     assert finetune("suspend", "tiny", "--local").code == 1
     line = json.loads(finetune("logs", "tiny", "--local", "-o", "json").stdout)
     assert line == {"source": "trainer.log", "text": "the fake trainer starts"}
+    watched = finetune("watch", "tiny", "--local", "-o", "yaml").stdout
+    assert watched.startswith("---\nobservedGeneration: 1\n")
+    [status] = yaml.safe_load_all(watched)
+    assert (status["phase"], len(status["artifacts"])) == ("Succeeded", 1)
     told = finetune("describe", "tiny", "--local", "-o", "json").document
     assert (told["job"]["status"]["phase"], told["why"], told["events"]) == ("Succeeded", "", [])
     assert told["next"].startswith("The model is file://")
@@ -139,6 +156,7 @@ def test_the_commands_speak_of_the_same_jobs(
     assert (removed.code, removed.document["metadata"]["name"]) == (0, "tiny")
     absent = finetune("get", "tiny", "--local")
     assert (absent.code, absent.stdout) == (ABSENT, "")
+    assert "finetune list -A --local shows those there are" in absent.stderr
 
 
 def test_suspending_and_resuming_print_the_job_for_programs(
@@ -155,9 +173,9 @@ def test_suspending_and_resuming_print_the_job_for_programs(
     finally:
         removed = finetune("cancel", *here)
     assert suspended.document["status"]["phase"] == "Suspended"
-    assert "finetune resume tiny" in suspended.stderr
+    assert "finetune resume tiny -n default --local lets it go on" in suspended.stderr
     assert resumed.document["kind"] == "FineTuneJob"
-    assert "finetune watch tiny" in resumed.stderr
+    assert "finetune watch tiny -n default --local follows it" in resumed.stderr
     assert removed.document["status"]["phase"] == "Succeeded"
 
 
@@ -168,4 +186,5 @@ def test_waiting_for_a_job_that_fails_ends_with_the_class_of_the_failure(
     done = finetune("submit", write_job(), "--local", "--wait", fake="data-error")
     assert done.code == 3
     assert "Next: Correct the data" in done.stderr
+    assert "then: finetune cancel tiny -n default --local, and finetune submit FILE --local" in done.stderr
     assert finetune("cancel", "tiny", "--local").code == 0

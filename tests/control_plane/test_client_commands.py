@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_a_job_is_submitted_shown_watched_suspended_resumed_and_cancelled(
     finetune("cancel", "tiny", *here)
     gone = finetune.run("get", "tiny", *here)
     assert (gone.returncode, gone.stdout) == (ABSENT, "")
-    assert "finetune list shows those there are" in gone.stderr
+    assert re.search(r"finetune list -n \S+ .*shows those there are", gone.stderr)
 
 
 def test_waiting_for_a_job_ends_with_the_class_of_its_failure_and_what_to_do(

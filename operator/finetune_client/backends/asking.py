@@ -20,9 +20,9 @@ LOOK_SECONDS = 1.0
 """Between two looks."""
 
 
-def planned(job: FineTuneJob, runtimes: Sequence[FineTuneRuntime], namespace: str) -> Submitted:
+def planned(job: FineTuneJob, runtimes: Sequence[FineTuneRuntime], namespace: str, is_here: bool = False) -> Submitted:
     """What is handed over. Planned here first, so that a mistake is told at once: raises InvalidManifest."""
-    check_plan(job, runtimes)
+    check_plan(job, runtimes, is_here)
     return Submitted.of(job, namespace, list(runtimes))
 
 

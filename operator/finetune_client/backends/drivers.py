@@ -31,6 +31,11 @@ _LOG = "trainer.log"
 class Drivers(Protocol):
     """The drivers of one place. Those that take a key raise NoSuchJob for a job that is not there."""
 
+    @property
+    def place(self) -> str:
+        """See Backend."""
+        ...
+
     async def keys(self) -> Sequence[Key]:
         """Every job that was submitted and not cancelled."""
         ...
@@ -67,10 +72,16 @@ class Drivers(Protocol):
 class DriversBackend:
     """Jobs that are run by drivers."""
 
-    def __init__(self, drivers: Drivers, namespace: str | None) -> None:
-        """Only names are told apart by `namespace`."""
+    def __init__(self, drivers: Drivers, namespace: str | None, is_here: bool = False) -> None:
+        """Only names are told apart by `namespace`. `is_here`: the drivers share this machine's disk."""
+        self._is_here = is_here
         self._drivers = drivers
         self._namespace = namespace or "default"
+
+    @property
+    def place(self) -> str:
+        """See Backend."""
+        return self._drivers.place
 
     @property
     def namespace(self) -> str:
@@ -79,10 +90,10 @@ class DriversBackend:
 
     async def submit(self, job: FineTuneJob, runtimes: Sequence[FineTuneRuntime], dry_run: bool) -> JobView:
         """See Backend."""
-        submitted = planned(job, runtimes, self._namespace)
+        submitted = planned(job, runtimes, self._namespace, self._is_here)
         key, packed = submitted.key, submitted.packed()
         if key in await self._drivers.keys():
-            raise taken(key)
+            raise taken(key, self.place)
         if not dry_run:
             await self._drivers.start(key, packed)
         return JobView.of(submitted.job)
@@ -143,7 +154,8 @@ class DriversBackend:
             if not (await self._drivers.told(key)).works:
                 return
             await asyncio.sleep(_SOON_SECONDS)
-        raise Refused(f"the driver of job {key.name} does not end; finetune cancel {key.name} ends it")
+        cancel = f"finetune cancel {key.name} -n {key.namespace} {self.place}"
+        raise Refused(f"the driver of job {key.name} does not end; {cancel} ends it")
 
     async def cancel(self, key: Key) -> None:
         """See Backend. Its folder stays."""

@@ -7,6 +7,7 @@ what one may do is what that person may do with kubectl.
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from datetime import datetime
@@ -44,8 +45,10 @@ _LONGEST_DELAY = 5.0
 class KubernetesBackend:
     """One cluster, in one namespace unless a job names another."""
 
-    def __init__(self, connection: Connection, namespace: str, closing: AsyncExitStack) -> None:
+    def __init__(self, connection: Connection, namespace: str, closing: AsyncExitStack, place: str = "") -> None:
         """Made by `open`."""
+        self.place = place
+        """See Backend."""
         self._connection = connection
         self._namespace = namespace
         self._closing = closing
@@ -59,8 +62,15 @@ class KubernetesBackend:
         try:
             connection = await closing.enter_async_context(connect(kubeconfig, place.context))
         except Unusable as error:
-            raise Unreachable(str(error)) from error
-        return cls(connection, namespace or place.namespace, closing)
+            other = (
+                ""
+                if kubeconfig or context
+                else ". Without Kubernetes: --local is this machine, --ray URL a Ray cluster"
+            )
+            raise Unreachable(f"{error}{other}") from error
+        named = {"--context": context, "--kubeconfig": kubeconfig}
+        options = " ".join(f"{option} {shlex.quote(str(value))}" for option, value in named.items() if value)
+        return cls(connection, namespace or place.namespace, closing, options)
 
     @property
     def namespace(self) -> str:
@@ -113,7 +123,7 @@ class KubernetesBackend:
                 version = ""
             except ClusterError as error:
                 if patience <= 0 or not _passes(error):
-                    raise error_for(error, self._connection.host, key, "watch FineTuneJobs") from error
+                    raise error_for(error, self._connection.host, key, "watch FineTuneJobs", self.place) from error
                 delay = min(_LONGEST_DELAY, max(0.2, delay * 2))
                 patience -= delay
                 await asyncio.sleep(delay)
@@ -176,7 +186,7 @@ class KubernetesBackend:
         try:
             yield
         except ClusterError as error:
-            raise error_for(error, self._connection.host, key, doing) from error
+            raise error_for(error, self._connection.host, key, doing, self.place) from error
 
     def _namespace_for(self, document: Mapping[str, Any]) -> str:
         """The job's own namespace or the one that we are in; like kubectl, not two that differ."""

@@ -18,7 +18,9 @@ from finetune_client.runner import missing_packages
 from finetune_client.submission import SUBMISSION_VARIABLE
 from finetune_operator.kinds import Key
 
-__all__ = ["LocalDrivers"]
+__all__ = ["LocalDrivers", "names_of"]
+
+_ROOT = "~/.finetune/jobs"
 
 
 class LocalDrivers:
@@ -26,12 +28,16 @@ class LocalDrivers:
 
     def __init__(self, workdir: str | None) -> None:
         """`workdir` is the folder of all runs."""
-        self._root = Path(workdir or "~/.finetune/jobs").expanduser()
+        self._root = Path(workdir or _ROOT).expanduser()
+
+    @property
+    def place(self) -> str:
+        """See Drivers. A folder of one's own is for Python; the command knows the usual one."""
+        return "--local"
 
     async def keys(self) -> Sequence[Key]:
         """See Drivers."""
-        found = {Key(file.parent.parent.name, file.parent.name) for file in self._root.glob("*/*/*.pid")}
-        return sorted(found)
+        return _keys(self._root)
 
     async def start(self, key: Key, packed: str) -> None:
         """See Drivers."""
@@ -77,5 +83,14 @@ class LocalDrivers:
             if SUBMITTED_NAME.fullmatch(file.stem)
         ]
         if not files:
-            raise absent(key, str(self._root))
+            raise absent(key, str(self._root), self.place)
         return Driven(max(files).with_suffix(""))
+
+
+def names_of(namespace: str | None) -> list[str]:
+    """Of the jobs that are in the usual folder."""
+    return [key.name for key in _keys(Path(_ROOT).expanduser()) if key.namespace == (namespace or "default")]
+
+
+def _keys(root: Path) -> list[Key]:
+    return sorted({Key(file.parent.parent.name, file.parent.name) for file in root.glob("*/*/*.pid")})

@@ -17,6 +17,11 @@ class Backend(Protocol):
     """Reads and writes jobs. Every method may raise what `errors` lists."""
 
     @property
+    def place(self) -> str:
+        """Options that have the finetune command look there; empty where it does by itself."""
+        ...
+
+    @property
     def namespace(self) -> str:
         """Of jobs that name none."""
         ...

@@ -89,6 +89,11 @@ class RayClientDrivers:
             raise
         return drivers
 
+    @property
+    def place(self) -> str:
+        """See Drivers."""
+        return f"--ray {self._address}"
+
     async def keys(self) -> Sequence[Key]:
         """See Drivers."""
         named = await self._done(lambda: ray.util.list_named_actors(all_namespaces=True))
@@ -141,7 +146,7 @@ class RayClientDrivers:
             try:
                 actor = ray.get_actor(_actor(key), namespace=_ACTORS)
             except ValueError as error:
-                raise absent(key, self._address) from error
+                raise absent(key, self._address, self.place) from error
             return ray.get(getattr(actor, method).remote(*arguments))
 
         return await self._done(ask)

@@ -66,6 +66,11 @@ class RayJobsBackend:
         self._workdir = (workdir or "~/.finetune/jobs").rstrip("/")
 
     @property
+    def place(self) -> str:
+        """See Backend."""
+        return f"--ray {self._api.url}"
+
+    @property
     def namespace(self) -> str:
         """Of jobs that name none; only names are told apart by it."""
         return self._namespace
@@ -75,7 +80,7 @@ class RayJobsBackend:
         submitted = planned(job, runtimes, self._namespace)
         key, packed = submitted.key, submitted.packed()
         if await self._turns(key):
-            raise taken(key)
+            raise taken(key, self.place)
         if not dry_run:
             await self._start(key, 1, new_folder(self._workdir, key), {SUBMISSION_VARIABLE: packed})
         return JobView.of(submitted.job)
@@ -148,7 +153,7 @@ class RayJobsBackend:
         try:
             await asyncio.to_thread(self._api.submit, id, f"{_DRIVER} {_typed(folder)}", variables, metadata)
         except FileExistsError:  # somebody else was quicker
-            raise taken(key) from None
+            raise taken(key, self.place) from None
 
     async def _run_helper(self, turn: _Turn) -> None:
         id = f"{turn.info.id}-suspend-{datetime.now(UTC):%H%M%S%f}"
@@ -177,7 +182,7 @@ class RayJobsBackend:
     async def _known(self, key: Key) -> Sequence[_Turn]:
         turns = await self._turns(key)
         if not turns:
-            raise absent(key, self._api.url)
+            raise absent(key, self._api.url, self.place)
         return turns
 
     async def _view(self, turns: Sequence[_Turn]) -> JobView:

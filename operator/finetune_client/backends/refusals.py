@@ -22,8 +22,9 @@ _UNAUTHORIZED = 401
 _BAD_REQUEST = 400
 
 
-def error_for(error: ClusterError, host: str, key: Key, doing: str) -> Exception:
-    """What to raise instead. `doing` is what was asked, such as "create FineTuneJobs", and `key` of which job."""
+def error_for(error: ClusterError, host: str, key: Key, doing: str, place: str = "") -> Exception:
+    """What to raise instead. `doing` is what was asked of job `key`, such as "create FineTuneJobs"; `place` is the
+    backend's."""
     if not isinstance(error, ApiError):
         return Unreachable(
             f"{host} does not answer: {error}. Is the cluster up, and is it the one you mean? "
@@ -34,14 +35,14 @@ def error_for(error: ClusterError, host: str, key: Key, doing: str) -> Exception
     if error.status == _BAD_REQUEST and (unknown := _UNKNOWN.findall(error.message)):
         return InvalidManifest([_unknown_field(path) for path in dict.fromkeys(unknown)])
     if isinstance(error, AlreadyExists):
-        message = f"is the name of a job that is there already in namespace {key.namespace}; {_other_name(key)}"
+        message = f"is the name of a job that is there already in namespace {key.namespace}; {_other_name(key, place)}"
         return InvalidManifest([Problem(path="metadata.name", value=f'"{key.name}"', message=message)])
-    return _other(error, host, key, doing)
+    return _other(error, host, key, doing, place)
 
 
-def _other(error: ApiError, host: str, key: Key, doing: str) -> ClientError:
+def _other(error: ApiError, host: str, key: Key, doing: str, place: str) -> ClientError:
     if isinstance(error, NotFound):
-        return _not_found(error, host, key)
+        return _not_found(error, host, key, place)
     if error.status == _UNAUTHORIZED:
         return NotAllowed(
             f"{host} does not know who you are: {error.message}. Log in anew, or choose another --context"
@@ -54,11 +55,13 @@ def _other(error: ApiError, host: str, key: Key, doing: str) -> ClientError:
     return Refused(f"{host} would not {doing}: {error.message}")
 
 
-def _not_found(error: ApiError, host: str, key: Key) -> ClientError:
+def _not_found(error: ApiError, host: str, key: Key, place: str) -> ClientError:
     """404 is the answer to an absent job, to an absent namespace, and to a kind that the server does not know."""
     if f'"{key.name}" not found' in error.message and key.name:
         return NoSuchJob(
-            f"there is no job {key.name} in namespace {key.namespace}; finetune list shows those there are"
+            f"there is no job {key.name} in namespace {key.namespace}; "
+            + f"finetune list -n {key.namespace} {place}".rstrip()
+            + " shows those there are"
         )
     if f'namespaces "{key.namespace}" not found' in error.message:
         return Refused(f"there is no namespace {key.namespace}; kubectl create namespace {key.namespace} makes it")
@@ -88,5 +91,6 @@ def _unknown_field(path: str) -> Problem:
     return Problem(path=path, message=message)
 
 
-def _other_name(key: Key) -> str:
-    return f"choose another name, or remove that one first: finetune cancel {key.name} -n {key.namespace}"
+def _other_name(key: Key, place: str) -> str:
+    typed = f"finetune cancel {key.name} -n {key.namespace} {place}".rstrip()
+    return f"choose another name, or remove that one first: {typed}"

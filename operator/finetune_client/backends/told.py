@@ -69,14 +69,16 @@ def new_folder(workdir: str, key: Key, now: datetime | None = None) -> str:
     return f"{workdir}/{key.namespace}/{key.name}/{now or datetime.now(UTC):{SUBMITTED}}"
 
 
-def taken(key: Key) -> InvalidManifest:
-    """The name of a job that is to be submitted is one's that is there."""
-    message = f"is the name of a job that is there already; choose another, or type: finetune cancel {key.name}"
+def taken(key: Key, place: str) -> InvalidManifest:
+    """The name of a job that is to be submitted is one's that is there. `place` is the backend's."""
+    typed = f"finetune cancel {key.name} -n {key.namespace} {place}"
+    message = f"is the name of a job that is there already; choose another, or type: {typed}"
     return InvalidManifest([Problem(path="metadata.name", value=f'"{key.name}"', message=message)])
 
 
-def absent(key: Key, where: str) -> NoSuchJob:
-    """There is no such job there."""
+def absent(key: Key, where: str, place: str) -> NoSuchJob:
+    """There is no such job there. `place` is the backend's."""
     return NoSuchJob(
-        f"there is no job {key.name} in namespace {key.namespace} at {where}; finetune list shows those there are"
+        f"there is no job {key.name} in namespace {key.namespace} at {where}; "
+        f"finetune list -A {place} shows those there are"
     )

@@ -12,6 +12,7 @@ import typer
 from finetune_client.cli.ckpt.commands import ckpt
 from finetune_client.cli.data.commands import data as data_group
 from finetune_client.cli.exits import EPILOG
+from finetune_client.cli.flow import let_flow
 from finetune_client.cli.jobs.commands import jobs
 from finetune_client.cli.options import Output, OutputOption
 from finetune_client.cli.serve.commands import serve
@@ -70,7 +71,7 @@ ArtifactArgument = Annotated[
 
 @app.command(epilog=EPILOG)
 def validate(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files or folders.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Files or folders.", show_default=False)],
     data: Annotated[bool, typer.Option("--data", help="Check the model and every row of data too.")] = False,
     runtime: RuntimeOption = None,
     output: OutputOption = Output.TEXT,
@@ -227,6 +228,8 @@ def chat(
 app.add_typer(serve)
 app.add_typer(ckpt, name="ckpt")
 app.add_typer(data_group, name="data")
+for command in jobs.registered_commands:
+    command.rich_help_panel = "Jobs in a cluster, or in the background of this machine"
 app.add_typer(jobs)
 
 
@@ -242,3 +245,6 @@ def version(output: OutputOption = Output.TEXT) -> None:
     from finetune_client.cli.version import show_version
 
     show_version(output is Output.JSON)
+
+
+let_flow(app)

@@ -25,10 +25,24 @@ class Format(StrEnum):
     YAML = "yaml"
 
 
+def names_here(context: typer.Context) -> list[str]:
+    """For the shell: of jobs on this machine, once --local was typed. A cluster may take its time to answer.
+
+    Typer leaves out those that begin otherwise.
+    """
+    if not context.params.get("local"):
+        return []
+    from finetune_client.backends.local import names_of
+
+    return names_of(context.params.get("namespace"))
+
+
 Files = Annotated[
-    list[Path], typer.Argument(metavar="FILE...", help="Files or folders with FineTuneJobs.", show_default=False)
+    list[Path], typer.Argument(metavar="FILE", help="Files or folders with FineTuneJobs.", show_default=False)
 ]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the job.", show_default=False)]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of the job.", show_default=False, autocompletion=names_here)
+]
 Namespace = Annotated[
     str | None, typer.Option("--namespace", "-n", help="Where the job is.", show_default="the context's")
 ]
@@ -69,7 +83,7 @@ def submit(
     local: Local = False,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Hand jobs over to a Kubernetes cluster, or to a Ray cluster that runs already, which runs them without you.
+    """Hand jobs over to a Kubernetes cluster, a Ray cluster that runs already, or this machine: they run without you.
 
     Checked on this machine first, as validate does, and then by the cluster's own rules; when anything is wrong nothing
     is started. Runtimes in the files go along to Ray; in Kubernetes they are the platform's and stay as they are.
@@ -91,7 +105,8 @@ def submit(
 @jobs.command(epilog=JOBS_EPILOG)
 def get(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Name of the job.", show_default="all jobs")
+        str | None,
+        typer.Argument(metavar="NAME", help="Name of the job.", show_default="all jobs", autocompletion=names_here),
     ] = None,
     namespace: Namespace = None,
     context: Context = None,
@@ -147,7 +162,7 @@ def watch(
 ) -> None:
     """Follow a job until it ends: a line whenever its phase, its step or what it waits for changes.
 
-    Ctrl-C ends the watching and not the job. With -o json each line is the job's status.
+    Ctrl-C ends the watching and not the job. With -o json each line is the job's status, with -o yaml each document.
 
     \b
     Examples:

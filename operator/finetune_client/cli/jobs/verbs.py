@@ -16,7 +16,7 @@ import yaml
 
 from finetune_api.job import Phase
 from finetune_api.problems import InvalidManifest
-from finetune_client.advice import advice_for
+from finetune_client.advice import advice_for, typed
 from finetune_client.cli.exits import ABSENT, DENIED, INVALID, NOT_INSTALLED, OK, UNREACHABLE
 from finetune_client.cli.jobs.page import page
 from finetune_client.cli.jobs.tables import artifact_table, job_table
@@ -68,9 +68,15 @@ class Where:
             namespace=self.namespace,
             context=self.context,
             kubeconfig=self.kubeconfig,
-            ray=self.ray,
+            ray=None if self._is_typed_over else self.ray,
             local=self.local,
         )
+
+    @property
+    def _is_typed_over(self) -> bool:
+        """Whether another place was typed than the Ray cluster that the environment names."""
+        other = self.local or self.context is not None or self.kubeconfig is not None
+        return other and self.ray == os.environ.get("FINETUNE_RAY")
 
     @property
     def is_said(self) -> bool:
@@ -80,7 +86,7 @@ class Where:
     @property
     def is_kubernetes(self) -> bool:
         """Whether that is a Kubernetes cluster, which has runtimes of its own."""
-        return self.ray is None and not self.local
+        return (self.ray is None or self._is_typed_over) and not self.local
 
 
 def submit(where: Where, files: Sequence[Path], wait: bool, dry_run: bool, output: str) -> int:
@@ -168,8 +174,9 @@ def suspend(where: Where, name: str, wait: bool, as_json: bool) -> int:
         if wait:
             status = job.wait()
         done = "is suspended" if status.phase is Phase.SUSPENDED else "saves and stops"
-        _say(f"job {name} {done}; finetune resume {name} -n {job.namespace} lets it go on")
-        _print_if(as_json, job)
+        view = job.view()
+        _say(f"job {name} {done}; {typed('resume', view)} lets it go on")
+        _print_if(as_json, view)
         return OK
 
     return _answered(where, work)
@@ -181,8 +188,9 @@ def resume(where: Where, name: str, as_json: bool) -> int:
     def work(client: Client) -> int:
         job = client.job(name)
         job.resume()
-        _say(f"job {name} goes on; finetune watch {name} -n {job.namespace} follows it")
-        _print_if(as_json, job)
+        view = job.view()
+        _say(f"job {name} goes on; {typed('watch', view)} follows it")
+        _print_if(as_json, view)
         return OK
 
     return _answered(where, work)
@@ -262,7 +270,7 @@ def _follow(job: Job, output: str, several: bool = False, to_stderr: bool = Fals
     with closing(job.views()) as views:
         for view in views:
             if output != "table":
-                print(_text(view.status.to_document(), "json", compact=True), flush=True)
+                print(_told(view, output), flush=True)
             elif (line := summary(view)) != said:
                 said = line
                 stamp = datetime.now(UTC).strftime("%H:%M:%S")
@@ -274,13 +282,19 @@ def _follow(job: Job, output: str, several: bool = False, to_stderr: bool = Fals
     raise AssertionError("a job's views end when it is settled")
 
 
+def _told(view: JobView, output: str) -> str:
+    """The status for programs that read one after the other: a line of JSON, or a YAML document."""
+    status = view.status.to_document()
+    return f"---\n{_text(status, output)}" if output == "yaml" else _text(status, "json", compact=True)
+
+
 def _tell_of_submission(view: JobView, dry_run: bool, wait: bool) -> None:
     if dry_run:
         print(f"job {view.name} is valid for namespace {view.namespace}; nothing was submitted (dry run)")
         return
     print(f"job {view.name} submitted to namespace {view.namespace}")
     if not wait:
-        print(f"Next: finetune watch {view.name} -n {view.namespace}")
+        print(f"Next: {typed('watch', view)}")
 
 
 def _tell_what_next(view: JobView) -> None:
@@ -304,10 +318,10 @@ def _described(found: Description) -> Mapping[str, Any]:
     return {"job": found.view.document, "why": found.advice.why, "next": found.advice.next, "events": events}
 
 
-def _print_if(as_json: bool, job: Job) -> None:
+def _print_if(as_json: bool, view: JobView) -> None:
     """The job as it now is, for programs."""
     if as_json:
-        _print(job.view().document, "json")
+        _print(view.document, "json")
 
 
 def _print(document: Any, output: str) -> None:

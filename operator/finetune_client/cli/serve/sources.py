@@ -17,6 +17,7 @@ from pathlib import Path
 
 from finetune_api.job import Phase
 from finetune_api.uris import BUCKETS, Scheme, Uri, parse_uri
+from finetune_client.advice import typed
 from finetune_client.cli.artifacts import find_artifact
 from finetune_client.cli.exits import ABSENT, INVALID
 from finetune_client.cli.jobs.verbs import Where, code_of
@@ -126,10 +127,9 @@ def _of_view(view: JobView) -> Served:
 
 
 def _nothing_yet(view: JobView) -> str:
-    name, where = view.name, f"{view.name} -n {view.namespace}"
     if view.phase is Phase.FAILED:
-        return f"job {name} has failed and written no model; finetune describe {where} says why"
-    return f"job {name} is {view.phase} and has written no model yet; finetune watch {where} follows it"
+        return f"job {view.name} has failed and written no model; {typed('describe', view)} says why"
+    return f"job {view.name} is {view.phase} and has written no model yet; {typed('watch', view)} follows it"
 
 
 def _elsewhere(uri: Uri) -> str:
