@@ -77,8 +77,8 @@ class OnlineMethod(Contract):
     missing_eos_penalty: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Taken off the reward of a rollout that was cut off before it had ended."""
     max_kl: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Nats per token between model and reference at which the run fails with KLDiverged: rollouts of such an
-    iteration are not learned from, and checkpoints are from before it. 0: no limit."""
+    """Nats per token between model and reference at which the run fails with KLDiverged, before it learns from such
+    rollouts; checkpoints are from before. 0: no limit."""
 
     vllm: Vllm | None = None
     """Who writes rollouts, in the place of the trainers."""
@@ -108,8 +108,8 @@ class KlPenalty(Contract):
     coefficient: Annotated[float, Field(ge=0, le=100)] = 0.05
     """Taken off each token's reward, times the difference of its log-probabilities (k1)."""
     target: Annotated[float, Field(gt=0, le=10_000)] | None = None
-    """Nats per rollout that are wanted: the coefficient rises while the model strays farther, and falls while it is
-    nearer (Ziegler et al. 2019, arXiv 1909.08593). Left out: it stays."""
+    """Nats per rollout that are wanted: the coefficient rises while the model strays farther, else falls (Ziegler et
+    al. 2019, arXiv 1909.08593). Left out: it stays."""
     horizon: Annotated[int, Field(ge=1, le=1_000_000_000)] = 10_000
     """Rollouts in which the coefficient may change by a factor of about 1.2; with a target only."""
 
@@ -202,8 +202,8 @@ class Grpo(OnlineMethod):
     kl_coefficient: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Weight of the distance to the reference in the loss (k3); 0 needs no reference."""
     dynamic_sampling: Annotated[int, Field(ge=0, le=16)] = 0
-    """Further prompts are asked, so many times at most, until enough groups have answers of different reward: those in
-    which all are right, or all are wrong, teach nothing. 0: such groups stay."""
+    """Further prompts are asked, so many times at most, until enough groups have answers of different reward: the
+    others teach nothing. 0: such groups stay."""
     overlong_buffer: Annotated[int, Field(ge=0, le=131_072)] = 0
     """Over the last so many tokens before maxNewTokens an answer loses up to 1 of its reward; 0: none."""
 

@@ -55,9 +55,9 @@ class FunctionReward(Contract):
         str,
         Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*([.][A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$", max_length=256),
     ]
-    """module:function, in the image or on PYTHONPATH: f(prompts, completions, **columns, **settings), with lists of
-    texts and a list for each column of the rows. It is given what it names (all, with **kwargs), and returns a
-    number, or None for no opinion, for each completion. It may be async, and has a process of its own."""
+    """module:function, in the image or on PYTHONPATH: f(prompts, completions, **columns, **settings), lists of texts
+    and of each column's values. It gets what it names (all, with **kwargs), and returns a number for each completion,
+    or None for no opinion. It may be async, and has a process of its own."""
     timeout_seconds: Seconds = 60.0
     """One call may take this long; then its process is ended and begun anew, and the batch has no score."""
     settings: Annotated[
@@ -76,8 +76,8 @@ class MetricReward(Contract):
     column: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """Column with the right answer, or with a list of right answers of which the nearest counts. Left out: answer."""
     pattern: Annotated[str, AfterValidator(_regular_expression), Field(min_length=1, max_length=1024)] | None = None
-    """A regular expression of Python. For the other kinds it takes the part of the answer that is compared, the first
-    group of its last match or all of that match; an answer without a match scores 0."""
+    """A regular expression of Python. For the other kinds it takes what is compared from the answer: the first group
+    of its last match, or all of it; an answer without one scores 0."""
 
     rules = (
         Rule(
@@ -116,8 +116,8 @@ class ModelReward(Contract):
     """A reward model, such as method.reward trains: a sequence classifier with one label, or an adapter of one."""
 
     source: ModelUri
-    """Where it is: a model or adapter folder, hf://org/name, or job://name of the job that trains it: this job then
-    waits for that one. It reads text by its own tokenizer and chat template."""
+    """A model or adapter folder, hf://org/name, or job://name of the job that trains it, which is then waited for. It
+    reads text by its own tokenizer and chat template."""
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Branch, tag or commit of an hf:// source."""
     calibrated: bool | None = None

@@ -82,7 +82,7 @@ class Distill(Supervised):
     teacher_answers: TeacherAnswers | None = None
     """The teacher writes the last answer of each training row anew, once and before the first step, and that is
     learned from: with alpha 1, sequence-level distillation (Kim and Rush 2016, arXiv 1606.07947). It is asked in
-    the model's own chat template. Steps are counted before, so packing must be false. Left out: the data's answers,
+    the model's own chat template. packing must be false: steps are counted before. Left out: the data's answers,
     which evaluation always has."""
 
     rules = (
