@@ -37,8 +37,8 @@ class Sampling(Contract):
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Below 1 the likely tokens become likelier. What is learned is the policy at this temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the likeliest tokens that have this much of the probability. Below 1 the rollouts are no longer samples
-    of the policy that learns."""
+    """Draw from the likeliest tokens that have this much of the probability. Below 1 rollouts are no samples of the
+    policy that learns."""
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Draw from so many of the likeliest tokens; 0: from all. See topP."""
 
@@ -49,17 +49,17 @@ class Vllm(Contract):
     kv_cache_gib: Annotated[int, Field(ge=1, le=1024)] = 2
     """GiB of each process for keys and values."""
     gap_limit: Annotated[float, Field(gt=0, le=100)] = 0.05
-    """Nats per token between trainer and vLLM, on average, above which condition RolloutFaithful is False."""
+    """Mean nats per token between trainer and vLLM, above which condition RolloutFaithful is False."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """Iterations that rollouts may be behind. 1: vLLM writes the next ones while the model learns, which widens the
-    gap; resuming writes them anew."""
+    """Iterations that rollouts may be behind. 1: vLLM writes while the model learns, which widens the gap; resuming
+    writes the next ones anew."""
 
 
 class OnlineMethod(Contract):
     """What PPO and GRPO have in common."""
 
     rewards: RewardList
-    """What a rollout is worth: the sum of these, each times its weight."""
+    """What a rollout is worth: the weighted sum of these."""
     sampling: Sampling = Field(default_factory=Sampling)
     """How rollouts are drawn."""
     max_seq_length: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
@@ -67,18 +67,16 @@ class OnlineMethod(Contract):
     long_rows: Literal["error", "drop"] = "error"
     """A longer prompt: `error` stops before training and names the rows, `drop` leaves it out."""
     mini_batches: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Optimizer steps in which all rollouts of an iteration are learned from once: an iteration has miniBatches ×
-    globalBatchSize rollouts."""
+    """Optimizer steps in which all rollouts of an iteration, miniBatches × globalBatchSize, are learned from once."""
     clip_low: Clip = 0.2
     """How far one iteration may make a token less likely: to 1 - clipLow times its probability."""
     clip_high: Annotated[float, Field(gt=0, le=10)] = 0.2
-    """How far one iteration may make a token likelier: to 1 + clipHigh times. DAPO's 0.28 leaves rare tokens room to
-    grow (arXiv 2503.14476)."""
+    """How far one iteration may make a token likelier: to 1 + clipHigh times. DAPO has 0.28 (arXiv 2503.14476)."""
     missing_eos_penalty: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Taken off the reward of a rollout that was cut off before it had ended."""
+    """Taken off the reward of a rollout that was cut off."""
     max_kl: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Nats per token between model and reference at which the run fails with KLDiverged, before it learns from such
-    rollouts; checkpoints are from before. 0: no limit."""
+    """Nats per token between model and reference at which the run fails with KLDiverged: such rollouts are not learned
+    from, and checkpoints are from before. 0: no limit."""
 
     vllm: Vllm | None = None
     """Who writes rollouts, in the place of the trainers."""
