@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
@@ -36,6 +37,9 @@ _READ_AT_ONCE = 1 << 18
 _CHANNELS = "v4.channel.k8s.io"
 """How a command's streams share one WebSocket: the first byte of each message says whose it is."""
 _LONGEST_MESSAGE = 2000
+_DEEPEST = 11_000
+"""Levels of nesting, and some for us. An API server takes ten thousand, and what one job holds of them must not end the
+watch over all."""
 
 
 @asynccontextmanager
@@ -190,10 +194,14 @@ def _parsed(text: bytes) -> Any:
         return from_json(text, cache_strings="all")
     except ValueError:
         pass  # nested more deeply than it reads, or no JSON
+    usual = sys.getrecursionlimit()
+    sys.setrecursionlimit(_DEEPEST)
     try:
         return json.loads(text)
     except ValueError:
         raise Unreachable(f"something that is no API server answered: {text[:200]!r}") from None
+    finally:
+        sys.setrecursionlimit(usual)
 
 
 def _refusal(response: aiohttp.ClientResponse, text: bytes) -> ApiError:

@@ -353,11 +353,10 @@ def test_a_word_that_comes_again_in_a_watch_is_held_once(scene: Scene) -> None:
     scene.play(streaming(stream), scenario)
 
 
-def test_an_object_that_is_nested_deeply_ends_no_watch(scene: Scene) -> None:
-    config: dict[str, Any] = {}
-    for _ in range(300):
-        config = {"a": config}
-    stream = json.dumps(event("deep", spec=config)).encode() + b"\n" + json.dumps(event("next")).encode() + b"\n"
+@pytest.mark.parametrize("levels", [300, 9_990])
+def test_an_object_that_is_nested_deeply_ends_no_watch(scene: Scene, levels: int) -> None:
+    deep = json.dumps(event("deep", spec="SPEC")).replace('"SPEC"', '{"a": ' * levels + "1" + "}" * levels)
+    stream = f"{deep}\n{json.dumps(event('next'))}\n".encode()
 
     async def scenario(connection: Connection) -> None:
         assert [one.object["metadata"]["name"] for one in await watched(connection)] == ["deep", "next"]
