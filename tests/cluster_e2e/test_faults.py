@@ -29,7 +29,7 @@ LONG = {
 STEPS = 1500
 KILL_TRAINER = """
 import psutil
-trainers = [one for one in psutil.process_iter() if "RayTrainWorker" in " ".join(one.cmdline())]
+trainers = [one for one in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in str(one.info["cmdline"])]
 trainers[0].kill()
 print(trainers[0].pid)
 """
@@ -85,7 +85,7 @@ def test_a_job_whose_trainer_is_killed_goes_on_from_its_checkpoint(
     job = submit("killed", long)
     team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
     pod = min(pod["metadata"]["name"] for pod in team.pods(job, "worker"))
-    killed = team.kubectl("exec", pod, "--container=ray-worker", "--", "python3.11", "-c", KILL_TRAINER)
+    killed = team.kubectl("exec", pod, "--container=ray", "--", "python3.11", "-c", KILL_TRAINER)
     assert int(killed) > 0
     team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed all the same", seconds=600)
     assert len(team.status(job)["attempts"]) == 1
@@ -126,17 +126,26 @@ def leader(cluster: Cluster) -> str:
     return str(lease["spec"].get("holderIdentity") or "").partition("_")[0]
 
 
-def test_a_job_that_loses_a_node_goes_on_with_what_is_left(team: World, long: dict[str, Any], submit: Submit) -> None:
-    job = submit("lost", long)
+def test_a_job_that_loses_a_node_goes_on_with_what_is_left_until_it_is_back(
+    team: World, long: dict[str, Any], submit: Submit
+) -> None:
+    """There is no room for the lost worker anywhere else. One attempt, smaller and larger again."""
+    workers = {"replicas": 2, "minReplicas": 1, "resizeAfterSeconds": 10}
+    training = {**long["training"], "maxSteps": 100_000}
+    job = submit("lost", {**long, "cluster": {"workers": workers}, "training": training})
     team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
     seen, lost = team.saved(job), NODES[1]
     assert any(pod["spec"]["nodeName"] == lost.name for pod in team.pods(job, "worker"))
+    assert team.world_size(job) == 2
     team.cluster.lose(lost)
     try:
-        team.wait(job, lambda: team.saved(job) >= seen + 3 * EVERY, "training to go on", seconds=600)
+        team.wait(job, lambda: team.world_size(job) == 1, "training with one worker", seconds=600)
+        team.wait(job, lambda: team.saved(job) >= seen + 3 * EVERY, "checkpoints of it", seconds=600)
         assert {pod["spec"].get("nodeName") for pod in team.pods(job, "worker") if is_running(pod)} == {"node-1"}
     finally:
         team.cluster.restore(lost)
+    team.wait(job, lambda: team.world_size(job) == 2, "both to train again", seconds=600)
+    assert len(team.status(job)["attempts"]) == 1
 
 
 def is_running(pod: dict[str, Any]) -> bool:

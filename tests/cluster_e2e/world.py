@@ -69,6 +69,10 @@ class World:
         """The step of the newest checkpoint, 0 while there is none."""
         return int((self.status(job).get("checkpoint") or {}).get("step") or 0)
 
+    def world_size(self, job: str) -> int:
+        """Training processes now, 0 before there are any."""
+        return int((self.status(job).get("progress") or {}).get("worldSize") or 0)
+
     def waits_for(self, job: str) -> str:
         """What the status says that its pods wait for."""
         conditions = {one["type"]: one for one in self.status(job).get("conditions", [])}

@@ -116,7 +116,7 @@ def _tie_to_first(node: Node, first: Node) -> None:
     _ip("address", "add", f"{node.address}/16", "dev", "eth0", inside=node)
     _ip("link", "set", "eth0", "up", inside=node)
     _ip("route", "add", "default", "via", first.address, inside=node)
-    _ip("route", "add", f"{node.pods}.0.0/16", "via", node.address, inside=first)
+    _ip("route", "replace", f"{node.pods}.0.0/16", "via", node.address, inside=first)
 
 
 def remove_namespace(node: Node) -> None:
