@@ -35,6 +35,13 @@ def test_quantization_without_bitsandbytes_is_refused(tmp_path: Path, monkeypatc
     assert "pip install 'finetune-operator[quantization]'" in problem.message
 
 
+def test_four_bits_on_a_cpu_are_refused_where_they_would_be_read_wrongly(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "model", hidden_size=64, intermediate_size=96)
+    [problem] = problems_of(tmp_path / "model", {"tuning": {"lora": {"quantization": "nf4"}}})
+    assert problem.path == "spec.tuning.lora.quantization"
+    assert "a multiple of 64, unlike model.layers.0.mlp.down_proj of this model; set int8" in problem.message
+
+
 def test_fp16_on_a_cpu_is_refused_in_a_plan_that_was_not_made_by_planning(tmp_path: Path) -> None:
     tiny_model(tmp_path / "model")
     plan = plan_for(tmp_path / "model").model_copy(update={"precision": Precision.FP16})

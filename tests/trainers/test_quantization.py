@@ -21,6 +21,8 @@ pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsa
 CPU = torch.device("cpu")
 KINDS = [(bits, precision) for bits in ("int8", "nf4") for precision in ("fp32", "bf16")]
 
+WHOLE_BLOCKS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
+
 
 def quantized(folder: Path, bits: str, precision: str) -> TunedModel:
     changes: dict[str, Any] = {
@@ -53,7 +55,7 @@ def loss_of(model: torch.nn.Module, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize(("bits", "precision"), KINDS)
 def test_only_the_base_is_quantized_and_its_logits_stay_close(tmp_path: Path, bits: str, precision: str) -> None:
-    base = tiny_model(tmp_path / "model")
+    base = tiny_model(tmp_path / "model", **WHOLE_BLOCKS)
     tuned = quantized(tmp_path / "model", bits, precision)
     weight = tuned.model.get_parameter("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
     assert weight.dtype in (torch.int8, torch.uint8)
@@ -70,7 +72,7 @@ def test_only_the_base_is_quantized_and_its_logits_stay_close(tmp_path: Path, bi
 
 @pytest.mark.parametrize(("bits", "precision"), KINDS)
 def test_adapters_learn_and_the_base_stays_as_it_is(tmp_path: Path, bits: str, precision: str) -> None:
-    tiny_model(tmp_path / "model")
+    tiny_model(tmp_path / "model", **WHOLE_BLOCKS)
     tuned = quantized(tmp_path / "model", bits, precision)
     batch = a_batch()
     frozen = {name: p.clone() for name, p in tuned.model.named_parameters() if name not in tuned.trainable}
@@ -83,4 +85,6 @@ def test_adapters_learn_and_the_base_stays_as_it_is(tmp_path: Path, bits: str, p
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.8 * losses[0]
+    with torch.no_grad():  # as an evaluation in between does
+        loss_of(tuned.model.eval(), batch)
     assert all(torch.equal(tuned.model.get_parameter(name), before) for name, before in frozen.items())

@@ -25,6 +25,8 @@ from finetune_trainers.weights import INDEX, BrokenWeightsError, WeightFiles
 __all__ = ["check_folder", "check_job", "packing_fault"]
 
 SOURCE = "spec.model.source"
+NF4_BLOCK = 64
+"""Weights that share a scale, as bitsandbytes has them by default."""
 
 
 def check_folder(folder: Path, plan: RunPlan) -> tuple[Any, WeightFiles]:
@@ -117,7 +119,7 @@ def check_job(
         *_check_tensors(plan, model, weights),
         *_check_vocabulary(plan, model, tokenizer),
         *_check_length(plan, model),
-        *_check_device(plan),
+        *_check_device(plan, model),
         *_check_tuning(plan, model),
     ]
 
@@ -210,7 +212,7 @@ def _check_length(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:
     return [Problem(path=f"spec.method.{plan.method.chosen}.maxSeqLength", value=str(length), message=message)]
 
 
-def _check_device(plan: RunPlan) -> list[Problem]:
+def _check_device(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:
     on_cpu = plan.workers.device is Device.CPU
     problems = []
     if on_cpu and plan.precision is Precision.FP16:
@@ -218,15 +220,26 @@ def _check_device(plan: RunPlan) -> list[Problem]:
         problems.append(Problem(path="spec.training.precision", value="fp16", message=message))
     lora = plan.tuning.lora
     if lora is not None and lora.quantization is not Quantization.NONE:
-        problems += _check_quantization(lora.quantization)
+        problems += _check_quantization(lora.quantization, model, on_cpu)
     return problems
 
 
-def _check_quantization(quantization: Quantization) -> list[Problem]:
-    if importlib.util.find_spec("bitsandbytes") is not None:
+def _check_quantization(quantization: Quantization, model: PreTrainedModel, on_cpu: bool) -> list[Problem]:
+    """On processors with AVX-512, bitsandbytes reads 4-bit rows wrongly that are no whole number of blocks."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        message = "needs the package bitsandbytes: pip install 'finetune-operator[quantization]', or set none"
+    elif quantization is Quantization.NF4 and on_cpu and (odd := _rows_of_no_whole_blocks(model)):
+        message = (
+            f"a CPU needs layers whose inputs are a multiple of {NF4_BLOCK}, unlike {odd[0]} of this model; set int8"
+        )
+    else:
         return []
-    message = "needs the package bitsandbytes: pip install 'finetune-operator[quantization]', or set none"
     return [Problem(path="spec.tuning.lora.quantization", value=quantization, message=message)]
+
+
+def _rows_of_no_whole_blocks(model: PreTrainedModel) -> list[str]:
+    layers = [(name, model.get_submodule(name)) for name in linear_names(model)]
+    return [name for name, layer in layers if getattr(layer, "in_features", NF4_BLOCK) % NF4_BLOCK]
 
 
 def _check_tuning(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:

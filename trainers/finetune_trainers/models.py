@@ -145,6 +145,8 @@ def load_model(
         loaded.finetune_zero3 = zero3
     elif quantization is Quantization.NONE:
         nn.Module.to(loaded, device)
+    else:
+        _stay_as_loaded(loaded)
     if plan.precision is Precision.BF16 and bf16_is_emulated(device):
         use_float32_products(loaded)
     return loaded
@@ -182,6 +184,14 @@ def _bitsandbytes(quantization: Quantization, compute_dtype: torch.dtype) -> Any
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def _stay_as_loaded(model: Any) -> None:
+    """Where the processor has AVX-512 for bf16, bitsandbytes lays 4-bit weights out anew when they are first evaluated,
+    in their place, for inference alone and for some shapes only. Here training goes on afterwards."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def stored_tokenizer(model: PreparedModel, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
