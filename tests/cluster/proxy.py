@@ -82,6 +82,7 @@ class Proxy:
         self.flowing = Event()
         self._upstream, self._port, self._choose, self._ours, self._theirs = upstream, port, choose, ours, theirs
         self._site: web.TCPSite | None = None
+        self._listening = False
         self._sockets = Sockets()
 
     async def start(self) -> None:
@@ -110,8 +111,10 @@ class Proxy:
     async def listen(self) -> None:
         self._site = web.TCPSite(self._runner, "127.0.0.1", self._port, ssl_context=self._ours)
         await self._site.start()
+        self._listening = True
 
     async def close_listener(self) -> None:
+        self._listening = False
         if self._site is not None:
             await self._site.stop()
         await self.abort_connections()
@@ -139,7 +142,10 @@ class Proxy:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         asked = asked_by(request.method, request.raw_path)
-        action, exchange = self._choose(asked), Exchange(request, asked, self)
+        exchange = Exchange(request, asked, self)
+        if not self._listening:  # its connection was still being made when the others were closed
+            return exchange.abort()
+        action = self._choose(asked)
         await self.flowing.wait()
         try:
             return await (action(exchange) if action else exchange.forward())

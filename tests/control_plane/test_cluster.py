@@ -7,8 +7,10 @@ import socket
 import ssl
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -85,6 +87,29 @@ def test_a_program_goes_through_the_proxy_and_is_counted(
     with faults.rule(Refuse(403, message="not today"), verb="write"), pytest.raises(ToolFailed, match="not today"):
         through("create", "configmap", "second", "-n", namespace)
     assert through("get", "configmaps", "-n", namespace, "-o", "name").split()[-1] == "configmap/first"
+
+
+def test_an_outage_takes_a_connection_along_that_is_still_being_made(faults: Faults) -> None:
+    said, heard = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = ssl.create_default_context(cafile=str(faults.server.ca_file)).wrap_bio(
+        heard, said, server_hostname="127.0.0.1"
+    )
+    address = urlsplit(faults.url)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as wire:
+        with suppress(ssl.SSLWantReadError):
+            tls.do_handshake()
+        wire.sendall(said.read())
+        heard.write(wire.recv(1 << 16))
+        with faults.outage():
+            with suppress(ssl.SSLWantReadError):
+                tls.do_handshake()
+                tls.write(b"GET /version HTTP/1.1\r\nHost: here\r\n\r\n")
+            with suppress(ConnectionResetError, BrokenPipeError):
+                wire.sendall(said.read())
+                while piece := wire.recv(1 << 16):
+                    heard.write(piece)
+            with pytest.raises(ssl.SSLWantReadError):
+                tls.read()
 
 
 def test_helm_installs_and_takes_back(helm: Tool, api: Client, namespace: str, tmp_path: Path) -> None:

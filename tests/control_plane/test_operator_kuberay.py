@@ -76,8 +76,8 @@ def test_a_suspended_job_holds_no_pods_and_a_deleted_one_leaves_none(
 QUEUES = "/apis/kueue.x-k8s.io/v1beta2"
 
 
-def queue(jobs: Jobs, gpus: int) -> str:
-    """The ClusterQueue behind a new LocalQueue "mine"."""
+def queue(jobs: Jobs, gpus: int) -> None:
+    """A new LocalQueue "mine", with a quota of its own."""
     name, api = f"quota-{jobs.namespace}", jobs.api
     version = {"apiVersion": "kueue.x-k8s.io/v1beta2"}
     flavor = {**version, "kind": "ResourceFlavor", "metadata": {"name": "any"}}
@@ -89,31 +89,35 @@ def queue(jobs: Jobs, gpus: int) -> str:
     api.create(f"{QUEUES}/clusterqueues", {**version, "kind": "ClusterQueue", "metadata": {"name": name}, "spec": spec})
     local = {**version, "kind": "LocalQueue", "metadata": {"name": "mine"}, "spec": {"clusterQueue": name}}
     api.create(f"{QUEUES}/namespaces/{jobs.namespace}/localqueues", local)
-    return name
 
 
 def test_queued_jobs_run_in_turn_and_one_that_is_evicted_keeps_its_attempt(
     jobs: Jobs, running: Operator, kuberay: KubeRay, nodes: Kwok, kueue: Started
 ) -> None:
-    quota = queue(jobs, gpus=2)
+    queue(jobs, gpus=2)
     queued = GPUS | jobs.with_storage() | {"scheduling": {"queue": "mine"}}
     jobs.submit("first", queued)
     running.wait(lambda: kuberay.ray.running(jobs.namespace, "first-1"), "the first to be admitted")
     jobs.report("first", 1, step=1)
     running.wait(jobs.is_at("first", "Running"), "the first to run")
+    uid = jobs.ray_jobs()["first-1"]
+    [workload] = jobs.api.items(f"{QUEUES}/namespaces/{jobs.namespace}/workloads")
+    place = f"{QUEUES}/namespaces/{jobs.namespace}/workloads/{workload['metadata']['name']}"
     jobs.submit("second", queued)
     running.wait(jobs.is_at("second", "Queued"), "the second to wait in the queue")
     assert jobs.condition("second", "Admitted") == ("False", "Queued")
-    uid = jobs.ray_jobs()["first-1"]
-    jobs.api.merge(f"{QUEUES}/clusterqueues/{quota}", {"spec": {"stopPolicy": "HoldAndDrain"}})
+    jobs.api.merge(place, {"spec": {"active": False}})
     running.wait(jobs.is_at("first", "Queued"), "the first to be evicted")
-    # Kueue asks for it, and KubeRay does it: until then the Ray job of before still runs.
-    running.wait(lambda: not kuberay.ray.running(jobs.namespace, "first-1"), "its Ray job to be gone")
-    jobs.api.merge(f"{QUEUES}/clusterqueues/{quota}", {"spec": {"stopPolicy": "None"}})
-    running.wait(lambda: kuberay.ray.running(jobs.namespace, "first-1"), "the first to be admitted again")
+    end_when_admitted(jobs, running, kuberay, "second")
+    jobs.api.merge(place, {"spec": {"active": True}})
+    end_when_admitted(jobs, running, kuberay, "first")
     assert jobs.ray_jobs()["first-1"] == uid
-    jobs.report("first", 1, step=100)
-    kuberay.ray.end(jobs.namespace, "first-1")
-    running.wait(jobs.is_at("first", "Succeeded"), "the first to succeed")
-    assert jobs.attempts("first") == [(1, "Succeeded")]
-    running.wait(lambda: kuberay.ray.running(jobs.namespace, "second-1"), "the second to be admitted")
+
+
+def end_when_admitted(jobs: Jobs, running: Operator, kuberay: KubeRay, name: str) -> None:
+    """In its first attempt."""
+    running.wait(lambda: kuberay.ray.running(jobs.namespace, f"{name}-1"), f"{name} to be admitted")
+    jobs.report(name, 1, step=100)
+    kuberay.ray.end(jobs.namespace, f"{name}-1")
+    running.wait(jobs.is_at(name, "Succeeded"), f"{name} to succeed")
+    assert jobs.attempts(name) == [(1, "Succeeded")]
