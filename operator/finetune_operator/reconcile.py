@@ -34,6 +34,7 @@ from finetune_operator.kinds import CONFIG_MAP, FINETUNE_JOB, RAY_JOB, Key, Kind
 from finetune_operator.logs import about
 from finetune_operator.metrics import Metrics
 from finetune_operator.observe import World, observe
+from finetune_operator.outdated import OUTDATED_CRD, dropped_fields, outdated_message
 from finetune_operator.raw import controller_uid, version_of
 from finetune_operator.refusals import (
     KUBERAY_MISSING,
@@ -67,6 +68,7 @@ class _Memory:
     written_at: datetime | None = None
     begun: str = ""
     begun_at: datetime | None = None
+    told_of_crd: bool = False
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,11 @@ class Reconciler:
         memory.replaced = version_of(job) if version_of(written) != version_of(job) else ""
         memory.written_at = self._clock()
         count_transition(self._metrics, job, status)
+        if not memory.told_of_crd and (dropped := list(dropped_fields(status, written.get("status")))):
+            memory.told_of_crd = True
+            message = outdated_message(dropped)
+            _log.warning(message)
+            await self._events.record(job, "Warning", OUTDATED_CRD, message)
 
     def _until_progress_is_due(self, key: Key, job: Document, decision: Decision) -> float | None:
         """Seconds until a status that only brings news of progress may be written; None for now."""

@@ -46,6 +46,7 @@ def test_a_job_becomes_a_ray_job_and_its_end_the_jobs(jobs: Jobs, running: Opera
     assert running.metric("finetune_attempts_total", outcome="Succeeded") == 1
     running.wait(lambda: running.metric("finetune_jobs", phase="Succeeded") == 1, "the watch to bring what was written")
     assert {line["job"] for line in running.log() if "created" in line["message"]} == {"tiny"}
+    assert "OutdatedCRD" not in jobs.events("tiny")  # the server keeps every field that was written
 
 
 def test_a_failed_attempt_is_followed_by_another_and_a_users_mistake_by_none(jobs: Jobs, running: Operator) -> None:

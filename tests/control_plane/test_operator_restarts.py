@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,29 +112,50 @@ def test_an_operator_that_is_told_to_end_gives_the_lease_back(jobs: Jobs, server
 
 
 def test_crds_are_upgraded_under_running_jobs(jobs: Jobs, server: Server, tmp_path: Path) -> None:
-    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.finetune-operator.io"
-    before = jobs.api.get(path)
+    def newer(version: dict[str, Any]) -> None:
+        status = version["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]
+        status["ofTheNextVersion"] = {"type": "string", "default": "yes"}
+        version["additionalPrinterColumns"].append({"name": "NEW", "type": "string", "jsonPath": ".status.phase"})
+
     with operator(tmp_path, server.kubeconfig, jobs.namespace) as one:
         jobs.submit("tiny")
         one.wait(jobs.has("tiny-1"), "its RayJob")
         jobs.run("tiny")
         one.wait(jobs.is_at("tiny", "Running"), "the job to run")
-        newer = jobs.api.get(path)
-        (version,) = newer["spec"]["versions"]
-        schema = version["schema"]["openAPIV3Schema"]["properties"]
-        schema["status"]["properties"]["ofTheNextVersion"] = {"type": "string", "default": "yes"}
-        version["additionalPrinterColumns"].append({"name": "NEW", "type": "string", "jsonPath": ".status.phase"})
-        jobs.api.replace(path, newer)
-        try:
+        with another_crd(jobs, newer):
             one.wait(lambda: jobs.status("tiny").get("ofTheNextVersion") == "yes", "the new schema to be served")
             jobs.submit("later")
             one.wait(jobs.has("tiny-1", "later-1"), "a new job to start")
             jobs.succeed("tiny")
             one.wait(jobs.is_at("tiny", "Succeeded"), "the old one to end")
-        finally:
-            before["metadata"].pop("resourceVersion")
-            jobs.api.apply(
-                path,
-                {key: before[key] for key in ("apiVersion", "kind", "spec")}
-                | {"metadata": {"name": before["metadata"]["name"]}},
-            )
+
+
+def test_a_crd_older_than_the_operator_is_told_of_and_its_jobs_go_on(
+    jobs: Jobs, server: Server, tmp_path: Path
+) -> None:
+    def older(version: dict[str, Any]) -> None:
+        del version["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]["progress"]
+
+    with operator(tmp_path, server.kubeconfig, jobs.namespace) as one, another_crd(jobs, older):
+        jobs.submit("tiny")
+        one.wait(jobs.has("tiny-1"), "its RayJob")
+        jobs.run("tiny")
+        one.wait(lambda: "OutdatedCRD" in jobs.events("tiny"), "the job's Event")
+        [told] = [line for line in one.log() if "is older than the operator" in line["message"]]
+        assert "does not keep status.progress. Bring it to the operator's version" in told["message"]
+        jobs.succeed("tiny")
+        one.wait(jobs.is_at("tiny", "Succeeded"), "the job to succeed")
+
+
+@contextmanager
+def another_crd(jobs: Jobs, change: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """For the length of a block the cluster has a CRD of FineTuneJobs whose version is changed so."""
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.finetune-operator.io"
+    before, other = jobs.api.get(path), jobs.api.get(path)
+    change(other["spec"]["versions"][0])
+    jobs.api.replace(path, other)
+    try:
+        yield
+    finally:
+        metadata = {"name": before["metadata"]["name"]}
+        jobs.api.apply(path, {key: before[key] for key in ("apiVersion", "kind", "spec")} | {"metadata": metadata})
