@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,19 @@ def test_broken_rows_are_refused_before_training(small_world: SmallWorld, tmp_pa
 
 
 @pytest.mark.usefixtures("no_worker")
+def test_another_ray_in_the_image_than_the_job_says_is_refused_first_of_all(
+    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_RAY_VERSION", "2.9.3")
+    outcome = small_world.train(small_world.plan(), tmp_path / "run")
+    assert outcome.failure is not None
+    assert outcome.failure.failure_class is FailureClass.USER_ERROR
+    [problem] = outcome.failure.problems
+    assert (problem.path, problem.value) == ("spec.cluster.rayVersion", "2.9.3")
+    assert f"the image has Ray {version('ray')}: set that" in problem.message
+    assert {report.stage for report in reports(tmp_path / "run")} <= {Stage.DONE}
+
+
 def test_a_check_trains_nothing_and_counts_the_steps(small_world: SmallWorld, tmp_path: Path) -> None:
     outcome = launch.check(small_world.plan({"training.maxSteps": 5}), tmp_path, small_world.cache)
     assert (outcome.result, outcome.total_steps, outcome.step) == (Result.SUCCEEDED, 5, 0)

@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
-from finetune_api.failures import Failure, FailureClass
+from finetune_api.failures import Failure, FailureClass, Problem
 from finetune_api.learning_rate import auto_learning_rate
 from finetune_api.plan import RunPlan
 from finetune_api.progress import Outcome, Result, Stage
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from finetune_trainers.worker import WorkerResult
 
 __all__ = ["check", "count_steps", "run"]
+
+SAID_RAY = "FINETUNE_RAY_VERSION"
+"""Set by the operator."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -73,6 +77,16 @@ def count_steps(plan: RunPlan, sequences_per_epoch: int) -> int:
     uses = (plan.optimization.epochs or 1) * sequences_per_epoch * plan.method.uses_per_row
     iteration = plan.method.steps_per_iteration
     return max(1, math.ceil(uses / (plan.batch.global_batch_size * iteration))) * iteration
+
+
+def _check_ray() -> None:
+    """The RayJob was built for the Ray that job, runtime or chart say is in the image: its settings and its tokens."""
+    said, there = os.environ.get(SAID_RAY), version("ray")
+    if said in (None, there):
+        return
+    message = f"the image has Ray {there}: set that, in the job or in the runtime, where the image is named"
+    problem = Problem(path="spec.cluster.rayVersion", value=said, message=message)
+    raise UserError(str(problem), [problem])
 
 
 def _concluded(launch: _Launch, work: Callable[[_Launch], Outcome]) -> Outcome:
@@ -112,6 +126,7 @@ class _Launch:
         self.sink.report(stage, percent=percent, message=message)
 
     def run(self, use_ray: bool | None) -> Outcome:
+        _check_ray()
         world_size = self.plan.workers.world_size
         if use_ray is None:
             use_ray = world_size > 1 or "RAY_ADDRESS" in os.environ

@@ -123,6 +123,7 @@ def _environment(
         "FINETUNE_PVC_ROOT": PVC_ROOT,
         "FINETUNE_WORKDIR": where.workdir,
         "FINETUNE_CACHE": where.cache,
+        "FINETUNE_RAY_VERSION": software.ray_version,
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's own patience when its node is told to end, and when its job is told to stop (3 seconds otherwise).
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_SECONDS),

@@ -201,6 +201,7 @@ def test_the_trainers_know_who_they_are() -> None:
         "FINETUNE_PVC_ROOT": "/mnt/pvc",
         "FINETUNE_WORKDIR": "/var/finetune/run",
         "FINETUNE_CACHE": "/var/finetune/.cache",
+        "FINETUNE_RAY_VERSION": "2.60.0",
     }
 
 
