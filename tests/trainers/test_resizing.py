@@ -89,6 +89,22 @@ def test_a_group_hears_that_the_room_is_gone() -> None:
     assert told == [True, False]
 
 
+def test_what_could_not_be_told_is_told_at_the_next_look(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[bool] = []
+    machine = Machine(3)
+
+    def tell(there_is: bool) -> None:
+        if "cannot be told" not in caplog.text:
+            raise ConnectionError("Ray does not answer")
+        told.append(there_is)
+
+    growth = Growth(SIZES, 1, machine.room_for, tell, seconds=0.01)
+    with growth:
+        while len(machine.asked) < 4:
+            threading.Event().wait(0.01)
+    assert told == [True]
+
+
 def test_a_group_of_all_workers_does_not_look() -> None:
     machine = Machine(100)
     with Growth(SIZES, 4, machine.room_for, lambda there_is: None, seconds=0.0) as growth:

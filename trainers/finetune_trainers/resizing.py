@@ -89,8 +89,9 @@ class Growth(threading.Thread):
             try:
                 fits = self._look()
                 self.wanted = fits or self.wanted
-                if told is not (told := fits is not None):
-                    self._tell(told)
+                if told is not (there_is := fits is not None):
+                    self._tell(there_is)
+                    told = there_is
             except Exception as error:  # training does not depend on it
                 _log.warning("whether there is room for more workers cannot be told: %s", error)
 
