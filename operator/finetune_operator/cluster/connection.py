@@ -131,13 +131,12 @@ class Connection:
 
         `path` is a pod's exec, which the server answers over a WebSocket.
         """
-        headers = await self._login.headers()
         try:
             async with self._session.ws_connect(
                 self.host + path,
                 params=query,
                 protocols=(_CHANNELS,),
-                headers=headers,
+                headers=await self._login.headers(),
                 max_msg_size=0,
                 **self._login.options(),
             ) as socket:

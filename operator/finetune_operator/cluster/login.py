@@ -113,7 +113,9 @@ class _PodAccount:
         """Raises OSError, KeyError."""
         host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
         self.host = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
-        self.ssl_ca_cert = str(folder / "ca.crt")
+        authority = folder / "ca.crt"
+        authority.stat()  # names it where it is missing, which ssl does not
+        self.ssl_ca_cert = str(authority)
         self.proxy: str | None = None
         self._file = folder / "token"
         self._read()

@@ -105,7 +105,23 @@ def test_an_account_that_is_not_whole_is_named_with_what_is_missing(account: Pat
     (account / missing).unlink()
     with pytest.raises(Unusable, match="the pod's service account does not say how to reach a cluster") as caught:
         asyncio.run(Login(None, None).load())
-    assert "No such file" in str(caught.value)
+    assert str(account / missing) in str(caught.value)
+
+
+def test_a_token_that_is_gone_is_told_like_a_server_that_is_away(
+    account: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(login, "_TOKEN_SECONDS", -1.0)
+
+    async def main() -> None:
+        async with connect() as connection:
+            (account / "token").unlink()
+            with pytest.raises(Unreachable, match="token"):
+                await connection.send("GET", "/version")
+            with pytest.raises(Unreachable, match="token"):
+                await anext(connection.output("/exec", []))
+
+    asyncio.run(main())
 
 
 def test_in_a_pod_the_official_client_is_not_even_loaded(account: Path) -> None:
