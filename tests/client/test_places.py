@@ -40,6 +40,7 @@ def place_of(**where: Any) -> str:
 def test_a_place_is_told_as_it_was_typed(kubeconfig: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert place_of(local=True) == "--local"
     assert place_of(ray="http://127.0.0.1:8265/") == "--ray http://127.0.0.1:8265"
+    assert place_of(ray="http://[::1]:8265") == "--ray 'http://[::1]:8265'", "some shells look for files by brackets"
     assert place_of(context="prod eu", kubeconfig=kubeconfig) == f"--context 'prod eu' --kubeconfig {kubeconfig}"
     monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
     assert place_of() == ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +93,7 @@ class RayClientDrivers:
     @property
     def place(self) -> str:
         """See Drivers."""
-        return f"--ray {self._address}"
+        return f"--ray {shlex.quote(self._address)}"
 
     async def keys(self) -> Sequence[Key]:
         """See Drivers."""

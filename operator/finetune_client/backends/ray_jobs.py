@@ -68,7 +68,7 @@ class RayJobsBackend:
     @property
     def place(self) -> str:
         """See Backend."""
-        return f"--ray {self._api.url}"
+        return f"--ray {shlex.quote(self._api.url)}"
 
     @property
     def namespace(self) -> str:
