@@ -74,8 +74,9 @@ SHORTCUTS_FOR = "2.60."
 class RayWorkers:
     """A Ray to run workers on, from the start to the end of the `with` block.
 
-    One thread does everything with Ray and lives as long as the block. Ray's daemons ask the kernel to end with the
-    thread that started them (PR_SET_PDEATHSIG), so that thread must stay; and the main thread stays free for signals.
+    One thread starts Ray, trains with it and lives as long as the block; only `Growth` asks Ray from another one.
+    Ray's daemons ask the kernel to end with the thread that started them (PR_SET_PDEATHSIG), so that thread must stay;
+    and the main thread stays free for signals.
     """
 
     def __init__(self, plan: RunPlan, function: Callable[[dict[str, str]], WorkerResult] = train) -> None:

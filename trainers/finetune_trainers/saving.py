@@ -109,8 +109,7 @@ class Checkpoints:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`best` is the folder of the best parameters, where training stops early; `helpers` are parameters that are no
-        part of the artifact. Raises UserError when the engine's
-        state cannot be read."""
+        part of the artifact. Raises UserError when the engine's state cannot be read."""
         self._plan, self._settings, self._prepared = plan, settings, prepared
         self._engine, self._context, self._best, self._now, self._clock = engine, context, best, now, clock
         self._state = EngineState(engine, context.rank, context.world_size, helpers)
