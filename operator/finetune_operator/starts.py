@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from finetune_operator import names
 from finetune_operator.decision import Create, Decision, Delete
-from finetune_operator.kinds import CONFIG_MAP, RAY_JOB, Key
+from finetune_operator.kinds import CONFIG_MAP, RAY_JOB, ROLE_BINDING, Key
 from finetune_operator.observe import World
 from finetune_operator.raw import Document, at, controller_uid, items, text
 
@@ -94,11 +94,14 @@ def withdrawn(ray_job: Document | None) -> tuple[Delete, ...]:
 
 
 def stages(wanted: Iterable[Create]) -> list[list[Create]]:
-    """What can be created side by side, one stage after the other: all else, the plan, the RayJob."""
-    found: list[list[Create]] = [[], [], []]
+    """What can be created side by side, one stage after the other: all else, what binds a Role, the plan, the RayJob.
+
+    The server looks at the Role of a binding, to see whether its maker may do as much, and does not find one that is
+    made beside it.
+    """
+    found: list[list[Create]] = [[], [], [], []]
     for one in wanted:
-        is_plan = one.kind == CONFIG_MAP and names.attempt_of(one.document["metadata"]["labels"]) is not None
-        found[2 if one.kind == RAY_JOB else 1 if is_plan else 0].append(one)
+        found[_stage(one)].append(one)
     return [stage for stage in found if stage]
 
 
@@ -121,6 +124,12 @@ def with_uid(decision: Decision, ray_job: Document | None) -> Decision:
     *before, last = decision.status["attempts"]
     known = {**last, "uid": ray_job["metadata"]["uid"]}
     return replace(decision, status={**decision.status, "attempts": [*before, known]})
+
+
+def _stage(one: Create) -> int:
+    if one.kind == CONFIG_MAP and names.attempt_of(one.document["metadata"]["labels"]) is not None:
+        return 2
+    return {ROLE_BINDING: 1, RAY_JOB: 3}.get(one.kind, 0)
 
 
 def _numbers(job: Document) -> Iterator[int]:

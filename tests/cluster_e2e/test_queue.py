@@ -36,13 +36,7 @@ def queue(team: World, kuberay: Cluster, say: Say) -> Iterator[None]:
         {**version, "kind": "ResourceFlavor", "metadata": {"name": "any"}},
         {**version, "kind": "ClusterQueue", "metadata": {"name": QUEUE}, "spec": spec},
         {**version, "kind": "LocalQueue", "metadata": {"name": QUEUE}, "spec": {"clusterQueue": QUEUE}},
-        {
-            "apiVersion": "scheduling.k8s.io/v1",
-            "kind": "PriorityClass",
-            "metadata": {"name": "urgent"},
-            "value": 1000,
-            "preemptionPolicy": "Never",
-        },
+        {**version, "kind": "WorkloadPriorityClass", "metadata": {"name": "urgent"}, "value": 1000},
     ]
     programs = program_path("kueue", say), files_path("kueue-manifests", say)
     layout = kuberay.layout

@@ -59,10 +59,17 @@ def test_the_ray_job_comes_with_the_copy_of_its_runtime_and_nothing_else() -> No
     ]
 
 
-def test_all_else_comes_before_the_plan_and_the_plan_before_a_ray_job_that_comes_last() -> None:
-    found = [[one.document["metadata"]["name"] for one in stage] for stage in stages(decided(world()).create)]
-    assert [len(stage) for stage in found] == [7, 1, 1]
-    assert found[1:] == [["example-1-plan"], ["example-1"]]
+def test_a_role_is_there_when_it_is_bound_and_all_else_when_the_plan_comes_and_at_last_the_ray_job() -> None:
+    found = [
+        [(one.kind.name, one.document["metadata"]["name"]) for one in stage]
+        for stage in stages(decided(world()).create)
+    ]
+    assert ("Role", "example-trainer") in found[0]
+    assert found[1:] == [
+        [("RoleBinding", "example-trainer")],
+        [("ConfigMap", "example-1-plan")],
+        [("RayJob", "example-1")],
+    ]
     assert stages([]) == []
 
 
