@@ -247,13 +247,30 @@ def test_a_policy_without_a_frozen_base_as_it_is_stored_has_no_room_for_it(
     ]
 
 
+def test_layers_that_its_configuration_names_and_it_has_no_weights_for_are_left_alone(
+    world: World, tmp_path: Path
+) -> None:
+    other = shutil.copytree(world.adapter, tmp_path / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    config["target_modules"].append("lm_head")  # which a model that gives scores has not
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    plan = world.plan(LORA, other)
+    engine, prepared, context = loaded(plan, world, tmp_path / "run")
+    on_policy = judges_of(engine.module)
+    assert list(on_policy) == [0]
+    alone = judge(plan, prepared, context).score(episodes())
+    assert judge(plan, prepared, context, on=on_policy[0]).score(episodes()) == alone
+
+
 def test_an_adapter_with_other_weights_than_its_configuration_says_is_refused(world: World, tmp_path: Path) -> None:
     broken = shutil.copytree(world.adapter, tmp_path / "broken")
     weights = load_file(broken / "adapter_model.safetensors")
     name = next(name for name in weights if ".lora_A." in name)
     save_file(weights | {name: weights[name][1:].clone()}, broken / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="has weights in other places, or of another shape, than its adapter_config"):
+    with pytest.raises(UserError, match="has weights in other places, or of another shape, than its") as caught:
         loaded(world.plan(LORA, broken), world, tmp_path / "run")
+    [problem] = caught.value.problems
+    assert problem.path == f"{FIELD}.source"
 
 
 class Among(SingleProcessContext):

@@ -61,7 +61,7 @@ class RewardBeginning:
     def fill_adapter(self, model: nn.Module, adapter: str) -> None:
         """Give the adapter of that name in `model` the reward model's weights. Raises UserError when they differ."""
         assert self.files.adapter is not None, "it is no misfit"
-        fill_adapter(model, adapter, self.files.adapter)
+        fill_adapter(model, adapter, self.files.adapter, self.field)
 
     def backbone(
         self, plan: RunPlan, model: PreparedModel, device: torch.device, zero3_config: dict[str, Any] | None

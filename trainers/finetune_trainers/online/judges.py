@@ -57,12 +57,10 @@ def add_judges(model: nn.Module, plan: RunPlan, prepared: PreparedModel, context
             files = find_judge(reward.model, field)
         fault = _fault(model, files, plan, prepared)
         if context.rank == 0:
-            where = (
-                "is held as an adapter on the policy's base" if fault is None else "is loaded whole beside the policy"
-            )
-            _log.info("%s %s%s", field, where, "" if fault is None else f": it {fault}")
+            here, beside = "is held as an adapter on the policy's base", "is loaded whole beside the policy"
+            _log.info("%s %s", field, f"{beside}: it {fault}" if fault else here)
         if fault is None:
-            _add(model, f"{_NAME}{index}", files, plan, context.device)
+            _add(model, f"{_NAME}{index}", files, field, plan, context.device)
             added = True
     if added:
         _read_scores(model)
@@ -91,17 +89,17 @@ def _fault(model: Any, files: JudgeFiles, plan: RunPlan, prepared: PreparedModel
         return fault
     assert files.adapter is not None, "it is no misfit"
     layers = {name for name, _ in model.get_base_model().named_modules()}
-    return (
-        None if adapted_modules(files.adapter) <= layers else "adapts layers that a model that writes calls otherwise"
-    )
+    if not adapted_modules(files.adapter) <= layers:
+        return "adapts layers that a model that writes calls otherwise"
+    return None
 
 
-def _add(model: Any, name: str, files: JudgeFiles, plan: RunPlan, device: torch.device) -> None:
+def _add(model: Any, name: str, files: JudgeFiles, field: str, plan: RunPlan, device: torch.device) -> None:
     assert files.adapter is not None, "it is no misfit"
     learning = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     with peft_warnings_off():
         model.add_adapter(name, adapter_config(files.adapter), autocast_adapter_dtype=False)
-    fill_adapter(model, name, files.adapter)
+    fill_adapter(model, name, files.adapter, field)
     weight = head_weight(files.adapter)
     head = nn.Linear(weight.shape[1], 1, bias=False, dtype=DTYPES[plan.precision], device=device)
     with torch.no_grad():

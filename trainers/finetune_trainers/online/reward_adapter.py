@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune_api.failures import Problem
+from finetune_api.problems import shorten
 from finetune_trainers.artifact_folder import ADAPTER_WEIGHTS, PEFT_PREFIX
 from finetune_trainers.errors import UserError
 from finetune_trainers.lean_peft import peft
@@ -49,6 +51,7 @@ def adapter_config(adapter: Path) -> peft.LoraConfig:
     config = peft.PeftConfig.from_pretrained(str(adapter))
     assert isinstance(config, peft.LoraConfig), "it is no misfit"
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+    config.target_modules = sorted(adapted_modules(adapter))  # what it names may fit the policy's output head too
     return config
 
 
@@ -65,17 +68,21 @@ def head_weight(adapter: Path) -> Tensor:
 
 
 @torch.no_grad()
-def fill_adapter(model: nn.Module, name: str, adapter: Path) -> None:
-    """Give the adapter `name` of `model` the weights in the folder `adapter`. Raises UserError when they differ."""
+def fill_adapter(model: nn.Module, name: str, adapter: Path, field: str) -> None:
+    """Give the adapter `name` of `model` the weights in the folder `adapter`. Raises UserError about the reward model,
+    which stands at `field` of the job, when they differ."""
     weights = {key: tensor for key, tensor in _tensors(adapter) if not key.endswith(_OF_HEAD)}
     parameters = {
         key.replace(f".{name}.", "."): parameter for key, parameter in model.named_parameters() if f".{name}." in key
     }
     if {key: one.shape for key, one in weights.items()} != {key: one.shape for key, one in parameters.items()}:
-        raise UserError(
-            f"the reward model's adapter in {adapter} has weights in other places, or of another shape, than its"
-            " adapter_config.json says; train or copy it anew"
+        problem = Problem(
+            path=f"{field}.source",
+            value=shorten(str(adapter)),
+            message="has weights in other places, or of another shape, than its adapter_config.json says; train or copy"
+            " it anew",
         )
+        raise UserError(str(problem), [problem])
     for key, parameter in parameters.items():
         parameter.copy_(weights[key])
 
