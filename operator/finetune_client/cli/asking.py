@@ -91,7 +91,8 @@ def ask(asked: Asked, request: Contract) -> Answer:
         return Answer(INTERRUPTED)
     if told is None:
         message = f"the process that {asked.what_it_does} ended with exit code {code} and no answer"
-        return Answer(code if code > 0 else 1, refusal=Refusal(message=message, exit_code=1))
+        code = max(code, 1)  # of a signal it is below 0
+        return Answer(code, refusal=Refusal(message=message, exit_code=code))
     return Answer(code, told.report, told.refusal)
 
 
@@ -111,9 +112,7 @@ def show(answer: Answer, tell: Tell, as_json: bool) -> int:
             for line in tell(answer.report):
                 print(line)
         return answer.exit_code
-    if answer.refusal is None:
-        return INTERRUPTED
-    return refuse(answer.refusal.model_copy(update={"exit_code": answer.exit_code}), as_json)
+    return INTERRUPTED if answer.refusal is None else refuse(answer.refusal, as_json)
 
 
 def refuse(refusal: Refusal, as_json: bool) -> int:
