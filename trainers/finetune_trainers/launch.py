@@ -81,8 +81,8 @@ def count_steps(plan: RunPlan, sequences_per_epoch: int) -> int:
 
 def _check_ray() -> None:
     """The RayJob was built for the Ray that job, runtime or chart say is in the image: its settings and its tokens."""
-    said, there = os.environ.get(SAID_RAY), version("ray")
-    if said in (None, there):
+    said = os.environ.get(SAID_RAY)
+    if said is None or said == (there := version("ray")):
         return
     message = f"the image has Ray {there}: set that, in the job or in the runtime, where the image is named"
     problem = Problem(path="spec.cluster.rayVersion", value=said, message=message)
