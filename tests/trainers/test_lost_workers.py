@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
 from finetune_trainers import ray_workers
 from finetune_trainers.errors import DataError, PeerLostError, TrainerError, classified
@@ -44,6 +45,7 @@ class WorkerGroupStartupTimeoutError(Exception):
         ("one fails by a mistake, and the others lose it", GroupError(ODD, LOST), False),
         ("one reads bad data, and the others lose it", GroupError(DataError("row 3"), LOST), False),
         ("one has died, and another one reads bad data", GroupError(DEAD, DataError("row 3")), False),
+        ("one was killed because memory ran out", GroupError(OutOfMemoryError("2 GiB"), LOST), False),
         ("their machine was taken away", PreemptionError("in 30 s"), True),
         ("others took the room", ControllerError(WorkerGroupStartupTimeoutError("60 s")), True),
         ("Ray Train fails", ControllerError(ValueError("odd")), False),

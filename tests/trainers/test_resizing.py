@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
 
 from finetune_trainers import resizing
 from finetune_trainers.resizing import Growth, Room, first_size
+from tests.cluster.processes import wait_until
 
 SIZES = [4, 2, 1]
 
@@ -59,11 +59,9 @@ def test_the_least_are_waited_for_as_long_as_it_takes() -> None:
 def told_by(growth: Growth, told: list[bool], num: int, machine: Machine) -> None:
     """Runs `growth` until it has told so many things, and a little longer: until it has looked twice more."""
     with growth:
-        while len(told) < num:
-            threading.Event().wait(0.01)
+        wait_until(lambda: len(told) >= num, "word of room")
         looked = len(machine.asked)
-        while len(machine.asked) < looked + 2:
-            threading.Event().wait(0.01)
+        wait_until(lambda: len(machine.asked) >= looked + 2, "two more looks")
 
 
 def test_a_group_hears_once_that_there_is_room_for_a_larger_one() -> None:
@@ -99,9 +97,21 @@ def test_what_could_not_be_told_is_told_at_the_next_look(caplog: pytest.LogCaptu
         told.append(there_is)
 
     growth = Growth(SIZES, 1, machine.room_for, tell, seconds=0.01)
-    with growth:
-        while len(machine.asked) < 4:
-            threading.Event().wait(0.01)
+    told_by(growth, told, 1, machine)
+    assert told == [True]
+
+
+def test_a_group_that_ends_while_room_is_looked_for_hears_nothing_of_it() -> None:
+    told: list[bool] = []
+
+    def room_for(num_workers: int, seconds: float) -> bool:
+        if told:
+            growth._over.set()  # as whoever leaves the block does
+        return num_workers == 1 and not told
+
+    growth = Growth(SIZES, 1, room_for, told.append, seconds=0.01)
+    growth.start()
+    growth.join(60)
     assert told == [True]
 
 

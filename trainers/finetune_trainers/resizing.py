@@ -88,6 +88,8 @@ class Growth(threading.Thread):
         while not self._over.wait(self._seconds):
             try:
                 fits = self._look()
+                if self._over.is_set():
+                    break  # it may not have looked to the end
                 self.wanted = fits or self.wanted
                 if told is not (there_is := fits is not None):
                     self._tell(there_is)
