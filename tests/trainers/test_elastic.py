@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,7 @@ import pytest
 from finetune_api.progress import Outcome, Progress, Result
 from finetune_trainers import launch
 from finetune_trainers.context import STOP_FILE
+from finetune_trainers.ray_workers import OWN_PODS
 from tests.cluster.processes import wait_until
 from tests.trainers.conftest import SmallWorld
 from tests.trainers.foreign_warnings import WHEN_TRAINING
@@ -43,6 +45,8 @@ class Told:
     reports: list[Progress]
     losses: list[tuple[int, float]]
     """Every step that was made, in the order in which it was, with its loss."""
+    left: list[str]
+    """Names of actors that are there when the run is over."""
 
 
 def reports_of(workdir: Path) -> list[Progress]:
@@ -54,6 +58,14 @@ def reports_of(workdir: Path) -> list[Progress]:
 def losses_of(workdir: Path) -> list[tuple[int, float]]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["metrics"]["loss"]) for line in lines if "loss" in line["metrics"]]
+
+
+def named_actors(address: str) -> list[str]:
+    """Of all that anybody has started in a Ray."""
+    import ray
+
+    with ray.init(address, log_to_driver=False, logging_level=logging.ERROR):
+        return [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +82,7 @@ def told(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> T
 
     with ray_nodes(tmp_path_factory.mktemp("nodes")) as ray, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", ray.address)
+        patch.setenv(OWN_PODS, "elastic-progress")
         ray.add("first")
         second = ray.add("second")
         with ThreadPoolExecutor(1) as pool:
@@ -85,7 +98,8 @@ def told(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> T
             finally:
                 (workdir / STOP_FILE).touch()
             outcome = running.result()
-    return Told(outcome, reports_of(workdir), losses_of(workdir))
+        left = named_actors(ray.address)
+    return Told(outcome, reports_of(workdir), losses_of(workdir), left)
 
 
 def going_back(steps: list[int]) -> list[tuple[int, int]]:
@@ -127,3 +141,7 @@ def test_every_step_learns_what_it_learns_when_nobody_disturbs_it(
     assert max(step for step, _ in compared) == COMPARED
     for step, loss in compared:
         assert loss == pytest.approx(undisturbed[step], rel=1e-3), step
+
+
+def test_a_ray_of_its_own_pods_is_left_without_an_actor_that_its_head_would_wait_for(told: Told) -> None:
+    assert told.left == []
