@@ -92,7 +92,7 @@ def test_a_job_is_laid_aside_and_goes_on_with_another_number_of_workers(
     assert team.finetune("resume", job).returncode == 0
     team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed", seconds=600)
     status = team.status(job)
-    assert [attempt.get("resumedFromStep") for attempt in status["attempts"]] == [None, left]
+    assert [attempt["resumedFromStep"] for attempt in status["attempts"]] == [0, left]
     assert (status["checkpoint"]["step"], status["checkpoint"]["worldSize"]) == (3000, 1)
 
 

@@ -225,10 +225,10 @@ def test_the_outcome_is_the_last_word_and_names_its_attempt(api: ApiServer, sink
     assert json.loads(api.config_map["progress.json"])["step"] == 1
 
 
-def test_a_run_that_starts_again_takes_its_first_outcome_back(api: ApiServer, sink: ClusterSink) -> None:
-    api.config_map = {"outcome.json": "{}", "progress.json": "{}"}
+def test_what_was_said_before_an_attempt_starts_is_not_taken_for_its_own(api: ApiServer, sink: ClusterSink) -> None:
+    api.config_map = {"attempt": "1", "outcome.json": "{}", "progress.json": "{}"}
     sink.begin()
-    assert api.config_map == {"attempt": "2", "progress.json": "{}"}
+    assert api.config_map == {"attempt": "2"}
 
 
 def test_the_outcome_is_tried_until_it_is_written(api: ApiServer, sink: ClusterSink) -> None:
@@ -332,7 +332,7 @@ def test_what_goes_into_the_runs_file_goes_to_the_cluster_too(
     file = FileSink(tmp_path / "progress.jsonl")
     file.begin()
     file.report(Stage.TRAINING, step=4)
-    assert api.next().data == {"attempt": "2", "outcome.json": None}
+    assert api.next().data == {"attempt": "2", "progress.json": None, "outcome.json": None}
     assert json.loads(api.next().data["progress.json"]) == json.loads((tmp_path / "progress.jsonl").read_text())
     file.finish(DONE)
     assert "outcome.json" in api.config_map

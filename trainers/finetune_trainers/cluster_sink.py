@@ -110,8 +110,9 @@ class ClusterSink:
             self._changed.notify()
 
     def begin(self) -> None:
-        """The attempt starts: what it said before, if a queue has stopped it and let it go again, holds no longer."""
-        self._write({"attempt": self._attempt, "outcome.json": None})
+        """The attempt starts: what was said before holds no longer. That may be this attempt's own, which a queue has
+        stopped and let go again, or an earlier one's, which went on for a while after its head was gone."""
+        self._write({"attempt": self._attempt, "progress.json": None, "outcome.json": None})
 
     def finish(self, outcome: Outcome, waits: Sequence[float] = OUTCOME_WAITS_SECONDS) -> bool:
         """Write the outcome and report nothing any more. False when it could not be written."""
