@@ -19,6 +19,11 @@ __all__ = ["Advice", "advice_for", "typed"]
 _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 
+_QUEUED = (
+    "kubectl get workloads shows the queue; Kueue makes no workload of a job whose scheduling.priorityClass is no "
+    "WorkloadPriorityClass"
+)
+
 _AFTER_FAILURE = {
     FailureClass.USER_ERROR: "Correct the manifest, then: {cancel}, and {submit}",
     FailureClass.DATA_ERROR: "Correct the data (finetune validate FILE --data checks every row), then: {cancel}, and "
@@ -102,8 +107,7 @@ def _of_waiting(view: JobView) -> Advice:
     if cluster is not None and cluster.status == "False" and cluster.reason not in ("Queued", "NotStarted"):
         return Advice(_sentence(cluster.message), _for_the_cluster(view, cluster.reason, cluster.message))
     if admitted is not None and admitted.status == "False":
-        hint = "kubectl get workloads shows the queue" if admitted.reason == "Queued" else ""
-        return Advice(_sentence(admitted.message), hint)
+        return Advice(_sentence(admitted.message), _QUEUED if admitted.reason == "Queued" else "")
     running = view.condition("Running")
     return Advice(_sentence(running.message) if running is not None and running.status == "False" else "")
 

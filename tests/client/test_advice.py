@@ -80,7 +80,7 @@ ROWS = [
         "a queue that is full",
         view(condition("Admitted", "False", "Queued", "The attempt waits in queue mine."), phase="Queued"),
         "waits in queue mine",
-        "kubectl get workloads",
+        "kubectl get workloads shows the queue; Kueue makes no workload of a job whose scheduling.priorityClass is no",
     ),
     (
         "another job that is not done",
