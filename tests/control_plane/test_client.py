@@ -232,14 +232,18 @@ def pretend_pod(jobs: Jobs, name: str, role: str, workdir: str) -> None:
 @pytest.mark.parametrize(
     ("workdir", "whose"),
     [("/mnt/pvc/runs/jobs/ns/tiny/attempt-1", "tiny-1-head"), ("/var/finetune/run", "tiny-1-worker-b")],
-    ids=["a folder that all pods share is read at the head", "folders of their own are searched for rank 0's"],
+    ids=[
+        "a folder that all pods share is read at the head",
+        "of folders of their own the one that rank 0 last wrote to is",
+    ],
 )
 def test_the_log_is_rank_0s(
     jobs: Jobs, running: Operator, client: Client, faults: Faults, workdir: str, whose: str
 ) -> None:
     def output(pod: str, script: str) -> str | None:
         if "grep" in script:
-            return "" if pod == "tiny-1-worker-b" else None
+            seconds = {"tiny-1-worker-a": 12, "tiny-1-worker-b": 57}.get(pod)
+            return None if seconds is None else f"2026-01-31 10:15:{seconds},003 worker 0 INFO step 7\n"
         return f"first line of {pod}\nsecond line, étrange\n"
 
     faults.add(Rule(Exec(output), resource="pods/exec"))

@@ -9,10 +9,8 @@ so the file is read by a command in the container: that needs the right to `pods
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
 
 from finetune_client.backends.refusals import error_for
 from finetune_client.errors import NoLog
@@ -26,11 +24,11 @@ from finetune_operator.raw import Document, at, items, text
 __all__ = ["PodLogs"]
 
 _LOOK_SECONDS = 2.0
-_STDOUT, _END = 1, 3
+_STDOUT = 1
 _LOG = '"$FINETUNE_WORKDIR/trainer.log"'
 _READ = f"cat {_LOG}"
 _FOLLOW = f"exec tail -n +1 -F {_LOG} 2>/dev/null"
-_IS_RANK_0 = f"grep -q -m 1 ' worker 0 ' {_LOG}"
+_LAST_OF_RANK_0 = f"grep ' worker 0 ' {_LOG} | tail -n 1"
 _POST_MORTEM = "status.postMortem"
 
 Send = Callable[..., Awaitable[Document]]
@@ -80,20 +78,19 @@ class PodLogs:
         return sorted(running, key=lambda pod: (_role(pod) != HEAD, _name(pod)))
 
     async def _rank_0(self, key: Key, pods: Sequence[Document]) -> Document:
-        """The pod whose trainer.log is the one that people mean."""
+        """The pod whose trainer.log is the one that people mean.
+
+        Of an elastic job several may have been rank 0, in one group after the other: the newest line tells. Lines begin
+        with their time.
+        """
         workers = [pod for pod in pods if _role(pod) == WORKER]
         if _is_shared(pods[0]) or not workers:
             return pods[0]
-        for pod in workers[:-1]:
-            if await self._succeeds(key, pod, _IS_RANK_0):
-                return pod
-        return workers[-1]
+        last = await asyncio.gather(*(self._printed(key, pod, _LAST_OF_RANK_0) for pod in workers))
+        return workers[last.index(max(last))]
 
-    async def _succeeds(self, key: Key, pod: Document, script: str) -> bool:
-        status: Any = None
-        async for channel, piece in self._run(key, pod, script):
-            status = json.loads(piece) if channel == _END else status
-        return bool(at(status, "status") == "Success")
+    async def _printed(self, key: Key, pod: Document, script: str) -> str:
+        return "\n".join([line.text async for line in self._lines(key, pod, script)])
 
     async def _lines(self, key: Key, pod: Document, script: str) -> AsyncGenerator[LogLine]:
         rest = b""
