@@ -119,7 +119,8 @@ def check_job(
         *_check_tensors(plan, model, weights),
         *_check_vocabulary(plan, model, tokenizer),
         *_check_length(plan, model),
-        *_check_device(plan, model),
+        *_check_device(plan),
+        *_check_quantization(plan, model),
         *_check_tuning(plan, model),
     ]
 
@@ -212,20 +213,19 @@ def _check_length(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:
     return [Problem(path=f"spec.method.{plan.method.chosen}.maxSeqLength", value=str(length), message=message)]
 
 
-def _check_device(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:
-    on_cpu = plan.workers.device is Device.CPU
-    problems = []
-    if on_cpu and plan.precision is Precision.FP16:
+def _check_device(plan: RunPlan) -> list[Problem]:
+    if plan.workers.device is Device.CPU and plan.precision is Precision.FP16:
         message = "fp16 needs a GPU; set bf16 or fp32"
-        problems.append(Problem(path="spec.training.precision", value="fp16", message=message))
-    lora = plan.tuning.lora
-    if lora is not None and lora.quantization is not Quantization.NONE:
-        problems += _check_quantization(lora.quantization, model, on_cpu)
-    return problems
+        return [Problem(path="spec.training.precision", value="fp16", message=message)]
+    return []
 
 
-def _check_quantization(quantization: Quantization, model: PreTrainedModel, on_cpu: bool) -> list[Problem]:
+def _check_quantization(plan: RunPlan, model: PreTrainedModel) -> list[Problem]:
     """On processors with AVX-512, bitsandbytes reads 4-bit rows wrongly that are no whole number of blocks."""
+    quantization = Quantization.NONE if plan.tuning.lora is None else plan.tuning.lora.quantization
+    on_cpu = plan.workers.device is Device.CPU
+    if quantization is Quantization.NONE:
+        return []
     if importlib.util.find_spec("bitsandbytes") is None:
         message = "needs the package bitsandbytes: pip install 'finetune-operator[quantization]', or set none"
     elif quantization is Quantization.NF4 and on_cpu and (odd := _rows_of_no_whole_blocks(model)):
