@@ -197,6 +197,13 @@ def test_validate_with_data_needs_the_trainers(finetune: Any, write_job: Any, mo
     assert "finetune-operator[trainers]" in done.document["errors"][0]["message"]
 
 
+def test_the_module_is_the_command_where_there_is_no_script() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune_client", "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(f" {command} " in done.stdout for command in COMMANDS)
+
+
 def test_version_names_the_packages_that_train(finetune: Any) -> None:
     versions = finetune("version", "-o", "json").document
     assert list(versions) == ["finetune-operator", "python", "ray", "torch", "deepspeed", "transformers", "peft"]

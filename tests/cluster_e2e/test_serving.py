@@ -33,7 +33,7 @@ def server(team: World, adapter: str) -> Iterator[str]:
     deployment, service = yaml.safe_load_all(SAMPLE.read_text(encoding="utf-8"))
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    container["command"] = ["finetune", "serve", adapter]
+    container["command"][-1] = adapter
     container["args"] += ["--base", f"pvc://{CLAIM}/tiny"]
     container["resources"] = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "3Gi"}}
     pod["volumes"][0]["persistentVolumeClaim"]["claimName"] = CLAIM
