@@ -19,6 +19,8 @@ pytestmark = pytest.mark.cluster
 QUEUE = "only-one"
 ONE_JOB = {"cpu": "1500m", "memory": "8Gi"}
 """A worker of one core and a head of half a one; a second such job does not fit beside it."""
+PATIENT_STEPS = 5000
+"""Minutes on a quick machine: the job is to be interrupted."""
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +65,15 @@ def test_the_second_job_waits_until_the_first_has_ended(
 def test_an_urgent_job_takes_the_place_of_another_which_goes_on_afterwards(
     team: World, tiny: dict[str, Any], submit: Submit, queue: None
 ) -> None:
-    long = {**tiny, "checkpoint": {"everySteps": 100}, "training": {**tiny["training"], "maxSteps": 1500}}
+    long = {**tiny, "checkpoint": {"everySteps": 100}, "training": {**tiny["training"], "maxSteps": PATIENT_STEPS}}
     patient = submit("patient", queued(long))
     team.wait(patient, lambda: team.saved(patient) > 0, "a first checkpoint")
     urgent = submit("urgent", queued(tiny, priorityClass="urgent"))
     team.wait(patient, lambda: team.phase(patient) == "Queued", "the first to give way")
     left = team.saved(patient)
-    assert left < 1500
+    assert left < PATIENT_STEPS
     team.wait(urgent, lambda: team.phase(urgent) == "Succeeded", "the urgent one to succeed", seconds=600)
     team.wait(patient, lambda: team.phase(patient) == "Succeeded", "the first to go on", seconds=600)
     status = team.status(patient)
-    assert status["progress"]["step"] == 1500
+    assert status["progress"]["step"] == PATIENT_STEPS
     assert len(status["attempts"]) == 1
