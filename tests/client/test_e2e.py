@@ -24,7 +24,7 @@ from tests.trainers.factories import tiny_model, write_rows
 
 pytestmark = pytest.mark.e2e
 
-FINETUNE = [sys.executable, "-c", "from finetune_client.cli import main; main()"]
+FINETUNE = [sys.executable, "-m", "finetune_client"]
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class World:
     def finetune(self, *arguments: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
         """The command, as its user types it."""
         return subprocess.run(
-            [sys.executable, "-c", "from finetune_client.cli import main; main()", *arguments, "-n", self.namespace],
+            [sys.executable, "-m", "finetune_client", *arguments, "-n", self.namespace],
             env=os.environ | {"KUBECONFIG": str(self.cluster.layout.kubeconfig)},
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -16,7 +16,7 @@ import pytest
 pytestmark = pytest.mark.e2e
 
 SAMPLE = Path(__file__).parents[2] / "manifests" / "samples" / "quickstart"
-FINETUNE = [sys.executable, "-c", "from finetune_client.cli import main; main()"]
+FINETUNE = [sys.executable, "-m", "finetune_client"]
 FEWER_ROWS = ["--set", "data.train[0].maxRows=48", "--set", "data.eval[0].maxRows=8"]
 
 
