@@ -36,6 +36,8 @@ class Lane:
     `apart`: each file in a process of its own. DeepSpeed never gives back the buckets of an engine, gigabytes that are
     mapped and not touched; after some dozen trainings the process could start no other one.
     `only_by_name`: left out, and said so, unless somebody asks for it.
+    `hangs_after`: in seconds. A test that takes longer shows where it stands and ends its process: one that waits for
+    ever would take the time of all the others. Elsewhere than in the first lane it may build a control plane first.
     """
 
     name: str
@@ -44,10 +46,11 @@ class Lane:
     processes: int = 1
     apart: bool = False
     only_by_name: bool = False
+    hangs_after: int = 2700
 
 
 LANES = (
-    Lane("pure", "no cluster, no Ray", None, processes=2),
+    Lane("pure", "no cluster, no Ray", None, processes=2, hangs_after=600),
     Lane("control-plane", "a real API server", "control_plane"),
     Lane("training", "torch and DeepSpeed on this machine, without Ray", "training", processes=2, apart=True),
     Lane("ray", "Ray Train on this machine", "ray", apart=True),
@@ -87,6 +90,7 @@ def run(lane: Lane, arguments: Sequence[str]) -> _Ran:
     """One lane, its output passed through."""
     print(f"\n===== lane {lane.name}: {lane.what} =====", flush=True)
     command = [sys.executable, "-m", "pytest", "-m", expression(lane), *arguments]
+    command += ["-o", f"faulthandler_timeout={lane.hangs_after}", "-o", "faulthandler_exit_on_timeout=true"]
     if lane.processes > 1 and not lane.apart:
         command += ["-n", str(lane.processes), "--dist", "loadfile"]
     started = time.monotonic()

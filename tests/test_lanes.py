@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,18 @@ def test_what_files_print_that_run_beside_one_another_is_not_mixed(capsys: pytes
     printed = capsys.readouterr().out.split()
     assert sorted(printed[::2]) == ["0", "1", "2", "3"]
     assert printed[1::2] == ["end"] * 4
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_test_that_hangs_shows_where_and_fails_its_lane(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], processes: int
+) -> None:
+    file = tmp_path / "test_hanging.py"
+    file.write_text("import threading\n\n\ndef test_a():\n    threading.Event().wait()\n")
+    lane = replace(LANES[0], processes=processes, hangs_after=1)
+    monkeypatch.setattr(lanes, "LANES", (lane,))
+    assert lanes.run(lane, [str(file), f"--rootdir={tmp_path}"]).verdict == "FAILED"
+    assert 'test_hanging.py", line 5 in test_a' in capfd.readouterr().err
 
 
 def test_a_lane_looks_for_its_tests_where_its_mark_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

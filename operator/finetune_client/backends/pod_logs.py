@@ -86,6 +86,8 @@ class PodLogs:
         workers = [pod for pod in pods if _role(pod) == WORKER]
         if _is_shared(pods[0]) or not workers:
             return pods[0]
+        if len(workers) == 1:
+            return workers[0]
         last = await asyncio.gather(*(self._printed(key, pod, _LAST_OF_RANK_0) for pod in workers))
         return workers[last.index(max(last))]
 
