@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from finetune_api.failures import FailureClass
 from finetune_api.job import Phase
 from finetune_api.spec.lifecycle import MANAGER
+from finetune_client.commands import about
 from finetune_client.views import JobView
+from finetune_operator.kinds import Key
 from finetune_operator.raw import text
 
 __all__ = ["Advice", "advice_for", "typed"]
@@ -130,7 +132,7 @@ def _for_the_cluster(view: JobView, reason: str, message: str) -> str:
 
 def typed(verb: str, view: JobView, *options: str) -> str:
     """A command about the job, to be typed as it stands."""
-    return " ".join(filter(None, ["finetune", verb, *options, view.name, "-n", view.namespace, view.place]))
+    return about(verb, Key(view.namespace, view.name), view.place, *options)
 
 
 def _submit(view: JobView) -> str:

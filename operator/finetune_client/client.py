@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -139,8 +139,7 @@ class AsyncClient:
     async def list(self, *, all_namespaces: bool = False) -> Sequence[JobView]:
         """All jobs, by name."""
         backend = await self.backend()
-        views = await backend.list(None if all_namespaces else backend.namespace)
-        return [replace(view, place=backend.place) for view in views]
+        return await backend.list(None if all_namespaces else backend.namespace)
 
     async def close(self) -> None:
         """Let go of connections."""
@@ -161,8 +160,7 @@ class AsyncClient:
             check_namespace(one, self._namespace)
         backend = await self.backend()
         views = [await backend.submit(one, handed.runtimes, dry_run) for one in handed.jobs]
-        placed = [replace(view, place=backend.place) for view in views]
-        return [AsyncJob(backend, Key(view.namespace, view.name), view) for view in placed]
+        return [AsyncJob(backend, Key(view.namespace, view.name), view) for view in views]
 
 
 class AsyncJob:
@@ -190,7 +188,7 @@ class AsyncJob:
 
     async def view(self) -> JobView:
         """The job as it is now. Raises NoSuchJob."""
-        return replace(await self._backend.get(self.key), place=self._backend.place)
+        return await self._backend.get(self.key)
 
     async def status(self) -> Status:
         """What has become of it."""
@@ -200,7 +198,7 @@ class AsyncJob:
         """The job as it is now and after every change, until it has succeeded or failed for good."""
         async with aclosing(self._backend.watch(self.key)) as seen:
             async for view in seen:
-                yield replace(view, place=self._backend.place)
+                yield view
                 if view.is_over:
                     return
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from finetune_api.figures import figures_in
 from finetune_client.backends.protocol import Backend
@@ -100,7 +100,7 @@ async def moments(backend: Backend, key: Key) -> AsyncGenerator[Moment]:
                         readers[attempt.number] = asyncio.create_task(reading)
                 if view.is_settled and readers:
                     await asyncio.wait(readers.values(), timeout=_END_SECONDS)
-                yield Moment(replace(view, place=backend.place), history.rows)
+                yield Moment(view, history.rows)
                 if view.is_settled:
                     return
     finally:

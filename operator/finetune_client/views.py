@@ -64,11 +64,11 @@ class JobView:
     """Where it is, as options of the finetune command: --local, say. Empty: where that looks by itself."""
 
     @classmethod
-    def of(cls, document: Mapping[str, Any]) -> JobView:
+    def of(cls, document: Mapping[str, Any], place: str = "") -> JobView:
         """The view of a FineTuneJob as JSON has it. What cannot be read of its status is left out."""
         metadata = document["metadata"]
         status = read_status(document.get("status")) or Status()
-        return cls(str(metadata["name"]), str(metadata.get("namespace") or "default"), status, document)
+        return cls(str(metadata["name"]), str(metadata.get("namespace") or "default"), status, document, place)
 
     @property
     def phase(self) -> Phase:

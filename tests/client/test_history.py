@@ -38,8 +38,6 @@ def view(phase: str, num_attempts: int = 1, step: int = 0, **status: Any) -> Job
 class Scripted:
     """A backend that shows views one after the other, and has logs by attempt; an exception stands for one it lacks."""
 
-    place = "--local"
-
     def __init__(self, views: Sequence[JobView], logs: dict[int, list[str] | Exception]) -> None:
         self.views, self.logs_of, self.asked = views, logs, list[tuple[int | None, bool]]()
 
@@ -113,7 +111,6 @@ def test_following_shows_every_change_with_the_figures_until_the_job_has_ended()
     assert [moment.view.phase for moment in seen] == [Phase.PENDING, Phase.RUNNING, Phase.RUNNING, Phase.SUCCEEDED]
     assert [len(moment.metrics) for moment in seen][0::3] == [0, 3]
     assert seen[-1].metrics[-1] == {"step": 3, "loss": 1.97}
-    assert seen[-1].view.place == "--local"
 
 
 def test_following_ends_with_a_job_that_is_suspended() -> None:

@@ -46,6 +46,7 @@ def test_a_job_goes_on_without_its_client_and_is_found_by_another(
         first.submit(with_changes(JOB, LASTING))
     job = client.job("tiny")
     wait_until(lambda: job.status().phase is Phase.RUNNING)
+    assert [view.place for view in (job.view(), *client.list())] == ["--local"] * 2
     with pytest.raises(InvalidManifest, match=r"metadata\.name: is the name of a job that is there already"):
         client.submit(JOB)
     job.suspend()

@@ -68,6 +68,8 @@ def test_a_job_is_submitted_followed_suspended_resumed_and_cancelled(
         watching.start()
         jobs.run("tiny")
         running.wait(lambda: Phase.RUNNING in watching.phases, "the watch to see it run")
+        views = [other.submit(job(name="tiny-too"), dry_run=True).submitted, other.job("tiny").view(), *other.list()]
+        assert {view and view.place for view in views} == {f"--kubeconfig {server.kubeconfig}"}
         submitted.suspend()
         assert submitted.wait().phase is Phase.SUSPENDED
         submitted.resume()

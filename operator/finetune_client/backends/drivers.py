@@ -15,6 +15,7 @@ from finetune_api.job import FineTuneJob, Phase
 from finetune_api.runtime import FineTuneRuntime
 from finetune_client.backends.asking import LOOK_SECONDS, changes, planned
 from finetune_client.backends.told import ended_without_a_word, not_settled, not_told_yet, taken
+from finetune_client.commands import about
 from finetune_client.driven import Told
 from finetune_client.errors import NoLog, Refused
 from finetune_client.output import attempts_in, lines_of
@@ -96,11 +97,11 @@ class DriversBackend:
             raise taken(key, self.place)
         if not dry_run:
             await self._drivers.start(key, packed)
-        return JobView.of(submitted.job)
+        return JobView.of(submitted.job, self.place)
 
     async def get(self, key: Key) -> JobView:
         """See Backend."""
-        return _view(key, await self._drivers.told(key))
+        return _view(key, await self._drivers.told(key), self.place)
 
     async def list(self, namespace: str | None) -> Sequence[JobView]:
         """See Backend."""
@@ -135,7 +136,7 @@ class DriversBackend:
     async def suspend(self, key: Key, value: bool) -> JobView:
         """See Backend."""
         told = await self._drivers.told(key)
-        view = _view(key, told)
+        view = _view(key, told, self.place)
         if view.is_over:
             raise Refused(f"job {key.name} has ended ({view.phase}); submit another one")
         if value:
@@ -154,8 +155,7 @@ class DriversBackend:
             if not (await self._drivers.told(key)).works:
                 return
             await asyncio.sleep(_SOON_SECONDS)
-        cancel = f"finetune cancel {key.name} -n {key.namespace} {self.place}"
-        raise Refused(f"the driver of job {key.name} does not end; {cancel} ends it")
+        raise Refused(f"the driver of job {key.name} does not end; {about('cancel', key, self.place)} ends it")
 
     async def cancel(self, key: Key) -> None:
         """See Backend. Its folder stays."""
@@ -170,14 +170,14 @@ class DriversBackend:
         await self._drivers.close()
 
 
-def _view(key: Key, told: Told) -> JobView:
+def _view(key: Key, told: Told, place: str) -> JobView:
     told_yet = told.document is not None
     document: dict[str, Any] = json.loads(told.document or "") if told_yet else not_told_yet(key, told.submitted_at)
     document = {**document, "metadata": {**document["metadata"], "creationTimestamp": told.submitted_at}}
-    view = JobView.of(document)
+    view = JobView.of(document, place)
     if told.works and view.phase is Phase.SUSPENDED:
-        return JobView.of(not_settled(document))
+        return JobView.of(not_settled(document), place)
     if told.works or view.is_over or view.phase is Phase.SUSPENDED:
         return view
     at = datetime.now(UTC).isoformat()
-    return JobView.of(ended_without_a_word(document, "it left no word", False, at, told.last_output))
+    return JobView.of(ended_without_a_word(document, "it left no word", False, at, told.last_output), place)

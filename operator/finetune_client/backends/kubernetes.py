@@ -84,11 +84,11 @@ class KubernetesBackend:
         document["metadata"]["namespace"] = key.namespace
         query = _WRITTEN_BY_US | {"fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
         path = FINETUNE_JOB.path(key.namespace)
-        return JobView.of(await self._send("POST", path, key, "create FineTuneJobs", query=query, body=document))
+        return self._view(await self._send("POST", path, key, "create FineTuneJobs", query=query, body=document))
 
     async def get(self, key: Key) -> JobView:
         """See Backend."""
-        return JobView.of(await self._send("GET", FINETUNE_JOB.path(*key), key, "read FineTuneJobs"))
+        return self._view(await self._send("GET", FINETUNE_JOB.path(*key), key, "read FineTuneJobs"))
 
     async def list(self, namespace: str | None) -> Sequence[JobView]:
         """See Backend."""
@@ -98,7 +98,7 @@ class KubernetesBackend:
         while True:
             page = await self._send("GET", path, here, "list FineTuneJobs", query=query)
             # The items of a list come without their kind.
-            found += [JobView.of(_with_kind(item)) for item in items(page, "items")]
+            found += [self._view(_with_kind(item)) for item in items(page, "items")]
             token = text(page, "metadata", "continue")
             if not token:
                 return sorted(found, key=lambda view: (view.namespace, view.name))
@@ -112,13 +112,13 @@ class KubernetesBackend:
                 if not version:
                     document = await self._connection.send("GET", FINETUNE_JOB.path(*key))
                     version = version_of(document)
-                    yield JobView.of(document)
+                    yield self._view(document)
                 # Closed here when it is left early: an answer that nobody has closed keeps its connection.
                 async with aclosing(self._changes(key, version)) as changes:
                     async for document in changes:
                         version, delay, patience = version_of(document), 0.0, _PATIENCE_SECONDS
                         if document.get("kind") == FINETUNE_JOB.name and "spec" in document:
-                            yield JobView.of(document)
+                            yield self._view(document)
             except Gone:
                 version = ""
             except ClusterError as error:
@@ -141,7 +141,7 @@ class KubernetesBackend:
         changed = await self._send(
             "PATCH", path, key, doing, query=_WRITTEN_BY_US, body=patch, content_type=_MERGE_PATCH
         )
-        return JobView.of(changed)
+        return self._view(changed)
 
     async def cancel(self, key: Key) -> None:
         """See Backend. The job is deleted; its artifacts and checkpoints stay."""
@@ -175,6 +175,9 @@ class KubernetesBackend:
                     # The server has begun to answer and now gives up: the version is too old, more often than not.
                     raise Gone(410, "Expired", text(event["object"], "message"))
                 yield event["object"]
+
+    def _view(self, document: Document) -> JobView:
+        return JobView.of(document, self.place)
 
     async def _send(self, method: str, path: str, key: Key, doing: str, **how: Any) -> Document:
         with self._explained(key, doing):

@@ -83,7 +83,7 @@ class RayJobsBackend:
             raise taken(key, self.place)
         if not dry_run:
             await self._start(key, 1, new_folder(self._workdir, key), {SUBMISSION_VARIABLE: packed})
-        return JobView.of(submitted.job)
+        return JobView.of(submitted.job, self.place)
 
     async def get(self, key: Key) -> JobView:
         """See Backend."""
@@ -194,15 +194,15 @@ class RayJobsBackend:
             newest.key, _written(newest.info.started_ms) or datetime.now(UTC).isoformat()
         )
         document["metadata"]["creationTimestamp"] = _written(turns[0].info.started_ms)
-        view = JobView.of(document)
+        view = JobView.of(document, self.place)
         if not newest.info.is_over and view.phase is Phase.SUSPENDED:
-            return JobView.of(not_settled(document))
+            return JobView.of(not_settled(document), self.place)
         if not newest.info.is_over or view.is_over or view.phase is Phase.SUSPENDED:
             return view
         output = await asyncio.to_thread(self._api.last_output, newest.info.id, 20)
         at = _written(newest.info.ended_ms) or datetime.now(UTC).isoformat()
         stopped = newest.info.status == "STOPPED"
-        return JobView.of(ended_without_a_word(document, newest.info.message, stopped, at, output))
+        return JobView.of(ended_without_a_word(document, newest.info.message, stopped, at, output), self.place)
 
     async def _told(self, turn: _Turn) -> dict[str, Any] | None:
         return newest_document(await asyncio.to_thread(self._api.last_output, turn.info.id, _LAST_LINES))

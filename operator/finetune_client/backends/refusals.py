@@ -10,6 +10,7 @@ import re
 from finetune_api.base import API_VERSION
 from finetune_api.failures import Problem
 from finetune_api.problems import InvalidManifest
+from finetune_client.commands import about, listing
 from finetune_client.errors import ClientError, NoSuchJob, NotAllowed, NotInstalled, Refused, Unreachable
 from finetune_operator.errors import AlreadyExists, ApiError, ClusterError, Forbidden, Invalid, NotFound
 from finetune_operator.kinds import Key
@@ -60,8 +61,7 @@ def _not_found(error: ApiError, host: str, key: Key, place: str) -> ClientError:
     if f'"{key.name}" not found' in error.message and key.name:
         return NoSuchJob(
             f"there is no job {key.name} in namespace {key.namespace}; "
-            + f"finetune list -n {key.namespace} {place}".rstrip()
-            + " shows those there are"
+            f"{listing(place, key.namespace)} shows those there are"
         )
     if f'namespaces "{key.namespace}" not found' in error.message:
         return Refused(f"there is no namespace {key.namespace}; kubectl create namespace {key.namespace} makes it")
@@ -92,5 +92,4 @@ def _unknown_field(path: str) -> Problem:
 
 
 def _other_name(key: Key, place: str) -> str:
-    typed = f"finetune cancel {key.name} -n {key.namespace} {place}".rstrip()
-    return f"choose another name, or remove that one first: {typed}"
+    return f"choose another name, or remove that one first: {about('cancel', key, place)}"

@@ -13,6 +13,7 @@ from finetune_api.failures import FailureClass, Problem
 from finetune_api.job import Phase
 from finetune_api.problems import InvalidManifest
 from finetune_api.progress import Result
+from finetune_client.commands import about, listing
 from finetune_client.errors import NoSuchJob
 from finetune_client.folders import SUBMITTED
 from finetune_client.output import ATTEMPT_MARK, JOB_MARK
@@ -71,14 +72,12 @@ def new_folder(workdir: str, key: Key, now: datetime | None = None) -> str:
 
 def taken(key: Key, place: str) -> InvalidManifest:
     """The name of a job that is to be submitted is one's that is there. `place` is the backend's."""
-    typed = f"finetune cancel {key.name} -n {key.namespace} {place}"
-    message = f"is the name of a job that is there already; choose another, or type: {typed}"
+    message = f"is the name of a job that is there already; choose another, or type: {about('cancel', key, place)}"
     return InvalidManifest([Problem(path="metadata.name", value=f'"{key.name}"', message=message)])
 
 
 def absent(key: Key, where: str, place: str) -> NoSuchJob:
     """There is no such job there. `place` is the backend's."""
     return NoSuchJob(
-        f"there is no job {key.name} in namespace {key.namespace} at {where}; "
-        f"finetune list -A {place} shows those there are"
+        f"there is no job {key.name} in namespace {key.namespace} at {where}; {listing(place)} shows those there are"
     )
