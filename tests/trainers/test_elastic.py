@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api.progress import Outcome, Progress, Result
+from finetune_api.progress import Outcome, Progress, Result, Stage
 from finetune_trainers import launch
 from finetune_trainers.context import STOP_FILE
 from finetune_trainers.ray_workers import OWN_PODS
@@ -24,9 +24,10 @@ pytestmark = [pytest.mark.ray, *WHEN_TRAINING]
 
 SOON = 300.0
 """Seconds that no test waits in full."""
+WORKERS = {"replicas": 2, "minReplicas": 1, "cpus": 1, "resizeAfterSeconds": 10}
 ELASTIC = {
     "deepspeed.zeroStage": 2,
-    "cluster.workers": {"replicas": 2, "minReplicas": 1, "cpus": 1, "resizeAfterSeconds": 10},
+    "cluster.workers": WORKERS,
     "checkpoint": {"everySteps": 5, "whenBehind": "wait"},
     "training.maxSteps": 100_000,
     "training.globalBatchSize": 4,
@@ -100,6 +101,29 @@ def told(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> T
             outcome = running.result()
         left = named_actors(ray.address)
     return Told(outcome, reports_of(workdir), losses_of(workdir), left)
+
+
+@pytest.mark.parametrize("seconds", [1799, 1], ids=["for all workers", "for the least of them"])
+def test_a_run_that_waits_for_room_ends_when_it_is_asked_to(
+    small_world: SmallWorld, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, seconds: int
+) -> None:
+    with (
+        ray_nodes(tmp_path_factory.mktemp("nodes")) as ray,
+        pytest.MonkeyPatch.context() as patch,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        patch.setenv("RAY_ADDRESS", ray.address)
+        plan = small_world.plan(ELASTIC | {"cluster.workers": {**WORKERS, "resizeAfterSeconds": seconds}})
+        running = pool.submit(launch.run, plan, tmp_path, small_world.cache)
+        try:
+            wait_until(
+                lambda: any(one.stage is Stage.STARTING_WORKERS for one in reports_of(tmp_path)),
+                "the workers to be waited for",
+                seconds=SOON,
+            )
+        finally:
+            (tmp_path / STOP_FILE).touch()
+        assert running.result(SOON).result is Result.CANCELLED
 
 
 def going_back(steps: list[int]) -> list[tuple[int, int]]:

@@ -56,6 +56,13 @@ def test_the_least_are_waited_for_as_long_as_it_takes() -> None:
     assert next(answers, None) is None
 
 
+def test_the_least_are_not_waited_for_any_longer_when_all_is_to_stop() -> None:
+    asked = iter([False, False, True])
+    machine = Machine(0)
+    assert first_size(SIZES, 4, 300, machine.room_for, lambda: next(asked)) is None
+    assert [num for num, _ in machine.asked] == [4, *SIZES, *SIZES]
+
+
 def told_by(growth: Growth, told: list[bool], num: int, machine: Machine) -> None:
     """Runs `growth` until it has told so many things, and a little longer: until it has looked twice more."""
     with growth:

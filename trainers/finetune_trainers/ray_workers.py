@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from finetune_api.failures import FailureClass
 from finetune_api.plan import Device, RunPlan
 from finetune_api.uris import in_bucket
 from finetune_trainers import ray_warm
+from finetune_trainers.context import STOP_FILE
 from finetune_trainers.errors import (
     OutOfMemoryError,
     PeerLostError,
@@ -192,7 +194,7 @@ class RayWorkers:
         number, left, saved = 0, MOST_REPLACEMENTS, _saved_step(self._plan, workdir)
         wanted = self._plan.workers.replicas
         while True:
-            size = self._size(wanted, tell)
+            size = self._size(wanted, tell, (workdir / STOP_FILE).exists)
             name = f"{self._plan.name}-{number}"
             number, wanted = number + 1, self._plan.workers.replicas
             try:
@@ -211,14 +213,20 @@ class RayWorkers:
                 left -= 1
                 tell(f"{_first_cause(error).message} Other workers start, and go on from the newest checkpoint.")
 
-    def _size(self, wanted: int, tell: Callable[[str], None]) -> int:
-        """With how many workers the next group starts. One that must be whole is left to Ray Train, which waits."""
+    def _size(self, wanted: int, tell: Callable[[str], None], stops: Callable[[], bool]) -> int:
+        """With how many workers the next group starts. One that must be whole is left to Ray Train, which waits.
+
+        Raises KeyboardInterrupt when it is asked to stop meanwhile: no step is being made whose end it could wait for.
+        """
         elastic = self._plan.workers.elastic
         if elastic is None:
             return wanted
-        size = first_size(self._plan.workers.sizes, wanted, elastic.resize_after_seconds, self._room_for)
+        sizes, patience = self._plan.workers.sizes, elastic.resize_after_seconds
+        size = first_size(sizes, wanted, patience, partial(self._room_for, stops=stops), stops)
+        if size is None:
+            raise KeyboardInterrupt
         if size < wanted:
-            waited = f"{elastic.resize_after_seconds:g} s (spec.cluster.workers.resizeAfterSeconds)"
+            waited = f"{patience:g} s (spec.cluster.workers.resizeAfterSeconds)"
             all_of_them = self._plan.workers.replicas
             tell(f"Training goes on with {size} of {all_of_them} workers: there is no room for more after {waited}.")
         return size
@@ -229,8 +237,8 @@ class RayWorkers:
             self._plan.workers.sizes, size, self._room_for, lambda there_is: tell_of_room(self._id(group), there_is)
         )
 
-    def _room_for(self, num_workers: int, seconds: float) -> bool:
-        return room_in_ray(self._resources, num_workers * self._plan.workers.processes_per_worker, seconds)
+    def _room_for(self, num_workers: int, seconds: float, stops: Callable[[], bool] = lambda: False) -> bool:
+        return room_in_ray(self._resources, num_workers * self._plan.workers.processes_per_worker, seconds, stops)
 
     def _id(self, group: str) -> str:
         """Of a group of this run, among all that Ray has ever seen."""

@@ -24,33 +24,45 @@ _LOOK_SECONDS = 15.0
 """Between two looks for room."""
 _ANSWER_SECONDS = 2.0
 """Ray answers within milliseconds; on a busy machine a little later."""
+_STOP_SECONDS = 1.0
+"""Between two looks for a request to stop, while room is waited for."""
 _READ_SECONDS = 1.0
 """Between two looks for word of it."""
 _NAMESPACE, _YES = "finetune", b"room"
 _log = logging.getLogger(__name__)
 
 
-def room_in_ray(resources: Mapping[str, float], num_processes: int, seconds: float) -> bool:
+def room_in_ray(
+    resources: Mapping[str, float], num_processes: int, seconds: float, stops: Callable[[], bool] = lambda: False
+) -> bool:
     """Whether the Ray that this process is connected to has room for processes that need `resources` each, or will
-    have within so many seconds."""
+    have within so many seconds. `stops` is asked every second whether to give up."""
     from ray.util import placement_group, remove_placement_group
 
     places = placement_group([dict(resources)] * num_processes)
     try:
-        return bool(places.wait(seconds))
+        deadline = time.monotonic() + seconds
+        while not places.wait(max(0.0, min(_STOP_SECONDS, deadline - time.monotonic()))):
+            if stops() or time.monotonic() >= deadline:
+                return False
+        return True
     finally:
         remove_placement_group(places)
 
 
-def first_size(sizes: Sequence[int], wanted: int, patience: float, room_for: RoomFor) -> int:
+def first_size(
+    sizes: Sequence[int], wanted: int, patience: float, room_for: RoomFor, stops: Callable[[], bool] = lambda: False
+) -> int | None:
     """With how many workers the next group starts: `wanted` if there is room for them within `patience` seconds, or
-    else as many of `sizes`, the most first, as there is room for. Waits for the least of them as long as it takes."""
+    else as many of `sizes`, the most first, as there is room for. Waits for the least of them as long as it takes, or
+    until it `stops`: None."""
     if room_for(wanted, patience):
         return wanted
-    while True:
+    while not stops():
         for size in sizes:
             if room_for(size, _ANSWER_SECONDS):
                 return size
+    return None
 
 
 class Growth(threading.Thread):
