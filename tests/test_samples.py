@@ -1,5 +1,5 @@
 """Every job under manifests/samples is valid, planned, and about one idea that its first line names. What serves the
-result is in a folder of its own (tests/test_serving_samples.py)."""
+result is in a folder of its own (tests/test_serving_samples.py), and so is a Ray cluster for trying (cluster lane)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune_api.uris import Scheme, parse_uri
 from finetune_operator.planning import plan_run
 
 SAMPLES = Path(__file__).parent.parent / "manifests" / "samples"
-FILES = sorted(file for file in SAMPLES.rglob("*.yaml") if file.parent.name != "serving")
+FILES = sorted(file for file in SAMPLES.rglob("*.yaml") if file.parent.name not in ("serving", "interactive"))
 MADE_LATER = SAMPLES / "quickstart" / "data"
 """make_data.py writes it."""
 

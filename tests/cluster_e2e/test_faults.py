@@ -18,6 +18,7 @@ from tests.cluster_e2e.world import World
 pytestmark = pytest.mark.cluster
 
 EVERY = 100
+JOB = "finetune-operator.io/job"
 SPREAD = {"topology": {"mode": "spread", "key": "kubernetes.io/hostname"}}
 LONG = {
     "cluster": {"workers": {"replicas": 2}},
@@ -117,6 +118,29 @@ def test_a_job_does_not_notice_that_the_operators_leader_dies(
     team.wait(job, lambda: leader(product) not in ("", before), "the other replica to lead")
     team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed", seconds=600)
     assert len(team.status(job)["attempts"]) == 1
+    assert steps(team, job) == list(range(1, STEPS + 1))
+
+
+def test_a_drained_node_waits_for_a_job_and_one_that_is_emptied_all_the_same_takes_its_worker_along(
+    team: World, long: dict[str, Any], submit: Submit, product: Cluster
+) -> None:
+    """A drain asks the job's disruption budget; without it, pods have the notice that is in their grace period."""
+    job = submit("drained", long)
+    team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
+    (worker,) = [pod for pod in team.pods(job, "worker") if pod["spec"]["nodeName"] == NODES[1].name]
+    drain = ("drain", NODES[1].name, "--ignore-daemonsets", "--delete-emptydir-data", f"--pod-selector={JOB}={job}")
+    try:
+        asked = product.kubectl.run(*drain, "--timeout=15s")
+        assert asked.returncode != 0
+        assert "disruption budget" in asked.stderr
+        assert trainings(team, job) == 1
+        product.kubectl(*drain, "--disable-eviction", "--timeout=120s")
+    finally:
+        product.kubectl("uncordon", NODES[1].name)
+    team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed all the same", seconds=600)
+    assert worker["metadata"]["name"] not in {pod["metadata"]["name"] for pod in team.pods(job, "worker")}
+    assert len(team.status(job)["attempts"]) == 1
+    assert trainings(team, job) == 2
     assert steps(team, job) == list(range(1, STEPS + 1))
 
 

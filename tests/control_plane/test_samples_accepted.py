@@ -20,7 +20,7 @@ from tests.factories import job_document, runtime_document
 pytestmark = pytest.mark.control_plane
 
 SAMPLES = ROOT / "manifests" / "samples"
-SERVING = SAMPLES / "serving"
+SERVING, INTERACTIVE = SAMPLES / "serving", SAMPLES / "interactive"
 PATH_OF = {
     "Deployment": "/apis/apps/v1/namespaces/{}/deployments",
     "Service": "/api/v1/namespaces/{}/services",
@@ -33,7 +33,7 @@ OF_KIND: dict[str, tuple[str, type[Contract]]] = {
 
 
 def _documents() -> Iterator[Any]:
-    for file in sorted(file for file in SAMPLES.rglob("*.yaml") if file.parent != SERVING):
+    for file in sorted(file for file in SAMPLES.rglob("*.yaml") if file.parent not in (SERVING, INTERACTIVE)):
         for number, document in enumerate(read_documents(file.read_text(encoding="utf-8"), file.name)):
             yield pytest.param(document, id=f"{file.relative_to(SAMPLES)}:{number}")
 
