@@ -57,6 +57,7 @@ PROGRAMS = {
         Program("helm", "helm", "helm.sh/helm/v4/cmd/helm"),
         Program("kwok", "kwok", "sigs.k8s.io/kwok/cmd/kwok"),
         Program("kueue", "kueue", "sigs.k8s.io/kueue/cmd/kueue"),
+        Program("kube-network-policies", "netpol", "sigs.k8s.io/kube-network-policies/cmd"),
         Program("versitygw", "versitygw", "github.com/versity/versitygw/cmd/versitygw"),
         Program("kubeflow-trainer", "trainer", "github.com/kubeflow/trainer/v2/cmd/trainer-controller-manager"),
     )
@@ -98,7 +99,7 @@ FILES = {
 ON_DEMAND = frozenset(
     {
         *("jobset-manifests", "kubeflow-trainer", "kubeflow-trainer-manifests"),
-        *("coredns", "kube-proxy", "kubelet", "kuberay-deployment"),
+        *("coredns", "kube-network-policies", "kube-proxy", "kubelet", "kuberay-deployment"),
     }
 )
 """Not built unless asked for by name: only a benchmark needs the first, and only a cluster with nodes the others."""

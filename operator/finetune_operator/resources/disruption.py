@@ -1,8 +1,8 @@
-"""Keeps those who empty nodes politely (kubectl drain, the cluster autoscaler) from ending an attempt.
+"""Keeps those who empty nodes politely (kubectl drain, the cluster autoscaler) from interrupting an attempt.
 
-Losing one pod ends the attempt of all, so the budget allows no eviction of a healthy pod at all: a drain waits until
-the attempt has ended, or until a person suspends the job. Preemption by the scheduler, taints and lost nodes do not ask
-for a budget; they are what failurePolicy is for.
+Losing one pod sends all workers back to the newest checkpoint, and losing the head ends the attempt, so the budget
+allows no eviction of a healthy pod at all: a drain waits until the attempt has ended, or until a person suspends the
+job. Preemption by the scheduler, taints and lost nodes do not ask for a budget; failurePolicy is for them.
 """
 
 from __future__ import annotations
