@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 
+from finetune_client.backends import pod_logs
 from finetune_client.backends.kubernetes import KubernetesBackend
 from finetune_client.history import moments
 from finetune_client.views import LogChoice
@@ -19,10 +21,11 @@ KEY = Key("team-a", "tiny")
 ATTEMPT = {"number": 1, "rayJob": "tiny-1", "createdAt": "2026-01-01T12:00:00Z"}
 JOB = job_document(name="tiny") | {"status": {"attempts": [ATTEMPT]}}
 JOB["metadata"] |= {"namespace": "team-a", "resourceVersion": "1", "generation": 1}
-POD = {
-    "metadata": {"name": "tiny-1-worker", "labels": {"finetune-operator.io/role": "worker"}},
-    "status": {"phase": "Running"},
-}
+
+
+def pod(name: str) -> dict[str, Any]:
+    labels = {"finetune-operator.io/role": "worker"}
+    return {"metadata": {"name": name, "labels": labels}, "status": {"phase": "Running"}}
 
 
 class Connection:
@@ -30,11 +33,14 @@ class Connection:
 
     host = "https://host"
 
-    def __init__(self) -> None:
+    def __init__(self, *pods: str) -> None:
         self.num_open = 0
+        self.pods = pods or ("tiny-1-worker",)
+        self.rank_0 = self.pods[0]
+        self.seconds = 0
 
     async def send(self, method: str, path: str, **how: Any) -> Any:
-        return {"items": [POD]} if path.endswith("/pods") else JOB
+        return {"items": [pod(name) for name in self.pods]} if path.endswith("/pods") else JOB
 
     async def lines(self, path: str, query: Any) -> AsyncGenerator[Any]:
         with self._answer():
@@ -43,10 +49,18 @@ class Connection:
                 yield {"type": "MODIFIED", "object": JOB}
 
     async def output(self, path: str, query: Any) -> AsyncGenerator[tuple[int, bytes]]:
+        rank = int(f"/{self.rank_0}/" not in path)
+        asked_for_the_last = "grep" in str(query)
         with self._answer():
-            while True:
+            while rank == 0 or not asked_for_the_last:
                 await asyncio.sleep(0)
-                yield 1, b"a line\n"
+                self.seconds += 1 - rank
+                yield 1, f"{self._now()} worker {rank} INFO a line\n".encode()
+                if asked_for_the_last:
+                    return
+
+    def _now(self) -> str:
+        return f"{datetime(2026, 1, 31) + timedelta(seconds=self.seconds):%Y-%m-%d %H:%M:%S},000"
 
     @contextmanager
     def _answer(self) -> Iterator[None]:
@@ -62,9 +76,10 @@ class Connection:
     [
         lambda backend: backend.watch(KEY),
         lambda backend: backend.logs(KEY, LogChoice(), False),
+        lambda backend: backend.logs(KEY, LogChoice(), True),
         lambda backend: backend.logs(KEY, LogChoice(everyone=True), True),
     ],
-    ids=["a watch", "a log", "all logs, followed"],
+    ids=["a watch", "a log", "a log, followed", "all logs, followed"],
 )
 def test_what_is_left_early_is_closed(told: Any) -> None:
     async def main() -> None:
@@ -73,6 +88,29 @@ def test_what_is_left_early_is_closed(told: Any) -> None:
         for _ in range(3):
             await anext(seen)
         assert connection.num_open == 1
+        await seen.aclose()
+        assert connection.num_open == 0
+
+    asyncio.run(main())
+
+
+def test_a_log_is_followed_into_the_pod_that_rank_0_has_moved_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pod_logs, "_MOVED_SECONDS", 0)
+    monkeypatch.setattr(pod_logs, "_LOOK_SECONDS", 0)
+
+    async def main() -> None:
+        connection: Any = Connection("tiny-1-worker-a", "tiny-1-worker-b")
+        seen = KubernetesBackend(connection, "team-a", AsyncExitStack()).logs(KEY, LogChoice(), True)
+        first = [await anext(seen) for _ in range(3)]
+        connection.rank_0 = "tiny-1-worker-b"
+        sources, texts = [line.source for line in first], [line.text for line in first]
+        while sources[-1] != "tiny-1-worker-b":
+            line = await anext(seen)
+            sources.append(line.source)
+            texts.append(line.text)
+        assert set(sources[:-1]) == {"tiny-1-worker-a"}
+        assert " worker 0 " in texts[-1]
+        assert texts[-1] > max(texts[:3]), "nothing is told twice"
         await seen.aclose()
         assert connection.num_open == 0
 

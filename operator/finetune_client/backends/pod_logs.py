@@ -9,11 +9,13 @@ so the file is read by a command in the container: that needs the right to `pods
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing, suppress
+from typing import Any
 
 from finetune_client.backends.refusals import error_for
-from finetune_client.errors import NoLog
+from finetune_client.errors import ClientError, NoLog
 from finetune_client.views import JobView, LogChoice, LogLine
 from finetune_operator.cluster.connection import Connection
 from finetune_operator.errors import ClusterError
@@ -24,6 +26,10 @@ from finetune_operator.raw import Document, at, items, text
 __all__ = ["PodLogs"]
 
 _LOOK_SECONDS = 2.0
+_MOVED_SECONDS = 10.0
+"""Between two looks where rank 0 is."""
+_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}")
+"""What a line of ours begins with."""
 _STDOUT = 1
 _LOG = '"$FINETUNE_WORKDIR/trainer.log"'
 _READ = f"cat {_LOG}"
@@ -50,11 +56,48 @@ class PodLogs:
             for line in _what_is_left(view, which.attempt):
                 yield line
             return
-        chosen = pods if which.everyone else [await self._rank_0(key, pods)]
-        streams = [self._lines(key, pod, _FOLLOW if follow else _READ) for pod in chosen]
-        async with aclosing(_merged(streams)) as lines:
+        script = _FOLLOW if follow else _READ
+        if which.everyone:
+            stream = _merged([self._lines(key, pod, script) for pod in pods])
+        elif not follow or _is_shared(pods[0]):
+            stream = self._lines(key, await self._rank_0(key, pods), script)
+        else:
+            stream = self._followed(look, key, _attempt(view, which.attempt) or 1, pods)
+        async with aclosing(stream) as lines:
             async for line in lines:
                 yield line
+
+    async def _followed(self, look: Look, key: Key, number: int, pods: Sequence[Document]) -> AsyncGenerator[LogLine]:
+        """Rank 0's lines, in whichever pod it is: when workers are lost or come back, another may have it."""
+        told = ""
+        while True:
+            if pods:
+                try:
+                    pod, since, is_new = await self._rank_0(key, pods), told, not told
+                    stream = self._lines(key, pod, _FOLLOW)
+                    async with aclosing(_until(self._moved(key, number, pod), stream)) as lines:
+                        async for line in lines:
+                            if at := _TIME.match(line.text):
+                                is_new, told = at[0] > since, max(told, at[0])
+                            if is_new:  # what it wrote before it had the rank is not rank 0's
+                                yield line
+                except ClientError:
+                    if not told:
+                        raise
+            view = await look()
+            if view.is_settled or _has_ended(view, number):
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
+            pods = [one for one in await self._running(key, number) if _role(one) == WORKER]
+
+    async def _moved(self, key: Key, number: int, pod: Document) -> None:
+        """Returns when another pod than this has rank 0."""
+        while True:
+            await asyncio.sleep(_MOVED_SECONDS)
+            with suppress(ClientError):
+                pods = await self._running(key, number)
+                if pods and _name(await self._rank_0(key, pods)) != _name(pod):
+                    return
 
     async def _started(
         self, look: Look, key: Key, which: LogChoice, follow: bool
@@ -117,6 +160,24 @@ class PodLogs:
         except ClusterError as error:
             doing = f"read the log in pod {_name(pod)} (pods/exec)"
             raise error_for(error, self._connection.host, key, doing) from error
+
+
+async def _until(happens: Coroutine[Any, Any, None], stream: AsyncGenerator[LogLine]) -> AsyncGenerator[LogLine]:
+    """The lines of a stream until it ends, or until that has happened."""
+    end, line = asyncio.create_task(happens), asyncio.ensure_future(anext(stream, None))
+    try:
+        while not end.done():
+            await asyncio.wait({line, end}, return_when=asyncio.FIRST_COMPLETED)
+            if line.done():
+                if (read := line.result()) is None:
+                    return
+                yield read
+                line = asyncio.ensure_future(anext(stream, None))
+    finally:
+        for task in (end, line):
+            task.cancel()
+        await asyncio.gather(end, line, return_exceptions=True)
+        await stream.aclose()
 
 
 async def _merged(streams: Sequence[AsyncGenerator[LogLine]]) -> AsyncGenerator[LogLine]:
