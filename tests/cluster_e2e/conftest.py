@@ -12,14 +12,11 @@ asked for by name: python -m tests.lanes --lane cluster
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.cluster.build import BuildError
 from tests.cluster.nodes.cluster import Cluster, down, up
@@ -27,19 +24,8 @@ from tests.cluster.nodes.daemons import running
 from tests.cluster.nodes.kuberay import install_kuberay
 from tests.cluster.nodes.layout import layout
 from tests.cluster.nodes.needs import CannotRun
-from tests.cluster_e2e.world import CLAIM, World
-from tests.trainers.factories import tiny_model, write_rows
+from tests.cluster_e2e.world import World, install, team_in, tiny_job
 
-ROOT = Path(__file__).resolve().parents[2]
-CHART = ROOT / "helm" / "finetune-operator"
-NAMESPACE = "finetune-system"
-SMALL = {"workers": {"gpus": 0, "cpus": 1, "memory": "3Gi"}, "head": {"cpus": 0.5, "memory": "3Gi"}}
-"""Of a runtime: what fits onto these nodes."""
-VALUES = f"""\
-defaultRuntime:
-  enabled: true
-  spec: {json.dumps({**SMALL, "storage": "pvc://shared/runs"})}
-"""
 TEAM = "team-a"
 
 Say = Callable[[str], None]
@@ -78,60 +64,19 @@ def kuberay(cluster: Cluster, say: Say) -> Cluster:
 
 @pytest.fixture(scope="session")
 def product(kuberay: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
-    values = tmp_path_factory.mktemp("values") / "values.yaml"
-    values.write_text(VALUES, encoding="utf-8")
-    where = ("--namespace", NAMESPACE, "--create-namespace", "--values", values)
-    kuberay.helm("upgrade", "--install", "finetune-operator", CHART, *where, "--wait", "--timeout", "110s")
+    install(kuberay, tmp_path_factory.mktemp("values"))
     return kuberay
 
 
 @pytest.fixture(scope="session")
 def team(product: Cluster) -> World:
-    folder = product.layout.shared
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    size, modes = {"storage": "10Gi"}, ["ReadWriteMany"]
-    volume = {"capacity": size, "accessModes": modes, "storageClassName": "", "hostPath": {"path": str(folder)}}
-    claim = {
-        "resources": {"requests": size},
-        "accessModes": modes,
-        "storageClassName": "",
-        "volumeName": f"{TEAM}-{CLAIM}",
-    }
-    documents = [
-        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": TEAM, "labels": labels}},
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolume",
-            "metadata": {"name": f"{TEAM}-{CLAIM}"},
-            "spec": volume | {"persistentVolumeReclaimPolicy": "Retain"},
-        },
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolumeClaim",
-            "metadata": {"name": CLAIM, "namespace": TEAM},
-            "spec": claim,
-        },
-    ]
-    product.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(documents))
-    return World(product, TEAM, folder)
+    return team_in(product, TEAM)
 
 
 @pytest.fixture(scope="session")
 def tiny(team: World) -> dict[str, Any]:
     """A model of a hundred thousand parameters and rows for it, on the claim; what a job says to use them."""
-    if not (team.folder / "tiny").exists():
-        tiny_model(team.folder / "tiny")
-        write_rows(team.folder / "rows.jsonl", 64)
-        for file in (team.folder / "tiny").iterdir():  # safetensors are written for their owner's eyes alone
-            file.chmod(0o644)
-    return {
-        "model": {"source": f"pvc://{CLAIM}/tiny"},
-        "data": {"train": [{"source": f"pvc://{CLAIM}/rows.jsonl"}]},
-        "method": {"sft": {"maxSeqLength": 128}},
-        "tuning": {"lora": {"rank": 4}},
-        "training": {"maxSteps": 40, "globalBatchSize": 4, "precision": "fp32", "learningRate": 0.001},
-        "runtimeRef": {"name": "default"},
-    }
+    return tiny_job(team)
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import pytest
 from tests.cluster.build import program_path
 from tests.cluster.nodes.layout import HOST_ADDRESS
 from tests.cluster.s3 import S3, s3_server
-from tests.cluster_e2e.conftest import SMALL, Say, Submit
-from tests.cluster_e2e.world import World
+from tests.cluster_e2e.conftest import Say, Submit
+from tests.cluster_e2e.world import SMALL, World
 
 pytestmark = pytest.mark.cluster
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.nodes.cluster import Cluster
 from tests.cluster.nodes.layout import NODES
-from tests.cluster_e2e.conftest import NAMESPACE, Submit
-from tests.cluster_e2e.world import World
+from tests.cluster_e2e.conftest import Submit
+from tests.cluster_e2e.world import NAMESPACE, World
 
 pytestmark = pytest.mark.cluster
 
@@ -44,23 +42,6 @@ def long(tiny: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
-def run_folder(team: World, job: str) -> Path:
-    return team.folder / "runs" / team.namespace / job / "attempt-1"
-
-
-def steps(team: World, job: str) -> list[int]:
-    """Every optimizer step of the run as its metrics tell, in order."""
-    lines = (run_folder(team, job) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["step"] for line in lines]
-
-
-def trainings(team: World, job: str) -> int:
-    """How often workers began to train, as the run's reports tell."""
-    lines = (run_folder(team, job) / "progress.jsonl").read_text(encoding="utf-8").splitlines()
-    stages = [json.loads(line)["stage"] for line in lines]
-    return [stage for stage, _ in itertools.groupby(stages)].count("Training")
-
-
 def test_a_job_whose_worker_pod_is_deleted_goes_on_from_its_checkpoint(
     team: World, long: dict[str, Any], submit: Submit
 ) -> None:
@@ -75,8 +56,8 @@ def test_a_job_whose_worker_pod_is_deleted_goes_on_from_its_checkpoint(
     assert status["progress"]["step"] == STEPS
     assert len(status["attempts"]) == 1
     assert status["restarts"] == 0
-    assert trainings(team, job) == 2
-    assert steps(team, job) == list(range(1, STEPS + 1))
+    assert team.trainings(job) == 2
+    assert team.steps_made(job) == list(range(1, STEPS + 1))
 
 
 def test_a_job_whose_trainer_is_killed_goes_on_from_its_checkpoint(
@@ -90,8 +71,8 @@ def test_a_job_whose_trainer_is_killed_goes_on_from_its_checkpoint(
     assert int(killed) > 0
     team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed all the same", seconds=600)
     assert len(team.status(job)["attempts"]) == 1
-    assert trainings(team, job) == 2
-    assert steps(team, job) == list(range(1, STEPS + 1))
+    assert team.trainings(job) == 2
+    assert team.steps_made(job) == list(range(1, STEPS + 1))
 
 
 def test_a_job_whose_head_is_deleted_goes_on_in_another_attempt(
@@ -118,7 +99,7 @@ def test_a_job_does_not_notice_that_the_operators_leader_dies(
     team.wait(job, lambda: leader(product) not in ("", before), "the other replica to lead")
     team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed", seconds=600)
     assert len(team.status(job)["attempts"]) == 1
-    assert steps(team, job) == list(range(1, STEPS + 1))
+    assert team.steps_made(job) == list(range(1, STEPS + 1))
 
 
 def test_a_drained_node_waits_for_a_job_and_one_that_is_emptied_all_the_same_takes_its_worker_along(
@@ -133,15 +114,15 @@ def test_a_drained_node_waits_for_a_job_and_one_that_is_emptied_all_the_same_tak
         asked = product.kubectl.run(*drain, "--timeout=15s")
         assert asked.returncode != 0
         assert "disruption budget" in asked.stderr
-        assert trainings(team, job) == 1
+        assert team.trainings(job) == 1
         product.kubectl(*drain, "--disable-eviction", "--timeout=120s")
     finally:
         product.kubectl("uncordon", NODES[1].name)
     team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed all the same", seconds=600)
     assert worker["metadata"]["name"] not in {pod["metadata"]["name"] for pod in team.pods(job, "worker")}
     assert len(team.status(job)["attempts"]) == 1
-    assert trainings(team, job) == 2
-    assert steps(team, job) == list(range(1, STEPS + 1))
+    assert team.trainings(job) == 2
+    assert team.steps_made(job) == list(range(1, STEPS + 1))
 
 
 def leader(cluster: Cluster) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cluster.images import OPERATOR
 from tests.cluster.nodes.cluster import Cluster
-from tests.cluster_e2e.conftest import NAMESPACE
+from tests.cluster_e2e.world import NAMESPACE
 
 pytestmark = pytest.mark.cluster
 

@@ -3,73 +3,26 @@ by its Jobs API and by Ray Client."""
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from finetune_api.job import Phase
 from finetune_client import Client
 from finetune_client.errors import NotAllowed
-from tests.cluster.processes import wait_until
-from tests.cluster_e2e.conftest import ROOT
+from tests.cluster_e2e.workbench import Workbench, workbench_in
 from tests.cluster_e2e.world import CLAIM, World
 from tests.factories import job_document
 
 pytestmark = pytest.mark.cluster
 
-SAMPLE = ROOT / "manifests" / "samples" / "interactive" / "workbench.yaml"
-NAME = "workbench"
-
-
-@dataclass(frozen=True)
-class Workbench:
-    """Where its head is, and what it asks for."""
-
-    address: str
-    token: str
-
-
-def fitted(document: dict[str, Any]) -> dict[str, Any]:
-    """The sample with the claim and the sizes of this cluster."""
-    spec = document["spec"]
-    (group,) = spec["workerGroupSpecs"]
-    group["rayStartParams"] = {"num-cpus": "1"}
-    for pod in (spec["headGroupSpec"]["template"]["spec"], group["template"]["spec"]):
-        (container,) = pod["containers"]
-        container["resources"] = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "3Gi"}}
-        pod["volumes"][0]["persistentVolumeClaim"]["claimName"] = CLAIM
-        container["volumeMounts"][0]["mountPath"] = container["env"][0]["value"] = f"/mnt/pvc/{CLAIM}"
-    return document
-
 
 @pytest.fixture(scope="module")
 def workbench(team: World) -> Iterator[Workbench]:
-    team.apply(fitted(yaml.safe_load(SAMPLE.read_text(encoding="utf-8"))))
-    try:
-        wait_until(lambda: is_ready(team), "the Ray cluster to be ready")
-        secret = json.loads(team.kubectl("get", "secret", NAME, "--output=json"))
-        (head,) = [pod for pod in pods(team) if pod["metadata"]["labels"]["ray.io/node-type"] == "head"]
-        yield Workbench(head["status"]["podIP"], base64.b64decode(secret["data"]["auth_token"]).decode())
-    finally:
-        team.kubectl("delete", "raycluster", NAME, "--wait=true", "--timeout=100s")
-        wait_until(lambda: not pods(team), "its pods to be gone")
-
-
-def pods(team: World) -> list[dict[str, Any]]:
-    selector = f"--selector=ray.io/cluster={NAME}"
-    items: list[dict[str, Any]] = json.loads(team.kubectl("get", "pods", selector, "--output=json"))["items"]
-    return items
-
-
-def is_ready(team: World) -> bool:
-    status = json.loads(team.kubectl("get", "raycluster", NAME, "--output=json")).get("status", {})
-    return bool(status.get("state") == "ready" and status.get("readyWorkerReplicas") == 1)
+    with workbench_in(team) as one:
+        yield one
 
 
 @pytest.fixture

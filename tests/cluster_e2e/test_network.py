@@ -12,8 +12,10 @@ import pytest
 from tests.cluster.build import program_path
 from tests.cluster.images import TRAINER
 from tests.cluster.nodes.cluster import Cluster
-from tests.cluster_e2e.conftest import NAMESPACE, Say, Submit
-from tests.cluster_e2e.world import World
+from tests.cluster.nodes.control import SERVER_PORT
+from tests.cluster.nodes.layout import NODES
+from tests.cluster_e2e.conftest import Say, Submit
+from tests.cluster_e2e.world import NAMESPACE, World
 
 pytestmark = pytest.mark.cluster
 
@@ -52,7 +54,12 @@ def daemon(program: Path) -> list[dict[str, Any]]:
         "name": ENFORCER,
         "image": TRAINER,
         "command": ["bash", "-c", script],
-        "env": [{"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}],
+        "env": [
+            {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+            # A node has no way to the addresses of Services.
+            {"name": "KUBERNETES_SERVICE_HOST", "value": NODES[0].address},
+            {"name": "KUBERNETES_SERVICE_PORT", "value": str(SERVER_PORT)},
+        ],
         "readinessProbe": {"httpGet": {"path": "/metrics", "port": 9080}, "periodSeconds": 1},
         "securityContext": {"privileged": True, "runAsUser": 0},
         "volumeMounts": [{"name": "tools", "mountPath": "/tools", "readOnly": True}],

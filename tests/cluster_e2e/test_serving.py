@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cluster_e2e.conftest import ROOT, Submit
-from tests.cluster_e2e.world import CLAIM, World
+from tests.cluster_e2e.conftest import Submit
+from tests.cluster_e2e.world import CLAIM, ROOT, World
 
 pytestmark = pytest.mark.cluster
 

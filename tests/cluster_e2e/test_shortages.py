@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster_e2e.conftest import SMALL, Submit
-from tests.cluster_e2e.world import World
+from tests.cluster_e2e.conftest import Submit
+from tests.cluster_e2e.world import SMALL, World
 
 pytestmark = pytest.mark.cluster
 

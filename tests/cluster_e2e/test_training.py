@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster_e2e.conftest import SMALL, Submit
-from tests.cluster_e2e.world import CLAIM, World
+from tests.cluster_e2e.conftest import Submit
+from tests.cluster_e2e.world import CLAIM, SMALL, World
 from tests.trainers.factories import write_pairs
 
 pytestmark = pytest.mark.cluster

@@ -9,8 +9,8 @@ import pytest
 
 from tests.cluster.nodes.cluster import Cluster
 from tests.cluster.processes import wait_until
-from tests.cluster_e2e.conftest import CHART, NAMESPACE, Submit
-from tests.cluster_e2e.world import World
+from tests.cluster_e2e.conftest import Submit
+from tests.cluster_e2e.world import CHART, NAMESPACE, World
 
 pytestmark = pytest.mark.cluster
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,11 +16,22 @@ from typing import Any
 import yaml
 
 from tests.cluster.nodes.cluster import Cluster
+from tests.trainers.factories import tiny_model, write_rows
 
-__all__ = ["CLAIM", "World"]
+__all__ = ["CHART", "CLAIM", "NAMESPACE", "ROOT", "SMALL", "World", "install", "team_in", "tiny_job"]
 
 CLAIM = "shared"
 """A claim in the team's namespace that all pods can mount."""
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "helm" / "finetune-operator"
+NAMESPACE = "finetune-system"
+SMALL = {"workers": {"gpus": 0, "cpus": 1, "memory": "3Gi"}, "head": {"cpus": 0.5, "memory": "3Gi"}}
+"""Of a runtime: what fits onto these nodes."""
+VALUES = f"""\
+defaultRuntime:
+  enabled: true
+  spec: {json.dumps({**SMALL, "storage": "pvc://shared/runs"})}
+"""
 _JOB = "finetune-operator.io/job"
 _ATTEMPT = "finetune-operator.io/attempt"
 _ROLE = "finetune-operator.io/role"
@@ -84,6 +96,21 @@ class World:
         selector = "%2C".join(f"{key}%3D{value}" for key, value in wanted.items())
         return self.cluster.client.items(f"/api/v1/namespaces/{self.namespace}/pods?labelSelector={selector}")
 
+    def steps_made(self, job: str) -> list[int]:
+        """Every optimizer step of its run as the metrics tell, in order."""
+        return [int(line["step"]) for line in self._lines(job, "metrics.jsonl")]
+
+    def trainings(self, job: str) -> int:
+        """How often workers began to train, as its run's reports tell."""
+        stages = [line["stage"] for line in self._lines(job, "progress.jsonl")]
+        return [stage for stage, _ in itertools.groupby(stages)].count("Training")
+
+    def _lines(self, job: str, name: str) -> list[dict[str, Any]]:
+        """Of a file in the folder of its first attempt, on the claim; a line that is being written is left out."""
+        file = self.folder / "runs" / self.namespace / job / "attempt-1" / name
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
     def wait(self, job: str, holds: Callable[[], object], what: str, seconds: float = 300) -> None:
         """Waits for `holds`; when it takes too long, or the job fails meanwhile, says all that is known of it."""
         deadline = time.monotonic() + seconds
@@ -119,3 +146,59 @@ class World:
     @property
     def _group(self) -> str:
         return f"/apis/finetune-operator.io/v1alpha1/namespaces/{self.namespace}"
+
+
+def install(cluster: Cluster, folder: Path) -> None:
+    """Our chart, as a platform installs it; `folder` keeps the values."""
+    values = folder / "values.yaml"
+    values.write_text(VALUES, encoding="utf-8")
+    where = ("--namespace", NAMESPACE, "--create-namespace", "--values", values)
+    cluster.helm("upgrade", "--install", "finetune-operator", CHART, *where, "--wait", "--timeout", "110s")
+
+
+def team_in(cluster: Cluster, namespace: str) -> World:
+    """A namespace of the strictest Pod Security level, with a claim that all pods share."""
+    folder = cluster.layout.shared
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    size, modes = {"storage": "10Gi"}, ["ReadWriteMany"]
+    volume = {"capacity": size, "accessModes": modes, "storageClassName": "", "hostPath": {"path": str(folder)}}
+    claim = {
+        "resources": {"requests": size},
+        "accessModes": modes,
+        "storageClassName": "",
+        "volumeName": f"{namespace}-{CLAIM}",
+    }
+    documents = [
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}},
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolume",
+            "metadata": {"name": f"{namespace}-{CLAIM}"},
+            "spec": volume | {"persistentVolumeReclaimPolicy": "Retain"},
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": CLAIM, "namespace": namespace},
+            "spec": claim,
+        },
+    ]
+    cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(documents))
+    return World(cluster, namespace, folder)
+
+
+def tiny_job(team: World) -> dict[str, Any]:
+    """A model of a hundred thousand parameters and rows for it, on the claim; what a job says to use them."""
+    if not (team.folder / "tiny").exists():
+        tiny_model(team.folder / "tiny")
+        write_rows(team.folder / "rows.jsonl", 64)
+        for file in (team.folder / "tiny").iterdir():  # safetensors are written for their owner's eyes alone
+            file.chmod(0o644)
+    return {
+        "model": {"source": f"pvc://{CLAIM}/tiny"},
+        "data": {"train": [{"source": f"pvc://{CLAIM}/rows.jsonl"}]},
+        "method": {"sft": {"maxSeqLength": 128}},
+        "tuning": {"lora": {"rank": 4}},
+        "training": {"maxSteps": 40, "globalBatchSize": 4, "precision": "fp32", "learningRate": 0.001},
+        "runtimeRef": {"name": "default"},
+    }
