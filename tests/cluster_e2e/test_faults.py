@@ -26,6 +26,8 @@ LONG = {
     "failurePolicy": {"backoff": {"initialSeconds": 1, "maxSeconds": 5}},
 }
 STEPS = 1500
+DRAINED_STEPS = 6000
+"""More than can be made in the grace period of a pod."""
 KILL_TRAINER = """
 import psutil
 trainers = [one for one in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in str(one.info["cmdline"])]
@@ -106,6 +108,7 @@ def test_a_drained_node_waits_for_a_job_and_one_that_is_emptied_all_the_same_tak
     team: World, long: dict[str, Any], submit: Submit, product: Cluster
 ) -> None:
     """A drain asks the job's disruption budget; without it, pods have the notice that is in their grace period."""
+    long["training"]["maxSteps"] = DRAINED_STEPS
     job = submit("drained", long)
     team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
     (worker,) = [pod for pod in team.pods(job, "worker") if pod["spec"]["nodeName"] == NODES[1].name]
@@ -122,7 +125,7 @@ def test_a_drained_node_waits_for_a_job_and_one_that_is_emptied_all_the_same_tak
     assert worker["metadata"]["name"] not in {pod["metadata"]["name"] for pod in team.pods(job, "worker")}
     assert len(team.status(job)["attempts"]) == 1
     assert team.trainings(job) == 2
-    assert team.steps_made(job) == list(range(1, STEPS + 1))
+    assert team.steps_made(job) == list(range(1, DRAINED_STEPS + 1))
 
 
 def leader(cluster: Cluster) -> str:

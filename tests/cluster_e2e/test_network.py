@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tests.cluster.build import program_path
 from tests.cluster.images import TRAINER
 from tests.cluster.nodes.cluster import Cluster
 from tests.cluster.nodes.control import SERVER_PORT
-from tests.cluster.nodes.layout import NODES
+from tests.cluster.nodes.layout import NETWORK, NODES, Node
 from tests.cluster_e2e.conftest import Say, Submit
 from tests.cluster_e2e.world import NAMESPACE, World
 
@@ -101,6 +102,15 @@ def daemon(program: Path) -> list[dict[str, Any]]:
     ]
 
 
+def queue_connections(node: Node, action: str) -> None:
+    """Adds (-A) or deletes (-D) the rule that shows the enforcer every connection that pods begin to each other. It has
+    one of its own, by an expression of nftables (NFT_QUEUE) that not every kernel has."""
+    matches = ("--source", NETWORK, "--destination", NETWORK, "--match", "conntrack", "--ctstate", "NEW")
+    target = ("--jump", "NFQUEUE", "--queue-num", "100", "--queue-bypass")
+    entered = ("nsenter", f"--net=/run/netns/{node.namespace}", "iptables", "--table", "mangle")
+    subprocess.run([*entered, action, "POSTROUTING", *matches, *target], check=True)
+
+
 @pytest.fixture(scope="module")
 def enforced(product: Cluster, say: Say) -> Iterator[None]:
     """Policies hold on both nodes."""
@@ -108,7 +118,11 @@ def enforced(product: Cluster, say: Say) -> Iterator[None]:
     product.kubectl("apply", "-f", "-", stdin="\n---\n".join(map(json.dumps, documents)))
     try:
         product.kubectl("--namespace", ENFORCER, "rollout", "status", f"daemonset/{ENFORCER}", "--timeout=110s")
+        for node in NODES:
+            queue_connections(node, "-A")
         yield
+        for node in NODES:
+            queue_connections(node, "-D")
     finally:
         kinds = ("daemonset", "clusterrole", "clusterrolebinding", "namespace")
         for kind in kinds:
