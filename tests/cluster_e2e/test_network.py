@@ -103,12 +103,17 @@ def daemon(program: Path) -> list[dict[str, Any]]:
 
 
 def queue_connections(node: Node, action: str) -> None:
-    """Adds (-A) or deletes (-D) the rule that shows the enforcer every connection that pods begin to each other. It has
-    one of its own, by an expression of nftables (NFT_QUEUE) that not every kernel has."""
-    matches = ("--source", NETWORK, "--destination", NETWORK, "--match", "conntrack", "--ctstate", "NEW")
-    target = ("--jump", "NFQUEUE", "--queue-num", "100", "--queue-bypass")
+    """Adds (-A) or deletes (-D) the rules that show the enforcer every connection that a pod begins. It has one of its
+    own, by an expression of nftables (NFT_QUEUE) that not every kernel has."""
+    for one in NODES:  # kubelets ask pods how they are; the first addresses of a node's network are its own
+        _rule(node, action, "--source", f"{one.pods}.0.0/24", "--jump", "RETURN")
+    begins = ("--destination", NETWORK, "--match", "conntrack", "--ctstate", "NEW")
+    _rule(node, action, *begins, "--jump", "NFQUEUE", "--queue-num", "100", "--queue-bypass")
+
+
+def _rule(node: Node, action: str, *rule: str) -> None:
     entered = ("nsenter", f"--net=/run/netns/{node.namespace}", "iptables", "--table", "mangle")
-    subprocess.run([*entered, action, "POSTROUTING", *matches, *target], check=True)
+    subprocess.run([*entered, action, "POSTROUTING", *rule], check=True)
 
 
 @pytest.fixture(scope="module")
