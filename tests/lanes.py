@@ -37,7 +37,7 @@ class Lane:
     mapped and not touched; after some dozen trainings the process could start no other one.
     `only_by_name`: left out, and said so, unless somebody asks for it.
     `hangs_after`: in seconds. A test that takes longer shows where it stands and ends its process: one that waits for
-    ever would take the time of all the others. Elsewhere than in the first lane it may build a control plane first.
+    ever would take the time of all the others. The first to need a program, such as Helm, builds it: that is minutes.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Lane:
 
 
 LANES = (
-    Lane("pure", "no cluster, no Ray", None, processes=2, hangs_after=600),
+    Lane("pure", "no cluster, no Ray", None, processes=2, hangs_after=1500),
     Lane("control-plane", "a real API server", "control_plane"),
     Lane("training", "torch and DeepSpeed on this machine, without Ray", "training", processes=2, apart=True),
     Lane("ray", "Ray Train on this machine", "ray", apart=True),
