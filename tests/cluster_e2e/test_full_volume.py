@@ -51,7 +51,7 @@ def small_volume(team: World) -> Iterator[Path]:
 
 
 def test_a_job_on_a_full_volume_says_so_and_goes_on_when_there_is_room_again(
-    team: World, tiny: dict[str, Any], submit: Submit, small_volume: Path
+    team: World, tiny: dict[str, Any], small_volume: Path, submit: Submit
 ) -> None:
     spec = {**tiny, "training": {**tiny["training"], "maxSteps": STEPS}, "checkpoint": {"everySteps": EVERY}}
     policy = {"backoff": {"initialSeconds": 1, "maxSeconds": 5}}
