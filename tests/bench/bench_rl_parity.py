@@ -3,8 +3,8 @@
     python -m tests.bench.bench_rl_parity [--draws 5]
 
 Each case is a loss as a method of training would put it together from `finetune_trainers.rl`, beside the trainer of
-TRL's that has it, over random tensors drawn anew for each draw. TRL has no PPO any more: its clipped surrogate is that
-of GRPO. `tests/trainers/rl` holds the same functions against numbers worked by hand.
+TRL's that has it, over random tensors drawn anew for each draw. For PPO, which this TRL no longer has, see
+bench_ppo_parity. `tests/trainers/rl` holds the same functions against numbers worked by hand.
 """
 
 from __future__ import annotations

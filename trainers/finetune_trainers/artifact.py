@@ -30,7 +30,8 @@ from finetune_api.spec import Lora
 from finetune_trainers.artifact_folder import ADAPTER_WEIGHTS, CALIBRATION, PEFT_PREFIX, new_folder, seal, write_config
 from finetune_trainers.methods.reward import Calibration
 from finetune_trainers.model_card import CardFacts, model_card
-from finetune_trainers.models import DTYPES, meta_model, stored_tokenizer
+from finetune_trainers.models import meta_model, stored_tokenizer
+from finetune_trainers.precisions import DTYPES
 from finetune_trainers.prepared import PreparedModel
 from finetune_trainers.score_head import padding_token, score_settings
 from finetune_trainers.tuning import ALL_LINEAR, SCORE_HEAD, transposed

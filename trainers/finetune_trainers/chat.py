@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from finetune_api.failures import Problem
 from finetune_trainers.artifact_folder import ADAPTER_WEIGHTS, CALIBRATION
-from finetune_trainers.cpu_bf16 import bf16_is_emulated, use_float32_products
+from finetune_trainers.cpu_products import use_fast_products
 from finetune_trainers.errors import UserError
 from finetune_trainers.tuning import peft_warnings_off
 
@@ -81,8 +81,7 @@ def _load(model_folder: Path, adapter_folder: Path | None) -> Any:
 
         with peft_warnings_off():
             model = peft.PeftModel.from_pretrained(model, str(adapter_folder))
-    if model.dtype is torch.bfloat16 and bf16_is_emulated(device):
-        use_float32_products(model)
+    use_fast_products(model, model.dtype, device)
     return model.eval()
 
 

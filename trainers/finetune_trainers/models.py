@@ -32,19 +32,20 @@ from transformers import (
 
 from finetune_api.failures import Problem
 from finetune_api.plan import RunPlan
-from finetune_api.spec import Precision, Quantization
+from finetune_api.spec import Quantization
 from finetune_trainers.attention import PACKED_ATTENTION
-from finetune_trainers.cpu_bf16 import bf16_is_emulated, use_float32_products
+from finetune_trainers.cpu_bf16 import bf16_is_emulated
+from finetune_trainers.cpu_products import use_fast_products
 from finetune_trainers.errors import UserError
 from finetune_trainers.gguf import is_gguf, unpack_gguf
 from finetune_trainers.model_checks import check_folder, check_job
 from finetune_trainers.model_sources import locate_model
+from finetune_trainers.precisions import DTYPES
 from finetune_trainers.prepared import PreparedModel
 from finetune_trainers.score_head import HEAD, begin_head, has_score_head, read_packed, score_settings
 from finetune_trainers.weights import file_digest
 
 __all__ = [
-    "DTYPES",
     "load_dtype",
     "load_model",
     "load_tokenizer",
@@ -52,8 +53,6 @@ __all__ = [
     "prepare_model",
     "stored_tokenizer",
 ]
-
-DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 def prepare_model(plan: RunPlan, cache: Path, on_progress: Callable[[float, str], None]) -> PreparedModel:
@@ -147,8 +146,7 @@ def load_model(
         nn.Module.to(loaded, device)
     else:
         _stay_as_loaded(loaded)
-    if plan.precision is Precision.BF16 and bf16_is_emulated(device):
-        use_float32_products(loaded)
+    use_fast_products(loaded, DTYPES[plan.precision], device)
     return loaded
 
 

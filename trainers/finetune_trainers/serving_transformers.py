@@ -32,7 +32,7 @@ from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerationState
 
-from finetune_trainers.cpu_bf16 import bf16_is_emulated, use_float32_products
+from finetune_trainers.cpu_products import use_fast_products
 from finetune_trainers.tuning import peft_warnings_off
 
 __all__ = ["ENDPOINTS", "OneModel", "endpoints", "main"]
@@ -78,8 +78,7 @@ class OneModel(ModelManager):
 
             with peft_warnings_off():
                 model = peft.PeftModel.from_pretrained(model, str(self._adapter)).merge_and_unload()
-        if model.dtype is torch.bfloat16 and bf16_is_emulated(model.device):
-            use_float32_products(model)
+        use_fast_products(model, model.dtype, model.device)
         return model.eval()
 
 

@@ -17,8 +17,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finetune_api.plan import RunPlan
-from finetune_api.spec import Freeze, Lora, Precision
-from finetune_trainers.cpu_bf16 import Float32ProductLinear, use_float32_products
+from finetune_api.spec import Freeze, Lora
+from finetune_trainers.cpu_products import use_fast_products
+from finetune_trainers.precisions import DTYPES
 
 __all__ = [
     "ALL_LINEAR",
@@ -149,8 +150,7 @@ def _add_adapters(model: nn.Module, lora: Lora, plan: RunPlan) -> TunedModel:
         torch.manual_seed(plan.optimization.seed)
         with peft_warnings_off():
             adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=own_masters)
-    if plan.precision is Precision.BF16 and any(isinstance(m, Float32ProductLinear) for m in model.modules()):
-        use_float32_products(adapted)
+    use_fast_products(adapted, DTYPES[plan.precision], next(model.parameters()).device)
     return TunedModel(adapted, [name for name, p in adapted.named_parameters() if p.requires_grad])
 
 

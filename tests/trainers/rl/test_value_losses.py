@@ -23,6 +23,12 @@ def test_the_worse_of_the_bounded_and_the_free_value_counts() -> None:
     assert found.clipfrac.item() == 0.5
 
 
+def test_a_bound_that_is_not_reached_decides_on_no_token() -> None:
+    values, old, returns = torch.randn(3, 100, 10, generator=torch.Generator().manual_seed(0))
+    found = value_loss(values, old, returns, torch.ones_like(values), clip=10)
+    assert found.clipfrac.item() == 0
+
+
 def test_without_a_bound_it_is_half_the_squared_error() -> None:
     found = value_loss(VALUES, OLD, RETURNS, MASK, clip=None)
     assert found.losses[0].tolist() == pytest.approx([0.5, 0.32, 0])

@@ -14,13 +14,14 @@ from finetune_trainers.context import WorkerContext
 from finetune_trainers.data.questions import Questions
 from finetune_trainers.evaluation import end_token_ids
 from finetune_trainers.methods import Method
-from finetune_trainers.models import DTYPES, load_model, load_tokenizer
+from finetune_trainers.models import load_model, load_tokenizer
 from finetune_trainers.online.critic import CRITIC_PARTS
 from finetune_trainers.online.grpo import Grpo
 from finetune_trainers.online.judges import judge_parts, judges_of
 from finetune_trainers.online.method import Parts
 from finetune_trainers.online.models import Models
 from finetune_trainers.online.ppo import Ppo
+from finetune_trainers.precisions import DTYPES
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.resting import RestingWeights
 from finetune_trainers.rewards.building import build_rewards

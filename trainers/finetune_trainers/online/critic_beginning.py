@@ -19,12 +19,13 @@ from finetune_api.plan import RunPlan
 from finetune_api.problems import shorten
 from finetune_api.spec import Ppo
 from finetune_trainers.attention import PACKED_ATTENTION
-from finetune_trainers.cpu_bf16 import bf16_is_emulated, use_float32_products
+from finetune_trainers.cpu_products import use_fast_products
 from finetune_trainers.data.encoding import load_encoding
 from finetune_trainers.errors import UserError
 from finetune_trainers.lean_peft import peft
 from finetune_trainers.models import load_dtype, load_model
 from finetune_trainers.online.reward_adapter import adapter_config, fill_adapter, head_weight, misfit
+from finetune_trainers.precisions import DTYPES
 from finetune_trainers.prepared import PreparedModel
 from finetune_trainers.rewards.judge import load_report_off
 from finetune_trainers.rewards.judge_checks import JudgeFiles, find_judge
@@ -83,8 +84,7 @@ class RewardBeginning:
             with peft_warnings_off():
                 merged: Any = peft.PeftModel.from_pretrained(whole, str(self.files.adapter)).merge_and_unload()
             backbone: nn.Module = merged.base_model.to(device)
-        if load_dtype(plan) is torch.bfloat16 and bf16_is_emulated(device):
-            use_float32_products(backbone)
+        use_fast_products(backbone, DTYPES[plan.precision], device)
         return backbone.requires_grad_(True)
 
     def head(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> nn.Linear:

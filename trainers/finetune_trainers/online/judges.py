@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from finetune_api.plan import RunPlan
-from finetune_api.spec import OnlineMethod, Precision, Quantization
+from finetune_api.spec import OnlineMethod, Quantization
 from finetune_trainers.context import WorkerContext
-from finetune_trainers.cpu_bf16 import bf16_is_emulated, use_float32_products
-from finetune_trainers.models import DTYPES
+from finetune_trainers.cpu_products import use_fast_products
 from finetune_trainers.online.adapters import Adapters
 from finetune_trainers.online.reward_adapter import (
     adapted_modules,
@@ -29,6 +28,7 @@ from finetune_trainers.online.reward_adapter import (
     head_weight,
     misfit,
 )
+from finetune_trainers.precisions import DTYPES
 from finetune_trainers.prepared import PreparedModel
 from finetune_trainers.rewards.judge import OnPolicy
 from finetune_trainers.rewards.judge_checks import JudgeFiles, find_judge
@@ -107,10 +107,9 @@ def _add(model: Any, name: str, files: JudgeFiles, field: str, plan: RunPlan, de
     model.add_module(name, head)
     for parameter in model.parameters():  # PEFT has its own ideas of what learns
         parameter.requires_grad_(id(parameter) in learning)
-    if plan.precision is Precision.BF16 and bf16_is_emulated(device):
-        for key, part in model.named_modules():
-            if name in key.split("."):
-                use_float32_products(part)
+    for key, part in model.named_modules():
+        if name in key.split("."):
+            use_fast_products(part, DTYPES[plan.precision], device)
 
 
 def _read_scores(model: Any) -> None:

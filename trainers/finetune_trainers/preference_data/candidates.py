@@ -26,7 +26,7 @@ from finetune_api.spec import DataFormat
 from finetune_trainers.answering import OnStep
 from finetune_trainers.attention import PACKED_ATTENTION
 from finetune_trainers.context import SingleProcessContext
-from finetune_trainers.cpu_bf16 import bf16_is_emulated, use_float32_products
+from finetune_trainers.cpu_products import use_fast_products
 from finetune_trainers.data.encoding import open_encoding
 from finetune_trainers.data.faults import RowError
 from finetune_trainers.data.template import Renderer
@@ -234,8 +234,7 @@ def _load(folder: Path, adapter: Path | None, device: torch.device) -> Any:
 
         with peft_warnings_off():
             model = peft.PeftModel.from_pretrained(model, str(adapter))
-    if model.dtype is torch.bfloat16 and bf16_is_emulated(device):
-        use_float32_products(model)
+    use_fast_products(model, model.dtype, device)
     return model.eval()
 
 

@@ -28,14 +28,14 @@ from finetune_api.plan import RunPlan
 from finetune_api.spec import DataFormat, ModelReward
 from finetune_trainers.attention import PACKED_ATTENTION
 from finetune_trainers.context import WorkerContext
-from finetune_trainers.cpu_bf16 import bf16_is_emulated, use_float32_products
+from finetune_trainers.cpu_products import use_fast_products
 from finetune_trainers.data.batches import IGNORED, Batch, dummy_batch
 from finetune_trainers.data.encoding import load_encoding
 from finetune_trainers.data.tokenize import RowTokenizer
 from finetune_trainers.data.turns import Conversation
 from finetune_trainers.evaluation import evaluating
 from finetune_trainers.methods.reward import Calibration
-from finetune_trainers.models import DTYPES
+from finetune_trainers.precisions import DTYPES
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.resting import RestingWeights
 from finetune_trainers.rewards import Episode, Scored
@@ -210,8 +210,7 @@ def _load(files: JudgeFiles, dtype: torch.dtype, device: torch.device) -> nn.Mod
             with peft_warnings_off():
                 model = peft.PeftModel.from_pretrained(model, str(files.adapter), autocast_adapter_dtype=False)
     model.to(device)
-    if dtype is torch.bfloat16 and bf16_is_emulated(device):
-        use_float32_products(model)
+    use_fast_products(model, dtype, device)
     module: nn.Module = model
     return module.eval().requires_grad_(False)
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from finetune_trainers.cpu_fp32 import linear
+
 __all__ = ["TokenStats", "stats_from_hidden", "stats_from_logits"]
 
 CHUNK_ELEMENTS = 1 << 22
@@ -122,9 +124,9 @@ class _FromHidden(torch.autograd.Function):
             # The products run in the model's own type, as the output head's do; only sums are wider.
             narrow = grad.to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = narrow @ weight
+                grad_hidden[part] = linear(narrow, weight.t())
             if grad_weight is not None:
-                grad_weight += narrow.T @ hidden[part].to(weight.dtype)
+                grad_weight += linear(narrow.t(), hidden[part].to(weight.dtype).t())
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
         return (
@@ -139,7 +141,7 @@ class _FromHidden(torch.autograd.Function):
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """[rows, V] of what the head makes of [rows, H], in the wide type and over the temperature."""
-    return _wide(torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)) * scale
+    return _wide(linear(hidden.to(weight.dtype), weight, bias)) * scale
 
 
 def _stats(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

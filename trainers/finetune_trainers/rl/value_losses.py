@@ -38,7 +38,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     free = torch.where(held, values - returns, 0.0).square()
     if clip is None:
         return ValueLoss(free / 2, free.new_zeros(()))
-    near = old_values + (values - old_values).clamp(-clip, clip)
+    near = values.clamp(
+        old_values - clip, old_values + clip
+    )  # exactly itself within them: no bound decides on rounding
     bounded = torch.where(held, near - returns, 0.0).square()
     return ValueLoss(torch.maximum(free, bounded) / 2, masked_mean((bounded > free).to(free.dtype), held))
 

@@ -27,7 +27,7 @@ from finetune_api.spec import Vllm
 from finetune_trainers.checkpoint.staging import Buffer, laid_out
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.errors import TrainerError, UserError
-from finetune_trainers.models import DTYPES
+from finetune_trainers.precisions import DTYPES
 from finetune_trainers.prepared import PreparedModel
 from finetune_trainers.rollout import Completion, OnProgress, Request, Sampling
 from finetune_trainers.rollout.vllm_process import VllmProcess, VllmRefused, find_python, vllm_command
