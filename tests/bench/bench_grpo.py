@@ -19,7 +19,7 @@ from pathlib import Path
 from finetune_api.plan import RunPlan
 from finetune_operator.planning import plan_run
 from tests.bench.common import model_folder, write_results
-from tests.bench.online_runs import Side, compared, measure, ours, trl
+from tests.bench.online_runs import RULES, Rule, Side, compared, measure, ours, trl
 from tests.bench.sft_runs import Lora
 from tests.factories import job
 
@@ -43,7 +43,8 @@ class Settings:
     accumulation: int = 2
     learning_rate: float = 1e-4
     seed: int = 1
-    lora: Lora = field(default_factory=Lora)
+    lora: Lora | None = field(default_factory=Lora)
+    rule: Rule = "number"
 
     @property
     def episodes(self) -> int:
@@ -53,7 +54,8 @@ class Settings:
 
 def our_plan(settings: Settings) -> RunPlan:
     """The job as we run it."""
-    reward = {"metric": {"kind": "numeric-answer", "column": "answer"}}
+    lora = settings.lora
+    adapter = lora and {"rank": lora.rank, "alpha": lora.alpha, "targetModules": list(lora.target_modules)}
     return plan_run(
         job(
             {
@@ -64,16 +66,10 @@ def our_plan(settings: Settings) -> RunPlan:
                         "groupSize": settings.group_size,
                         "maxSeqLength": 256,
                         "sampling": {"maxNewTokens": settings.max_new_tokens},
-                        "rewards": [reward],
+                        "rewards": [RULES[settings.rule]],
                     }
                 },
-                "tuning": {
-                    "lora": {
-                        "rank": settings.lora.rank,
-                        "alpha": settings.lora.alpha,
-                        "targetModules": list(settings.lora.target_modules),
-                    }
-                },
+                "tuning": {"lora": adapter} if adapter else {"full": {}},
                 "training": {
                     "maxSteps": settings.iterations,
                     "globalBatchSize": settings.episodes,

@@ -20,7 +20,7 @@ from typing import Any
 from finetune_api.plan import RunPlan
 from finetune_operator.planning import plan_run
 from tests.bench.common import model_folder, write_results
-from tests.bench.online_runs import Side, compared, measure, ours, trl
+from tests.bench.online_runs import RULES, Rule, Side, compared, measure, ours, trl
 from tests.bench.sft_runs import Lora
 from tests.factories import job
 
@@ -29,6 +29,8 @@ MEMORY_GOAL = 0.7
 SIDES = ("ours", "trl")
 TRL = "1.12.0"
 """The last that has PPO."""
+KL_HORIZON = 100
+"""Rollouts: short, as the runs are."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,7 +39,8 @@ class Settings:
     """What both sides are given."""
 
     model: str
-    reward_model: str
+    reward_model: str | None
+    """None: by `rule`."""
     data: str
     iterations: int
     lora: Lora | None
@@ -48,7 +51,10 @@ class Settings:
     passes: int = 2
     learning_rate: float = 1e-5
     kl: float = 0.05
+    kl_target: float | None = None
+    """Nats per rollout. For ours alone: TRL's price is fixed."""
     seed: int = 1
+    rule: Rule = "number"
 
     @property
     def episodes(self) -> int:
@@ -60,6 +66,9 @@ def our_plan(settings: Settings) -> RunPlan:
     """The job as we run it."""
     lora = settings.lora
     adapter = lora and {"rank": lora.rank, "alpha": lora.alpha, "targetModules": list(lora.target_modules)}
+    judge = settings.reward_model
+    reward = {"model": {"source": f"file://{judge}"}} if judge else RULES[settings.rule]
+    held = {"target": settings.kl_target, "horizon": KL_HORIZON} if settings.kl_target else {}
     return plan_run(
         job(
             {
@@ -69,9 +78,9 @@ def our_plan(settings: Settings) -> RunPlan:
                     "ppo": {
                         "maxSeqLength": 256,
                         "sampling": {"maxNewTokens": settings.max_new_tokens},
-                        "rewards": [{"model": {"source": f"file://{settings.reward_model}"}}],
+                        "rewards": [reward],
                         "passes": settings.passes,
-                        "kl": {"coefficient": settings.kl},
+                        "kl": {"coefficient": settings.kl} | held,
                     }
                 },
                 "tuning": {"lora": adapter} if adapter else {"full": {}},

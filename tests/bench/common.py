@@ -85,8 +85,9 @@ def timed_process(command: Sequence[str], environment: dict[str, str], log: Path
 
 
 def write_results(name: str, results: dict[str, Any]) -> None:
-    """Keeps the raw numbers of one benchmark and says where."""
+    """Keeps the raw numbers of one benchmark and says where. Paths of this machine are shortened: they say nothing."""
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
-    file.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+    text = json.dumps({"machine": machine(), **results}, indent=1)
+    file.write_text(text.replace(f"{RESULTS.parents[2]}/", "").replace(str(Path.home()), "~") + "\n")
     print(f"raw numbers: {file}")

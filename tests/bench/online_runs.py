@@ -2,8 +2,8 @@
 
     python -m tests.bench.online_runs PLAN FOLDER     our trainer, and its highest resident memory in FOLDER/peak
 
-Used by bench_grpo and bench_ppo; measures nothing itself. An iteration is a set of rollouts with the optimizer steps
-that learn from them; the first one of a process, which also allocates and compiles, is not counted.
+Used by bench_grpo, bench_ppo and bench_learning; measures nothing itself. An iteration is a set of rollouts with the
+optimizer steps that learn from them; the first one of a process, which also allocates and compiles, is not counted.
 """
 
 from __future__ import annotations
@@ -16,14 +16,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune_api.plan import RunPlan
 from tests.bench.common import busy, timed_process
 
-__all__ = ["FIGURES", "Run", "Side", "compared", "measure", "ours", "trl"]
+__all__ = ["FIGURES", "RULES", "Rule", "Run", "Side", "compared", "measure", "ours", "trl"]
 
 HERE = Path(__file__).parent
+Rule = Literal["number", "letters"]
+RULES: dict[Rule, dict[str, Any]] = {
+    "number": {"metric": {"kind": "numeric-answer", "column": "answer"}},
+    "letters": {"function": {"call": "tests.trainers.online.scores:many_letters", "settings": {"letter": "e"}}},
+}
+"""Rewards by rule, as a job has them; TRL's scripts have them in baselines/rules.py."""
 FIGURES = ("episodes_per_second", "tokens_per_second", "peak_bytes")
 
 
@@ -38,6 +44,8 @@ class Run:
     tokens: list[int]
     """Written."""
     rewards: list[float]
+    kl: list[float]
+    """Nats per rollout from the reference; empty where there is none."""
     peak_bytes: int
 
     @property
@@ -72,6 +80,9 @@ def ours(plan: RunPlan, threads: int) -> Side:
             ends=[datetime.fromisoformat(line["time"]).timestamp() for line in learned],
             tokens=[round(line["metrics"]["response_length"] * episodes) for line in asked],
             rewards=[line["metrics"]["reward"] for line in asked],
+            kl=[
+                line["metrics"]["kl"] * line["metrics"]["response_length"] for line in asked if "kl" in line["metrics"]
+            ],
             peak_bytes=int((workdir / "peak").read_text()),
         )
 
@@ -101,6 +112,7 @@ def trl(version: str, script: str, settings: Mapping[str, Any], episodes: int) -
             ends=[step["end"] for step in steps],
             tokens=[step["tokens"] - seen for step, seen in zip(steps, before, strict=False)],
             rewards=[step["reward"] for step in steps],
+            kl=[step["kl"] for step in steps if "kl" in step],
             peak_bytes=document["peak_bytes"],
         )
 

@@ -2,18 +2,18 @@
 
     python trl_grpo.py SETTINGS.json RESULT.json
 
-Settings: model (folder in Hugging Face layout), data (jsonl of {"prompt", "answer"}), max_new_tokens, group_size,
-micro_batch_size, accumulation, iterations, lora {rank, alpha, target_modules}, learning_rate, seed, threads, variant:
+Settings: model (folder in Hugging Face layout), data (jsonl of {"prompt", "answer"}), rule (of rules.py),
+max_new_tokens, group_size, micro_batch_size, accumulation, iterations, lora {rank, alpha, target_modules} or null,
+learning_rate, seed, threads, variant:
 
     default   GRPOTrainer as it comes, but for what the job asks for
     tuned     what a person would turn off for speed where memory is plenty: gradient checkpointing
 
 Result: for each optimizer step its end (seconds since the epoch), the tokens that were written for it, and their mean
-reward; and the highest resident memory in bytes. Called by bench_grpo.
+reward; and the highest resident memory in bytes. Called by bench_grpo and bench_learning.
 """
 
 import json
-import re
 import resource
 import sys
 import time
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 from peft import LoraConfig
+from rules import score
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -30,13 +31,12 @@ torch.set_num_threads(SETTINGS["threads"])
 WRITTEN = {"tokens": 0, "rewards": []}
 
 
-def right_number(prompts, completions, answer, completion_ids, **kwargs):
-    """1 where the last number of the answer is the row's; the same rule as our metric numeric-answer."""
+def rewarded(prompts, completions, answer, completion_ids, **kwargs):
     WRITTEN["tokens"] += sum(len(ids) for ids in completion_ids)
-    scores = []
-    for completion, wanted in zip(completions, answer, strict=True):
-        numbers = re.findall(r"-?\d+(?:\.\d+)?", completion[0]["content"])
-        scores.append(float(bool(numbers) and float(numbers[-1]) == float(wanted)))
+    scores = [
+        score(SETTINGS["rule"], completion[0]["content"], wanted)
+        for completion, wanted in zip(completions, answer, strict=True)
+    ]
     WRITTEN["rewards"] += scores
     return scores
 
@@ -56,10 +56,11 @@ class Clock(TrainerCallback):
 def main():
     rows = load_dataset("json", data_files=SETTINGS["data"], split="train")
     rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]})
+    lora = SETTINGS["lora"]
     clock = Clock()
     trainer = GRPOTrainer(
         model=SETTINGS["model"],
-        reward_funcs=right_number,
+        reward_funcs=rewarded,
         args=GRPOConfig(
             output_dir=str(Path(sys.argv[2]).parent / "trl_output"),
             max_completion_length=SETTINGS["max_new_tokens"],
@@ -82,11 +83,10 @@ def main():
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(SETTINGS["model"], padding_side="left"),
         peft_config=LoraConfig(
-            task_type="CAUSAL_LM",
-            r=SETTINGS["lora"]["rank"],
-            lora_alpha=SETTINGS["lora"]["alpha"],
-            target_modules=SETTINGS["lora"]["target_modules"],
-        ),
+            task_type="CAUSAL_LM", r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["target_modules"]
+        )
+        if lora
+        else None,
         callbacks=[clock],
     )
     trainer.train()

@@ -2,13 +2,15 @@
 
     python trl_ppo.py SETTINGS.json RESULT.json
 
-Settings: model (folder in Hugging Face layout), reward_model (the same, a sequence classifier with one label), data
-(jsonl of {"prompt"}), max_new_tokens, micro_batch_size, accumulation, iterations, passes, learning_rate, kl, seed,
-threads, lora {rank, alpha, target_modules} or null. All else is as PPOTrainer comes. It asks for gradient checkpointing
-and never turns it on: its own loop takes the place of the one that would.
+Settings: model (folder in Hugging Face layout), reward_model (the same, a sequence classifier with one label) or null
+and rule (of rules.py), data (jsonl of {"prompt"}, with a rule {"prompt", "answer"}), max_new_tokens, micro_batch_size,
+accumulation, iterations, passes, learning_rate, kl, seed, threads, lora {rank, alpha, target_modules} or null. All else
+is as PPOTrainer comes. It asks for gradient checkpointing and never turns it on: its own loop takes the place of the
+one that would.
 
-Result: for each iteration its end (seconds since the epoch), the tokens that were written for it, and their mean
-reward; and the highest resident memory in bytes. Called by bench_ppo.
+Result: for each iteration its end (seconds since the epoch), the tokens that were written for it, their mean reward,
+and their distance from the reference (nats per rollout); and the highest resident memory in bytes. Called by bench_ppo
+and bench_learning.
 """
 
 import json
@@ -16,10 +18,12 @@ import resource
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from datasets import load_dataset
 from peft import LoraConfig
+from rules import score
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -46,10 +50,34 @@ class Clock(TrainerCallback):
         self.steps = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.reward = (logs or {}).get("objective/scores")
+        self.logs = logs or {}
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append({"end": time.time(), "tokens": WRITTEN["tokens"], "reward": self.reward})
+        found = {"reward": self.logs.get("objective/scores"), "kl": self.logs.get("objective/kl")}
+        self.steps.append({"end": time.time(), "tokens": WRITTEN["tokens"]} | found)
+
+
+class Ruled(torch.nn.Module):
+    """A rule in the shape of a sequence classifier, which is all that PPOTrainer takes: the score of a whole text
+    stands at each of its positions."""
+
+    base_model_prefix = "texts"
+
+    def __init__(self, tokenizer, rows):
+        super().__init__()
+        self.texts, self.score = self.of_texts, torch.nn.Identity()
+        self.tokenizer = tokenizer
+        self.answers = {row["prompt"]: row["answer"] for row in rows}
+
+    def of_texts(self, input_ids, attention_mask, **kwargs):
+        scores = [self.of_text(ids[held].tolist()) for ids, held in zip(input_ids, attention_mask, strict=True)]
+        spread = torch.tensor(scores)[:, None, None].expand(*input_ids.shape, 1)
+        return SimpleNamespace(hidden_states=[spread])
+
+    def of_text(self, ids):
+        asked, _, completion = self.tokenizer.decode(ids).rpartition("<|im_start|>assistant\n")
+        prompt = asked.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+        return score(SETTINGS["rule"], completion.replace("<|im_end|>", ""), self.answers[prompt])
 
 
 def load(kind, folder, **settings):
@@ -62,6 +90,10 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(SETTINGS["model"], padding_side="left")
     tokenizer.pad_token_id = 0  # its own is the token that ends an answer, which PPOTrainer would take for padding
     rows = load_dataset("json", data_files=SETTINGS["data"], split="train")
+    if SETTINGS["reward_model"]:
+        judge = load(AutoModelForSequenceClassification, SETTINGS["reward_model"])
+    else:
+        judge = Ruled(tokenizer, rows)
 
     def ask(row):
         turns = [{"role": "user", "content": row["prompt"]}]
@@ -95,7 +127,7 @@ def main():
         processing_class=tokenizer,
         model=load(AutoModelForCausalLM, SETTINGS["model"]),
         ref_model=None,
-        reward_model=load(AutoModelForSequenceClassification, SETTINGS["reward_model"]),
+        reward_model=judge,
         value_model=load(AutoModelForSequenceClassification, SETTINGS["model"], num_labels=1),
         train_dataset=rows,
         peft_config=LoraConfig(

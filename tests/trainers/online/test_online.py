@@ -27,7 +27,9 @@ from finetune_trainers.data.batches import IGNORED, Batch
 from finetune_trainers.engine import Engine
 from finetune_trainers.methods import Method
 from finetune_trainers.methods.building import build_method
+from finetune_trainers.methods.log_probs import TokenStats
 from finetune_trainers.online.episodes import Experience
+from finetune_trainers.online.models import Models
 from finetune_trainers.ray_workers import RayWorkers
 from finetune_trainers.worker import load
 from tests.trainers.foreign_warnings import WHEN_TRAINING
@@ -126,6 +128,30 @@ def test_the_first_step_has_the_gradient_of_the_formula(aggregation: str, online
     for name, parameter in model.named_parameters():
         found = engine.module.get_parameter(name).grad
         torch.testing.assert_close(found, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_the_policy_said_as_it_wrote_is_asked_again_where_it_was_rounded(
+    precision: str, online: OnlineWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, _ = begun(online.plan("ppo", {"training.precision": precision}), online, tmp_path)
+    asked: list[Batch] = []
+    stats = Models.stats
+
+    def noted(models: Models, batch: Batch) -> TokenStats:
+        asked.append(batch)
+        return stats(models, batch)
+
+    monkeypatch.setattr(Models, "stats", noted)
+    batches = method.step(0)
+    method.close()
+    assert bool(asked) is (precision == "bf16")
+    for batch in batches.micro_batches:
+        assert isinstance(batch, Experience)
+        assert batch.old_log_probs is not None
+        with torch.no_grad():
+            again = stats(method._parts.models, batch).log_probs  # type: ignore[attr-defined]
+        torch.testing.assert_close(batch.old_log_probs, again, atol=1e-5, rtol=1e-5)
 
 
 def test_before_the_critic_has_learned_tokens_are_worth_what_the_reward_leaves_them(

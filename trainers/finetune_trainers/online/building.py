@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.plan import RunPlan
-from finetune_api.spec import OnlineMethod
+from finetune_api.spec import OnlineMethod, Precision
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.data.questions import Questions
 from finetune_trainers.evaluation import end_token_ids
@@ -52,6 +52,7 @@ def build_online(plan: RunPlan, prepared: PreparedRun, module: nn.Module, contex
     parts = Parts(
         models=Models(module, reference, settings.sampling.temperature, resting),
         engine=engine,
+        is_exact=engine.is_policy and plan.precision is Precision.FP32,
         rewards=rewards,
         questions=Questions(prepared.data.train, plan.optimization.seed),
         num_iterations=-(-prepared.total_steps // settings.steps_per_iteration),

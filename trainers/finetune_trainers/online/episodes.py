@@ -39,6 +39,8 @@ class Rollout:
     by_name: dict[str, float | None]
     engine_log_probs: list[float] | None = None
     """Of `ids`, as the engine that drew them computed them. None: it was the policy itself."""
+    policy_log_probs: list[float] | None = None
+    """Of `ids`, as the policy computed them when it drew them. None: it has to be asked."""
 
     @property
     def num_tokens(self) -> int:

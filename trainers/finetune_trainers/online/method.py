@@ -75,6 +75,8 @@ class Parts:
 
     models: Models
     engine: RolloutEngine
+    is_exact: bool
+    """What the engine says of its tokens the policy would say too, up to rounding in fp32: it need not be asked."""
     rewards: Rewards
     questions: Questions
     """The training prompts, an endless stream."""
@@ -336,6 +338,7 @@ class Online(Method):
                 reward=scores.totals[place] - (0.0 if one.ended else self._settings.missing_eos_penalty),
                 by_name={name: values[place] for name, values in scores.by_name.items()},
                 engine_log_probs=None if self._parts.engine.is_policy else one.log_probs,
+                policy_log_probs=one.log_probs if self._parts.is_exact else None,
             )
             for place, (index, one) in enumerate(zip(mine, completions, strict=True))
         ]
@@ -346,8 +349,9 @@ class Online(Method):
 
     def _judged(self, rollouts: list[Rollout]) -> list[Judged]:
         """What the models say of every token. Each rank asks about its part."""
-        if not any(self._asked):
-            return [Judged(None, None, None)] * len(rollouts)
+        asked = self._asked._replace(policy=self._asked.policy and not self._parts.is_exact)
+        if not any(asked):
+            return [self._with_known(Judged(None, None, None), rollout) for rollout in rollouts]
         found: dict[int, Judged] = {}
         models, context = self._parts.models, self._context
         size = self._parts.batch.micro_batch_size
@@ -355,14 +359,20 @@ class Online(Method):
             for mine in in_forward_passes(rollouts, context.rank, context.world_size, size):
                 batch = packed([rollouts[index] for index in mine]).to(context.device)
                 lengths = [len(rollouts[index].ids) for index in mine]
-                of_policy = models.stats(batch).log_probs if self._asked.policy else None
-                of_reference = models.reference_stats(batch).log_probs if self._asked.reference else None
-                of_critic = models.values(batch) if self._asked.critic else None
+                of_policy = models.stats(batch).log_probs if asked.policy else None
+                of_reference = models.reference_stats(batch).log_probs if asked.reference else None
+                of_critic = models.values(batch) if asked.critic else None
                 parts = zip(*(_split(said, lengths) for said in (of_policy, of_reference, of_critic)), strict=True)
                 found.update({index: Judged(*part) for index, part in zip(mine, parts, strict=True)})
         for others in context.all_gather_object(found):
             found.update(others)
-        return [found[index] for index in range(len(rollouts))]
+        return [self._with_known(found[index], rollout) for index, rollout in enumerate(rollouts)]
+
+    def _with_known(self, judged: Judged, rollout: Rollout) -> Judged:
+        """With what the policy said when it wrote, where it would have been asked for that."""
+        if rollout.policy_log_probs is None or not self._asked.policy:
+            return judged
+        return judged._replace(log_probs=torch.tensor(rollout.policy_log_probs))
 
     def _check_distance(self, figures: Mapping[str, float]) -> None:
         limit, kl = self._settings.max_kl, figures.get("kl", 0.0)
