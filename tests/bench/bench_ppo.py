@@ -29,7 +29,7 @@ MEMORY_GOAL = 0.7
 SIDES = ("ours", "trl")
 TRL = "1.12.0"
 """The last that has PPO."""
-KL_HORIZON = 100
+KL_HORIZON = 40
 """Rollouts: short, as the runs are."""
 ROOT = Path(__file__).parents[2]
 
