@@ -117,6 +117,10 @@ class FaultingStorage:
         with self._request(f"read {name} [{start}, {end})"):
             return self.inner.read_range(name, start, end)
 
+    def read_into(self, name: str, start: int, parts: Sequence[memoryview]) -> None:
+        with self._request(f"read {name} [{start}, {start + sum(map(len, parts))})"):
+            self.inner.read_into(name, start, parts)
+
     def size(self, name: str) -> int | None:
         with self._request(f"size of {name}"):
             return self.inner.size(name)
@@ -244,9 +248,14 @@ class SimulatedDisk:
                 raise OSError(errno.ENOTEMPTY, "not empty", path)
             del folder.now[name]
 
-    def read(self, path: str, start: int, end: int) -> bytearray:
+    def read_into(self, path: str, start: int, parts: Sequence[memoryview]) -> int:
         self._alive(path)
-        return self._file(path).now[start:end]
+        data, filled = self._file(path).now, 0
+        for part in parts:
+            found = data[start + filled : start + filled + len(part)]
+            part[: len(found)] = found
+            filled += len(found)
+        return filled
 
     def entry(self, path: str) -> Entry:
         self._alive(path)

@@ -37,6 +37,18 @@ def test_unfinished_files_are_not_listed_and_are_swept_when_they_are_old(tmp_pat
     assert {file.name for file in (tmp_path / "a").iterdir()} == {"whole", young.name}
 
 
+def test_a_disk_that_gives_less_than_it_was_asked_for_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a signal or a network may make it; read(2) promises no more than one byte."""
+    preadv, data = os.preadv, bytes(range(200))
+    monkeypatch.setattr(os, "preadv", lambda file, parts, at: preadv(file, [parts[0][:7]], at))
+    (tmp_path / "file").write_bytes(data)
+    parts = [memoryview(bytearray(size)) for size in (20, 0, 3, 100, 77)]
+    assert OsDisk().read_into(str(tmp_path / "file"), 0, parts) == 200
+    assert b"".join(parts) == data
+
+
 def test_a_pruned_folder_is_gone_with_what_was_unfinished_in_it(tmp_path: Path) -> None:
     storage = PosixStorage(str(tmp_path))
     storage.create("a/x", b"1")

@@ -63,3 +63,14 @@ def test_two_roles_may_have_tensors_of_one_name(storage: Storage) -> None:
     manifest = save(storage, start(storage), 10, tensors=tensors)
     assert restored(storage, manifest) == original(manifest.intent)
     assert len(set(restored(storage, manifest).values())) == 2
+
+
+def test_wants_that_share_a_chunk_both_get_what_they_asked_for(storage: Storage) -> None:
+    """The chunk is read once, and cannot lie in the memory of both."""
+    manifest = save(storage, start(storage), 10, world=1)
+    key = SliceKey("model", "weight", "param")
+    whole = original(manifest.intent)[key]
+    wants = [Wanted(key, 0, 1500), Wanted(key, 1500, 1501), Wanted(key, 1501, 2800)]
+    targets = {want: memoryview(bytearray((want.end - want.start) * 4)) for want in wants}
+    SliceReader(storage, manifest).read(targets)
+    assert b"".join(targets.values()) == whole

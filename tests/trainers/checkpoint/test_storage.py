@@ -31,6 +31,17 @@ def test_what_is_written_is_read(storage: Storage) -> None:
     assert list(storage.list("a/")) == [Stored("a/b/file", 7)]
 
 
+def test_a_range_is_read_into_memory_of_several_parts(storage: Storage) -> None:
+    """More of them than one system call takes, and some of them empty."""
+    data = bytes(range(256)) * 40
+    storage.create("file", data)
+    parts = [memoryview(bytearray(number % 4)) for number in range(4000)]
+    storage.read_into("file", 10, parts)
+    assert b"".join(parts) == data[10 : 10 + sum(map(len, parts))]
+    with pytest.raises(StorageTornError, match=r"file: bytes \[10238, 10243\) are wanted and it ends at 10240"):
+        storage.read_into("file", 10238, [memoryview(bytearray(3)), memoryview(bytearray(2))])
+
+
 @pytest.mark.parametrize("num_blocks", [9, 18])
 def test_a_file_of_many_megabytes_arrives_whole(storage: Storage, num_blocks: int) -> None:
     block = bytes(range(256)) * (1 << 14)

@@ -7,11 +7,12 @@ at once; nothing is read twice, nothing is gathered, and nothing is converted on
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
-from typing import NamedTuple
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
 
 from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.manifest import Extent, Manifest, SliceKey
@@ -85,9 +86,9 @@ class SliceReader:
         restore = self.plan(targets)
         # Made before the threads start: two of them may read chunks of one source.
         digests: _Digests = {piece.source: {} for read in restore.reads.reads for piece in read.pieces}
-        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            list(pool.map(lambda read: self._read(read, targets, digests), restore.reads.reads))
-            damages = list(chain.from_iterable(pool.map(self._damage, digests, digests.values())))
+        with _pool(len(restore.reads.reads)) as run:
+            list(run(lambda read: self._read(read, targets, digests), restore.reads.reads))
+            damages = list(chain.from_iterable(run(self._damage, digests, digests.values())))
         if damages:
             more = f"; and {len(damages) - 3} more" if len(damages) > 3 else ""
             raise DamagedError("; ".join(map(str, damages[:3])) + more)
@@ -97,16 +98,17 @@ class SliceReader:
         return self._places[source.file, source.offset]
 
     def _read(self, read: Read[SliceKey], targets: Targets, digests: _Digests) -> None:
+        parts, landings = _landings(read, targets)
         try:
-            data = memoryview(self._storage.read_range(read.file, read.start, read.end))
+            self._storage.read_into(read.file, read.start, parts)
         except (StorageMissingError, StorageTornError) as error:
             piece = read.pieces[0]
             damage = Damage(read.file, error.message, piece.source.key, piece.start, piece.end)
             raise DamagedError(str(damage)) from error
-        for piece in read.pieces:
-            content = data[piece.file_start - read.start : piece.file_end - read.start]
+        for piece, content, is_target in landings:
             _collect(piece, content, digests[piece.source])
-            _copy(piece, content, targets[piece.wanted])
+            if not is_target:
+                _copy(piece, content, targets[piece.wanted])
 
     def _damage(self, source: Source[SliceKey], collected: dict[int, bytes]) -> list[Damage]:
         """What is wrong with the chunks of a source that were read."""
@@ -131,6 +133,42 @@ _Digests = dict[Source[SliceKey], dict[int, bytes]]
 """Of each source, chunk number -> digest of what was read."""
 
 
+@contextmanager
+def _pool(num_reads: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """A `map` of several threads; this one's where a thread would have nothing beside it."""
+    if num_reads < 2:
+        yield map
+        return
+    with ThreadPoolExecutor(min(num_reads, _READS_AT_ONCE)) as pool:
+        yield pool.map
+
+
+class _Landing(NamedTuple):
+    """Where the chunks of a piece come to lie: in the memory that they are wanted in, or beside it."""
+
+    piece: Piece[SliceKey]
+    content: memoryview
+    is_target: bool
+
+
+def _landings(read: Read[SliceKey], targets: Targets) -> tuple[list[memoryview], list[_Landing]]:
+    """What a request fills, in order, and what each piece finds there. Chunks that are wanted whole, which are nearly
+    all, are not copied once more."""
+    if any(left.file_end > right.file_start for left, right in pairwise(read.pieces)):  # they share chunks
+        data = memoryview(bytearray(read.end - read.start))
+        contents = (data[one.file_start - read.start : one.file_end - read.start] for one in read.pieces)
+        return [data], [_Landing(*both, False) for both in zip(read.pieces, contents, strict=True)]
+    parts, landings, upto = [], [], read.start
+    for piece in read.pieces:
+        parts.append(memoryview(bytearray(piece.file_start - upto)))
+        is_target = piece.exact
+        content = _part(piece, targets[piece.wanted]) if is_target else memoryview(bytearray(piece.high - piece.low))
+        parts.append(content)
+        landings.append(_Landing(piece, content, is_target))
+        upto = piece.file_end
+    return [part for part in parts if part], landings
+
+
 def _collect(piece: Piece[SliceKey], data: memoryview, collected: dict[int, bytes]) -> None:
     rows, first = chunk_digests(data, piece.source.chunk), piece.low // piece.source.chunk
     for number in range(len(rows) // DIGEST_BYTES):
@@ -139,10 +177,15 @@ def _collect(piece: Piece[SliceKey], data: memoryview, collected: dict[int, byte
 
 def _copy(piece: Piece[SliceKey], data: memoryview, target: memoryview) -> None:
     """What is wanted of the chunks that were read."""
+    part = _part(piece, target)
+    begin = (piece.start - piece.source.start) * piece.source.item - piece.low
+    part[:] = data[begin : begin + len(part)]
+
+
+def _part(piece: Piece[SliceKey], target: memoryview) -> memoryview:
+    """What the piece is, of all that is wanted."""
     item = piece.source.item
-    begin = (piece.start - piece.source.start) * item - piece.low
-    to, size = (piece.start - piece.wanted.start) * item, (piece.end - piece.start) * item
-    target[to : to + size] = data[begin : begin + size]
+    return target[(piece.start - piece.wanted.start) * item : (piece.end - piece.wanted.start) * item]
 
 
 def _places(manifest: Manifest) -> dict[tuple[str, int], _Place]:

@@ -146,6 +146,12 @@ class Piece(Generic[Key]):
         return self.low == 0 and self.high == self.source.size
 
     @property
+    def exact(self) -> bool:
+        """Whether what is wanted is whole chunks."""
+        first = self.source.start
+        return (self.low, self.high) == ((self.start - first) * self.source.item, (self.end - first) * self.source.item)
+
+    @property
     def file_start(self) -> int:
         return self.source.offset + self.low
 

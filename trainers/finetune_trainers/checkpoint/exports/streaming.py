@@ -98,8 +98,7 @@ def _of_tensor(reader: SliceReader, tensor: TensorRecord, name: str, dtype: str)
     exported = _exported_type(stored, dtype)
 
     def read(start: int, end: int) -> memoryview:
-        size = (end - start) * ITEM_BYTES[stored]
-        data = memoryview(bytearray(size)) if stored == exported else _scratch(size)
+        data = _memory((end - start) * ITEM_BYTES[stored], stored != exported)
         reader.read({Wanted(key, start, end): data})
         return _as_type(name, data, stored, exported)
 
@@ -107,8 +106,11 @@ def _of_tensor(reader: SliceReader, tensor: TensorRecord, name: str, dtype: str)
     return Weight(entry, tensor.numel, BLOCK_BYTES // ITEM_BYTES[stored], read)
 
 
-def _scratch(size: int) -> memoryview:
-    """This thread's memory for what is converted at once: new memory would cost as much as reading into it."""
+def _memory(size: int, is_converted: bool) -> memoryview:
+    """So many bytes to read into. What is converted at once goes where this thread's last block was: new memory would
+    cost as much as reading into it."""
+    if not is_converted:
+        return memoryview(bytearray(size))
     if len(getattr(_kept, "data", b"")) < size:
         _kept.data = memoryview(bytearray(size))
     kept: memoryview = _kept.data
@@ -127,8 +129,9 @@ def _of_file(files: WeightFiles, name: str, dtype: str) -> Weight:
     path = str(files.folder / place.shard)
 
     def read(start: int, end: int) -> memoryview:
-        data = _DISK.read(path, place.start + start * item, place.start + end * item)
-        return _as_type(name, memoryview(data), place.dtype, exported)
+        data = _memory((end - start) * item, place.dtype != exported)
+        count = _DISK.read_into(path, place.start + start * item, [data])
+        return _as_type(name, data[:count], place.dtype, exported)
 
     return Weight(Entry(name, exported, shape, numel * ITEM_BYTES[exported]), numel, BLOCK_BYTES // item, read)
 

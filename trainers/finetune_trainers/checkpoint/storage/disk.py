@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +21,7 @@ __all__ = ["Disk", "Entry", "OsDisk"]
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1  # linux/fs.h
 _SYNC_FILE_RANGE_WRITE = 2  # the same
+_MOST_PARTS = 1024  # IOV_MAX, limits.h
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -81,8 +82,9 @@ class Disk(Protocol):
     def remove_folder(self, path: str) -> None:
         """An empty one."""
 
-    def read(self, path: str, start: int, end: int) -> bytearray:
-        """Bytes [start, end), fewer when the file ends before."""
+    def read_into(self, path: str, start: int, parts: Sequence[memoryview]) -> int:
+        """Fills one part after the other with the bytes from `start` on -> how many, fewer than there is room for when
+        the file ends before."""
 
     def entry(self, path: str) -> Entry: ...
 
@@ -141,21 +143,16 @@ class OsDisk:
     def remove_folder(self, path: str) -> None:
         Path(path).rmdir()
 
-    def read(self, path: str, start: int, end: int) -> bytearray:
-        data = bytearray(max(end - start, 0))
-        view, filled = memoryview(data), 0
+    def read_into(self, path: str, start: int, parts: Sequence[memoryview]) -> int:
+        left, filled = list(parts), 0
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            while filled < len(data):
-                count = os.preadv(file, [view[filled:]], start + filled)
-                if count == 0:
-                    break
+            while left and (count := os.preadv(file, left[:_MOST_PARTS], start + filled)):
                 filled += count
+                left = _but_first(left, count)
         finally:
             os.close(file)
-            view.release()
-        del data[filled:]
-        return data
+        return filled
 
     def entry(self, path: str) -> Entry:
         return _entry(Path(path).name, os.stat(path, follow_symlinks=False))  # noqa: PTH116
@@ -172,6 +169,15 @@ class OsDisk:
 
     def free_bytes(self, path: str) -> int:
         return shutil.disk_usage(path).free
+
+
+def _but_first(parts: list[memoryview], count: int) -> list[memoryview]:
+    """`parts` without their first `count` bytes."""
+    for number, part in enumerate(parts):
+        if count < len(part):
+            return [part[count:], *parts[number + 1 :]]
+        count -= len(part)
+    return []
 
 
 def _entry(name: str, status: os.stat_result) -> Entry:

@@ -25,7 +25,7 @@ from finetune_trainers.checkpoint.storage.errors import (
     StorageTornError,
     StorageUnavailableError,
 )
-from finetune_trainers.checkpoint.storage.protocol import Parts, Stored
+from finetune_trainers.checkpoint.storage.protocol import Parts, Stored, check_whole, fill
 
 if TYPE_CHECKING:
     from finetune_trainers.checkpoint.storage.multiparts import Uploads
@@ -117,9 +117,11 @@ class ObjectStorage:
         data: memoryview = self._request(
             name, lambda key: memoryview(obstore.get_range(self._store, key, start=start, end=end))
         )
-        if len(data) != end - start:
-            raise StorageTornError(f"{name}: bytes [{start}, {end}) are wanted and it ends at {start + len(data)}")
+        check_whole(name, start, end - start, len(data))
         return data
+
+    def read_into(self, name: str, start: int, parts: Sequence[memoryview]) -> None:
+        fill(parts, self.read_range(name, start, start + sum(map(len, parts))))
 
     def size(self, name: str) -> int | None:
         import obstore

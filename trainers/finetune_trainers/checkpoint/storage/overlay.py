@@ -10,9 +10,8 @@ from finetune_trainers.checkpoint.storage.errors import (
     StorageConflictError,
     StorageDeniedError,
     StorageMissingError,
-    StorageTornError,
 )
-from finetune_trainers.checkpoint.storage.protocol import Parts, Storage, Stored
+from finetune_trainers.checkpoint.storage.protocol import Parts, Storage, Stored, check_whole, fill
 
 __all__ = ["OverlayStorage"]
 
@@ -54,9 +53,11 @@ class OverlayStorage:
         if name not in self._written:
             return self._inner.read_range(name, start, end)
         data = self._written[name][start:end]
-        if len(data) != end - start:
-            raise StorageTornError(f"{name}: bytes [{start}, {end}) are wanted and it ends at {start + len(data)}")
+        check_whole(name, start, end - start, len(data))
         return data
+
+    def read_into(self, name: str, start: int, parts: Sequence[memoryview]) -> None:
+        fill(parts, self.read_range(name, start, start + sum(map(len, parts))))
 
     def size(self, name: str) -> int | None:
         if name in self._written:

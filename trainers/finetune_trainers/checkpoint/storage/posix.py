@@ -21,7 +21,7 @@ from finetune_trainers.checkpoint.storage.errors import (
     StorageTornError,
     from_os_error,
 )
-from finetune_trainers.checkpoint.storage.protocol import Parts, Stored
+from finetune_trainers.checkpoint.storage.protocol import Parts, Stored, check_whole
 
 __all__ = ["PosixStorage"]
 
@@ -61,14 +61,19 @@ class PosixStorage:
 
     def read(self, name: str) -> bytes:
         with _named(name):
-            return bytes(self._disk.read(self._path(name), 0, self._disk.entry(self._path(name)).bytes))
+            data = bytearray(self._disk.entry(self._path(name)).bytes)
+            count = self._disk.read_into(self._path(name), 0, [memoryview(data)])
+        return bytes(memoryview(data)[:count])
 
     def read_range(self, name: str, start: int, end: int) -> memoryview:
+        data = memoryview(bytearray(end - start))
+        self.read_into(name, start, [data])
+        return data
+
+    def read_into(self, name: str, start: int, parts: Sequence[memoryview]) -> None:
         with _named(name):
-            data = self._disk.read(self._path(name), start, end)
-        if len(data) != end - start:
-            raise StorageTornError(f"{name}: bytes [{start}, {end}) are wanted and it ends at {start + len(data)}")
-        return memoryview(data)
+            count = self._disk.read_into(self._path(name), start, parts)
+        check_whole(name, start, sum(map(len, parts)), count)
 
     def size(self, name: str) -> int | None:
         with _named(name):

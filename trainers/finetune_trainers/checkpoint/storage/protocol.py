@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Parts", "Storage", "Stored"]
+from finetune_trainers.checkpoint.storage.errors import StorageTornError
+
+__all__ = ["Parts", "Storage", "Stored", "check_whole", "fill"]
 
 Parts = Callable[[], Iterable[bytes | memoryview]]
 """Makes the content of a file, part by part; called again when writing starts again."""
@@ -59,6 +61,9 @@ class Storage(Protocol):
     def read_range(self, name: str, start: int, end: int) -> bytes | memoryview:
         """Bytes [start, end). StorageTornError when the file ends before."""
 
+    def read_into(self, name: str, start: int, parts: Sequence[memoryview]) -> None:
+        """Fill one part after the other with the bytes from `start` on. StorageTornError when the file ends before."""
+
     def size(self, name: str) -> int | None:
         """Bytes; None when there is no such file."""
 
@@ -79,3 +84,17 @@ class Storage(Protocol):
 
     def free_bytes(self) -> int | None:
         """Space left; None when there is no telling."""
+
+
+def check_whole(name: str, start: int, wanted: int, found: int) -> None:
+    """StorageTornError when fewer bytes were found than wanted."""
+    if found != wanted:
+        raise StorageTornError(f"{name}: bytes [{start}, {start + wanted}) are wanted and it ends at {start + found}")
+
+
+def fill(parts: Sequence[memoryview], data: bytes | memoryview) -> None:
+    """One part after the other with as many bytes of `data`."""
+    given, upto = memoryview(data), 0
+    for part in parts:
+        part[:] = given[upto : upto + len(part)]
+        upto += len(part)

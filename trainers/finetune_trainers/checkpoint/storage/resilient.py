@@ -84,6 +84,9 @@ class ResilientStorage:
     def read_range(self, name: str, start: int, end: int) -> bytes | memoryview:
         return self._retried(lambda: self._inner.read_range(name, start, end))
 
+    def read_into(self, name: str, start: int, parts: Sequence[memoryview]) -> None:
+        self._retried(lambda: self._inner.read_into(name, start, parts))
+
     def size(self, name: str) -> int | None:
         return self._retried(lambda: self._inner.size(name))
 
