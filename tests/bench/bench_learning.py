@@ -58,7 +58,7 @@ def tasks(folder: Path) -> dict[str, Task]:
             max_new_tokens=12,
             rates={"grpo": 3e-3, "ppo": 3e-3},
             iterations={"grpo": 40, "ppo": 40},
-            kl=0.02,
+            kl=0.05,
             kl_target=12.0,
         ),
         "number": Task(

@@ -29,8 +29,8 @@ MEMORY_GOAL = 0.7
 SIDES = ("ours", "trl")
 TRL = "1.12.0"
 """The last that has PPO."""
-KL_HORIZON = 40
-"""Rollouts: short, as the runs are."""
+KL_HORIZON = 250
+"""Episodes: short, as the runs are."""
 ROOT = Path(__file__).parents[2]
 
 
