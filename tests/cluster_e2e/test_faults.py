@@ -35,6 +35,15 @@ trainers[0].kill()
 print(trainers[0].pid)
 """
 
+USE_UP_MEMORY = """
+import time
+from finetune_trainers.kernel_kills import kernel_kills
+taken, until = [], time.monotonic() + 120
+while kernel_kills() == 0 and time.monotonic() < until:
+    taken.append(b"x" * (16 << 20))
+print(kernel_kills(), len(taken) * 16, "MiB")
+"""
+
 
 @pytest.fixture
 def long(tiny: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +84,24 @@ def test_a_job_whose_trainer_is_killed_goes_on_from_its_checkpoint(
     assert len(team.status(job)["attempts"]) == 1
     assert team.trainings(job) == 2
     assert team.steps_made(job) == list(range(1, STEPS + 1))
+
+
+def test_a_job_whose_trainer_runs_out_of_memory_goes_on_with_smaller_micro_batches(
+    team: World, long: dict[str, Any], submit: Submit
+) -> None:
+    """The kernel kills the trainer and nothing else in the pod, which lives on: only the container's group knows."""
+    long["training"]["microBatchSize"] = 2
+    job = submit("too-large", long)
+    team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
+    pod = min(pod["metadata"]["name"] for pod in team.pods(job, "worker"))
+    team.kubectl("exec", pod, "--container=ray", "--", "python3.11", "-c", USE_UP_MEMORY)
+    team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed all the same", seconds=600)
+    first, second = team.status(job)["attempts"]
+    assert first["outcome"] == "OutOfMemory"
+    assert "spec.cluster.workers.memory" in first["message"]
+    assert second["resumedFromStep"] >= EVERY
+    assert team.status(job)["resolved"]["microBatchSize"] == 1
+    assert team.status(job)["progress"]["step"] == STEPS
 
 
 def test_a_job_whose_head_is_deleted_goes_on_in_another_attempt(

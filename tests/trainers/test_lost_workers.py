@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from ray.exceptions import OutOfMemoryError
 
+from finetune_api.failures import FailureClass
 from finetune_trainers import ray_workers
 from finetune_trainers.errors import DataError, PeerLostError, TrainerError, classified
 
@@ -54,6 +55,29 @@ class WorkerGroupStartupTimeoutError(Exception):
 )
 def test_workers_are_replaced_that_are_gone(what: str, error: Exception, is_loss: bool) -> None:
     assert ray_workers._is_loss(error) is is_loss, what
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "is_unexplained"),
+    [
+        ("one has died, and another one says so", GroupError(LOST, DEAD), True),
+        ("one is gone, and only the others have noticed", GroupError(LOST, LOST), True),
+        ("one fails by a mistake", GroupError(ODD, ODD), False),
+        ("one has died, and another one reads bad data", GroupError(DEAD, DataError("row 3")), False),
+        ("their machine was taken away", PreemptionError("in 30 s"), False),
+    ],
+)
+def test_whether_the_kernel_is_asked_about_workers_that_are_gone(
+    what: str, error: Exception, is_unexplained: bool
+) -> None:
+    assert ray_workers._is_unexplained(error) is is_unexplained, what
+
+
+def test_a_worker_that_the_kernel_killed_is_named_with_what_to_do() -> None:
+    error = ray_workers._killed_for_memory(GroupError(LOST, DEAD))
+    assert error.failure_class is FailureClass.OUT_OF_MEMORY
+    assert error.message.startswith("Worker 1 was killed by the kernel")
+    assert "spec.cluster.workers.memory" in error.message
 
 
 @pytest.mark.parametrize(

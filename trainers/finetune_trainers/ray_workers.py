@@ -40,6 +40,7 @@ from finetune_trainers.errors import (
     classified,
     first_line,
 )
+from finetune_trainers.kernel_kills import KernelKills, kernel_kills, kernel_kills_of_nodes
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.progress import PROGRESS_FILE, last_report
 from finetune_trainers.resizing import Growth, first_size, room_in_ray, tell_of_room
@@ -89,6 +90,7 @@ class RayWorkers:
         self._shortcuts = self._address is None and version("ray").startswith(SHORTCUTS_FOR)
         self._run_id = uuid.uuid4().hex
         self._temporary: Path | None = None
+        self._kills: KernelKills  # as soon as Ray has started
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
         self._started: Future[None] | None = None
 
@@ -119,6 +121,8 @@ class RayWorkers:
         if own := self._warm_environment():
             with suppress(Exception):  # it saves seconds, and nothing depends on it
                 ray_warm.prestart_group(self._plan.workers.world_size, own)
+        count = kernel_kills_of_nodes if self._address else lambda: {"": kernel_kills()}
+        self._kills = KernelKills(count, all_are_new=OWN_PODS in os.environ)
         self._trainer_class()  # importing Ray Train is slow too, so it belongs in the background
 
     def _start_once(self) -> None:
@@ -206,6 +210,8 @@ class RayWorkers:
                 wanted = growth.wanted
                 tell(f"All is saved, and there is room for {wanted} workers instead of {size}.")
             except Exception as error:
+                if _is_unexplained(error) and self._kills.any_new():
+                    raise _killed_for_memory(error) from error
                 if (now := _saved_step(self._plan, workdir)) > saved:
                     left, saved = MOST_REPLACEMENTS, now
                 if not left or not self._resumes or not _is_loss(error):
@@ -348,6 +354,25 @@ def _is_loss(error: BaseException) -> bool:
     if len(typed) < len(failures):
         return all(failure.failure_class in lost for failure in typed)
     return all(isinstance(failure, PeerLostError) for failure in typed)  # the one that is gone is not yet missed
+
+
+def _is_unexplained(error: BaseException) -> bool:
+    """Whether workers are gone, and none of them has said why."""
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    typed = [one for one in failures.values() if isinstance(one, TrainerError)]
+    is_plain = len(typed) < len(failures) or any(isinstance(one, PeerLostError) for one in typed)
+    return is_plain and all(one.failure_class == TrainerError.failure_class for one in typed)
+
+
+def _killed_for_memory(error: BaseException) -> OutOfMemoryError:
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    dead = [rank for rank, failure in sorted(failures.items()) if not isinstance(failure, TrainerError)]
+    who = f"Worker {dead[0]}" if dead else "A worker"
+    return OutOfMemoryError(
+        f"{who} was killed by the kernel because the memory of its container ran out. Raise"
+        " spec.cluster.workers.memory, lower spec.training.microBatchSize or the method's maxSeqLength, or have ZeRO"
+        " split more (spec.deepspeed.zeroStage)."
+    )
 
 
 def _first_cause(error: BaseException) -> TrainerError:
