@@ -18,7 +18,7 @@ from typing import Literal
 
 from finetune_trainers.checkpoint.storage.disk import Entry
 from finetune_trainers.checkpoint.storage.errors import StorageFullError, StorageUnavailableError
-from finetune_trainers.checkpoint.storage.protocol import Parts, Storage, Stored
+from finetune_trainers.checkpoint.storage.protocol import Parts, Requests, Storage, Stored
 
 Kind = Literal["crash", "full", "io-error", "unavailable", "delay"]
 Survival = Literal["process", "power", "names-only", "half"]
@@ -83,6 +83,10 @@ class FaultingStorage:
     @property
     def exclusive(self) -> bool:
         return self.inner.exclusive
+
+    @property
+    def requests(self) -> Requests:
+        return self.inner.requests
 
     @contextmanager
     def _request(self, what: str) -> Iterator[None]:

@@ -7,7 +7,7 @@ import pytest
 from finetune_trainers.checkpoint.admin.costs import costs_of
 from finetune_trainers.checkpoint.manifest import Manifest, ParamGroup
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
-from finetune_trainers.checkpoint.storage.protocol import Storage
+from finetune_trainers.checkpoint.storage.protocol import Requests, Storage
 from tests.trainers.checkpoint.faulting import FaultingStorage, Schedule, SimulatedDisk
 from tests.trainers.checkpoint.saving import SMALL, restored, save, start
 
@@ -74,7 +74,15 @@ def test_whether_it_fits_is_said_when_memory_is_named(
 ) -> None:
     found = costs_of(place, manifest, 2, 3, memory)
     assert found.fits is fits
-    assert found.memory_bytes > max(rank.bytes_needed for rank in found.ranks)
+    assert found.memory_bytes == max(rank.bytes_needed for rank in found.ranks), "a disk fills that and no more"
+
+
+def test_requests_to_a_bucket_take_memory_beside_what_they_fill(
+    place: Storage, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PosixStorage, "requests", Requests(longest=4096, at_once=2, buffered=True))
+    found = costs_of(place, manifest, 1, 3, None)
+    assert found.memory_bytes == found.bytes_needed + 2 * 4096
 
 
 def test_a_batch_that_cannot_be_shared_is_said(place: Storage, manifest: Manifest) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.manifest import Extent, Manifest, SliceKey
 from finetune_trainers.checkpoint.shards import DIGEST_BYTES, chunk_digests, digest_of_digests, num_chunks
-from finetune_trainers.checkpoint.slices import MAX_READ, Piece, Read, ReadPlan, Source, Wanted, plan_reads
+from finetune_trainers.checkpoint.slices import Piece, Read, ReadPlan, Source, Wanted, plan_reads
 from finetune_trainers.checkpoint.storage.errors import StorageMissingError, StorageTornError
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.verify import Damage, differing_rows, rows_damage
@@ -26,8 +26,6 @@ __all__ = ["DamagedError", "RestorePlan", "SliceReader", "Targets"]
 
 Targets = Mapping[Wanted[SliceKey], memoryview]
 """What is wanted, and the memory for it: bytes, as many as the elements have."""
-
-_READS_AT_ONCE = 8
 
 
 class DamagedError(StorageTornError):
@@ -60,10 +58,10 @@ class _Place(NamedTuple):
 class SliceReader:
     """Reads one checkpoint. Indexed once, so that many small reads cost no more than few large ones."""
 
-    def __init__(self, storage: Storage, manifest: Manifest, max_read: int = MAX_READ) -> None:
-        """`max_read`: bytes of the longest request; memory is that of the requests in flight."""
+    def __init__(self, storage: Storage, manifest: Manifest, max_read: int | None = None) -> None:
+        """`max_read`: bytes of the longest request; None: as many as suit the storage."""
         self._storage = storage
-        self._max_read = max_read
+        self._max_read = max_read or storage.requests.longest
         self._places = _places(manifest)
         self._by_key: defaultdict[SliceKey, list[Source[SliceKey]]] = defaultdict(list)
         for source in manifest.sources():
@@ -86,7 +84,7 @@ class SliceReader:
         restore = self.plan(targets)
         # Made before the threads start: two of them may read chunks of one source.
         digests: _Digests = {piece.source: {} for read in restore.reads.reads for piece in read.pieces}
-        with _pool(len(restore.reads.reads)) as run:
+        with _pool(min(len(restore.reads.reads), self._storage.requests.at_once)) as run:
             list(run(lambda read: self._read(read, targets, digests), restore.reads.reads))
             damages = list(chain.from_iterable(run(self._damage, digests, digests.values())))
         if damages:
@@ -105,10 +103,10 @@ class SliceReader:
             piece = read.pieces[0]
             damage = Damage(read.file, error.message, piece.source.key, piece.start, piece.end)
             raise DamagedError(str(damage)) from error
-        for piece, content, is_target in landings:
-            _collect(piece, content, digests[piece.source])
-            if not is_target:
-                _copy(piece, content, targets[piece.wanted])
+        for landing in landings:
+            _collect(landing, digests[landing.source])
+            if landing.to is not None:
+                landing.to[:] = landing.content[landing.begin : landing.begin + len(landing.to)]
 
     def _damage(self, source: Source[SliceKey], collected: dict[int, bytes]) -> list[Damage]:
         """What is wrong with the chunks of a source that were read."""
@@ -134,58 +132,80 @@ _Digests = dict[Source[SliceKey], dict[int, bytes]]
 
 
 @contextmanager
-def _pool(num_reads: int) -> Iterator[Callable[..., Iterable[Any]]]:
+def _pool(num_threads: int) -> Iterator[Callable[..., Iterable[Any]]]:
     """A `map` of several threads; this one's where a thread would have nothing beside it."""
-    if num_reads < 2:
+    if num_threads < 2:
         yield map
         return
-    with ThreadPoolExecutor(min(num_reads, _READS_AT_ONCE)) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         yield pool.map
 
 
 class _Landing(NamedTuple):
-    """Where the chunks of a piece come to lie: in the memory that they are wanted in, or beside it."""
+    """Whole chunks of a source, from byte `low` of it on, and the memory that they come to lie in."""
 
-    piece: Piece[SliceKey]
+    source: Source[SliceKey]
+    low: int
     content: memoryview
-    is_target: bool
+    to: memoryview | None
+    """Where a part of them is wanted, from byte `begin` of them on; None for those that lie there already."""
+    begin: int = 0
 
 
 def _landings(read: Read[SliceKey], targets: Targets) -> tuple[list[memoryview], list[_Landing]]:
-    """What a request fills, in order, and what each piece finds there. Chunks that are wanted whole, which are nearly
-    all, are not copied once more."""
+    """What a request fills, in order, and what is found there. Chunks that are wanted whole, which are nearly all, are
+    read straight to where they are wanted."""
     if any(left.file_end > right.file_start for left, right in pairwise(read.pieces)):  # they share chunks
         data = memoryview(bytearray(read.end - read.start))
         contents = (data[one.file_start - read.start : one.file_end - read.start] for one in read.pieces)
-        return [data], [_Landing(*both, False) for both in zip(read.pieces, contents, strict=True)]
+        return [data], [_beside(one, targets, content) for one, content in zip(read.pieces, contents, strict=True)]
     parts, landings, upto = [], [], read.start
     for piece in read.pieces:
-        parts.append(memoryview(bytearray(piece.file_start - upto)))
-        is_target = piece.exact
-        content = _part(piece, targets[piece.wanted]) if is_target else memoryview(bytearray(piece.high - piece.low))
-        parts.append(content)
-        landings.append(_Landing(piece, content, is_target))
+        found = _of_piece(piece, targets)
+        parts += [memoryview(bytearray(piece.file_start - upto)), *(landing.content for landing in found)]
+        landings += found
         upto = piece.file_end
     return [part for part in parts if part], landings
 
 
-def _collect(piece: Piece[SliceKey], data: memoryview, collected: dict[int, bytes]) -> None:
-    rows, first = chunk_digests(data, piece.source.chunk), piece.low // piece.source.chunk
+def _of_piece(piece: Piece[SliceKey], targets: Targets) -> list[_Landing]:
+    """The chunks at the ends of a piece may be wanted in part, and are read beside what is wanted."""
+    source, (begin, end) = piece.source, _span(piece)
+    first = min(-(-begin // source.chunk) * source.chunk, piece.high)
+    last = piece.high if end == piece.high else end // source.chunk * source.chunk
+    if first >= last:
+        return [_beside(piece, targets, memoryview(bytearray(piece.high - piece.low)))]
+    wanted = _part(piece, targets)
+    head, tail = memoryview(bytearray(first - piece.low)), memoryview(bytearray(piece.high - last))
+    landings = [
+        _Landing(source, piece.low, head, wanted[: first - begin], begin - piece.low),
+        _Landing(source, first, wanted[first - begin : last - begin], None),
+        _Landing(source, last, tail, wanted[last - begin :]),
+    ]
+    return [landing for landing in landings if landing.content]
+
+
+def _beside(piece: Piece[SliceKey], targets: Targets, content: memoryview) -> _Landing:
+    return _Landing(piece.source, piece.low, content, _part(piece, targets), _span(piece)[0] - piece.low)
+
+
+def _span(piece: Piece[SliceKey]) -> tuple[int, int]:
+    """What is wanted, in bytes of the source."""
+    first, item = piece.source.start, piece.source.item
+    return (piece.start - first) * item, (piece.end - first) * item
+
+
+def _part(piece: Piece[SliceKey], targets: Targets) -> memoryview:
+    """The memory of what the piece is, of all that is wanted."""
+    first, item = piece.wanted.start, piece.source.item
+    return targets[piece.wanted][(piece.start - first) * item : (piece.end - first) * item]
+
+
+def _collect(landing: _Landing, collected: dict[int, bytes]) -> None:
+    chunk = landing.source.chunk
+    rows, first = chunk_digests(landing.content, chunk), landing.low // chunk
     for number in range(len(rows) // DIGEST_BYTES):
         collected[first + number] = rows[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
-
-
-def _copy(piece: Piece[SliceKey], data: memoryview, target: memoryview) -> None:
-    """What is wanted of the chunks that were read."""
-    part = _part(piece, target)
-    begin = (piece.start - piece.source.start) * piece.source.item - piece.low
-    part[:] = data[begin : begin + len(part)]
-
-
-def _part(piece: Piece[SliceKey], target: memoryview) -> memoryview:
-    """What the piece is, of all that is wanted."""
-    item = piece.source.item
-    return target[(piece.start - piece.wanted.start) * item : (piece.end - piece.wanted.start) * item]
 
 
 def _places(manifest: Manifest) -> dict[tuple[str, int], _Place]:

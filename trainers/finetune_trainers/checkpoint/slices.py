@@ -34,9 +34,8 @@ __all__ = [
 
 Key = TypeVar("Key", bound=Hashable)
 
-MAX_READ = 8 << 20
-"""Bytes of the longest read; memory of a reader is this times the reads that it has in flight. Longer ones take more
-time: memory that is given back and taken again must be cleared by the kernel each time."""
+MAX_READ = 64 << 20
+"""Bytes of the longest read, unless another is asked for."""
 MAX_GAP = 16 << 10
 """Bytes between two wanted ranges that are read along: a request costs more than they do."""
 
@@ -144,12 +143,6 @@ class Piece(Generic[Key]):
     def whole(self) -> bool:
         """Whether all of the source is read."""
         return self.low == 0 and self.high == self.source.size
-
-    @property
-    def exact(self) -> bool:
-        """Whether what is wanted is whole chunks."""
-        first = self.source.start
-        return (self.low, self.high) == ((self.start - first) * self.source.item, (self.end - first) * self.source.item)
 
     @property
     def file_start(self) -> int:

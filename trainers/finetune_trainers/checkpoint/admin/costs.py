@@ -14,12 +14,10 @@ from finetune_api.checkpoints import RankReads, RestoreCosts
 from finetune_trainers.checkpoint.manifest import Intent, Manifest, SliceKey, TensorRecord
 from finetune_trainers.checkpoint.reading import RestorePlan, SliceReader
 from finetune_trainers.checkpoint.slices import Wanted, even_slice, flat_group_slices
-from finetune_trainers.checkpoint.storage.protocol import Storage
+from finetune_trainers.checkpoint.storage.protocol import Requests, Storage
 
 __all__ = ["costs_of"]
 
-_READS_AT_ONCE = 8
-"""Requests that a reader has in flight."""
 _ALIGNMENT = 2
 
 
@@ -30,7 +28,8 @@ def costs_of(
     saved = manifest.intent.world
     stage = saved.zero_stage if zero_stage is None else zero_stage
     reader = SliceReader(storage, manifest)
-    ranks = [_reads(rank, reader.plan(_held(manifest.intent, rank, world, stage))) for rank in range(world)]
+    plans = (reader.plan(_held(manifest.intent, rank, world, stage)) for rank in range(world))
+    ranks = [_reads(rank, plan, storage.requests) for rank, plan in enumerate(plans)]
     needed, read = sum(rank.bytes_needed for rank in ranks), sum(rank.bytes_read for rank in ranks)
     largest = max(rank.memory_bytes for rank in ranks)
     return RestoreCosts(
@@ -49,16 +48,16 @@ def costs_of(
     )
 
 
-def _reads(rank: int, plan: RestorePlan) -> RankReads:
+def _reads(rank: int, plan: RestorePlan, requests: Requests) -> RankReads:
     reads = plan.reads.reads
-    in_flight = sorted((read.end - read.start for read in reads), reverse=True)[:_READS_AT_ONCE]
+    in_flight = sorted((read.end - read.start for read in reads), reverse=True)[: requests.at_once]
     return RankReads(
         rank=rank,
         bytes_needed=plan.reads.bytes_needed,
         bytes_read=plan.reads.bytes_read + plan.digest_bytes,
         requests=len(reads),
         files=len({read.file for read in reads}),
-        memory_bytes=plan.reads.bytes_needed + sum(in_flight),
+        memory_bytes=plan.reads.bytes_needed + (sum(in_flight) if requests.buffered else 0),
     )
 
 

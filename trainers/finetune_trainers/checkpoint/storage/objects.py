@@ -25,7 +25,7 @@ from finetune_trainers.checkpoint.storage.errors import (
     StorageTornError,
     StorageUnavailableError,
 )
-from finetune_trainers.checkpoint.storage.protocol import Parts, Stored, check_whole, fill
+from finetune_trainers.checkpoint.storage.protocol import Parts, Requests, Stored, check_whole, fill
 
 if TYPE_CHECKING:
     from finetune_trainers.checkpoint.storage.multiparts import Uploads
@@ -63,6 +63,9 @@ class ObjectStorage:
         self._exclusive = exclusive
         self._uploads = uploads
         self._slots = threading.BoundedSemaphore(_REQUESTS_AT_ONCE)
+
+    requests = Requests(longest=8 << 20, at_once=8, buffered=True)
+    """Longer ones take more time: memory that is given back and taken again must be cleared by the kernel each time."""
 
     @property
     def uri(self) -> str:

@@ -11,7 +11,7 @@ from finetune_trainers.checkpoint.storage.errors import (
     StorageDeniedError,
     StorageMissingError,
 )
-from finetune_trainers.checkpoint.storage.protocol import Parts, Storage, Stored, check_whole, fill
+from finetune_trainers.checkpoint.storage.protocol import Parts, Requests, Storage, Stored, check_whole, fill
 
 __all__ = ["OverlayStorage"]
 
@@ -31,6 +31,10 @@ class OverlayStorage:
     @property
     def exclusive(self) -> bool:
         return self._inner.exclusive
+
+    @property
+    def requests(self) -> Requests:
+        return self._inner.requests
 
     def write(self, name: str, parts: Parts, size: int) -> None:
         self.create(name, b"".join(parts()))

@@ -21,7 +21,7 @@ from finetune_trainers.checkpoint.storage.errors import (
     StorageTornError,
     from_os_error,
 )
-from finetune_trainers.checkpoint.storage.protocol import Parts, Stored, check_whole
+from finetune_trainers.checkpoint.storage.protocol import Parts, Requests, Stored, check_whole
 
 __all__ = ["PosixStorage"]
 
@@ -33,6 +33,8 @@ class PosixStorage:
     """Files below one folder, which is made when it is needed."""
 
     exclusive = True
+    requests = Requests(longest=64 << 20, at_once=4, buffered=False)
+    """A whole shard each: the kernel reads ahead in it. More threads would wait for the interpreter's lock."""
 
     def __init__(self, root: str, disk: Disk | None = None) -> None:
         """`root` is absolute."""

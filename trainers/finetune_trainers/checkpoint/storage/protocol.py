@@ -16,7 +16,7 @@ from typing import Protocol
 
 from finetune_trainers.checkpoint.storage.errors import StorageTornError
 
-__all__ = ["Parts", "Storage", "Stored", "check_whole", "fill"]
+__all__ = ["Parts", "Requests", "Storage", "Stored", "check_whole", "fill"]
 
 Parts = Callable[[], Iterable[bytes | memoryview]]
 """Makes the content of a file, part by part; called again when writing starts again."""
@@ -28,6 +28,17 @@ class Stored:
 
     name: str
     bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """How a large amount is best read."""
+
+    longest: int
+    """Bytes of each."""
+    at_once: int
+    buffered: bool
+    """Whether each brings memory of its own beside what it is to fill."""
 
 
 class Storage(Protocol):
@@ -44,6 +55,10 @@ class Storage(Protocol):
     def exclusive(self) -> bool:
         """Whether `create` holds against everybody. Where it does not, two attempts that run at once may both publish;
         readers then take the later attempt's, and nothing is torn."""
+
+    @property
+    def requests(self) -> Requests:
+        """How much is best read from it."""
 
     def write(self, name: str, parts: Parts, size: int) -> None:
         """A large file of `size` bytes under a name that nobody else writes."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from finetune_trainers.checkpoint.storage.errors import StorageConflictError, StorageUnavailableError
-from finetune_trainers.checkpoint.storage.protocol import Parts, Storage, Stored
+from finetune_trainers.checkpoint.storage.protocol import Parts, Requests, Storage, Stored
 
 __all__ = ["Patience", "ResilientStorage"]
 
@@ -60,6 +60,10 @@ class ResilientStorage:
     @property
     def exclusive(self) -> bool:
         return self._inner.exclusive
+
+    @property
+    def requests(self) -> Requests:
+        return self._inner.requests
 
     def write(self, name: str, parts: Parts, size: int) -> None:
         try:
