@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ray.exceptions import OutOfMemoryError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from finetune_api.failures import FailureClass
 from finetune_trainers import ray_workers
@@ -12,6 +13,9 @@ from finetune_trainers.errors import DataError, PeerLostError, TrainerError, cla
 DEAD = OSError("as Ray tells of an actor that died")
 LOST = PeerLostError("Connection closed by peer")
 ODD = TrainerError("ValueError: odd")
+KILLED = OutOfMemoryError("2 worker(s) were killed due to the node running low on memory.\nMuch more of it.")
+SILENT = WorkerHealthCheckFailedError("A worker health check failed.", KILLED)
+"""How Ray Train tells what Ray has told it of a worker."""
 
 
 class GroupError(Exception):
@@ -47,6 +51,7 @@ class WorkerGroupStartupTimeoutError(Exception):
         ("one reads bad data, and the others lose it", GroupError(DataError("row 3"), LOST), False),
         ("one has died, and another one reads bad data", GroupError(DEAD, DataError("row 3")), False),
         ("one was killed because memory ran out", GroupError(OutOfMemoryError("2 GiB"), LOST), False),
+        ("one was killed by Ray, which tells Ray Train", GroupError(SILENT, LOST), False),
         ("their machine was taken away", PreemptionError("in 30 s"), True),
         ("others took the room", ControllerError(WorkerGroupStartupTimeoutError("60 s")), True),
         ("Ray Train fails", ControllerError(ValueError("odd")), False),
@@ -64,6 +69,7 @@ def test_workers_are_replaced_that_are_gone(what: str, error: Exception, is_loss
         ("one is gone, and only the others have noticed", GroupError(LOST, LOST), True),
         ("one fails by a mistake", GroupError(ODD, ODD), False),
         ("one has died, and another one reads bad data", GroupError(DEAD, DataError("row 3")), False),
+        ("one was killed by Ray, which says so", GroupError(SILENT, LOST), False),
         ("their machine was taken away", PreemptionError("in 30 s"), False),
     ],
 )
@@ -74,10 +80,28 @@ def test_whether_the_kernel_is_asked_about_workers_that_are_gone(
 
 
 def test_a_worker_that_the_kernel_killed_is_named_with_what_to_do() -> None:
-    error = ray_workers._killed_for_memory(GroupError(LOST, DEAD))
+    error = ray_workers._killed_by_kernel(GroupError(LOST, DEAD))
     assert error.failure_class is FailureClass.OUT_OF_MEMORY
     assert error.message.startswith("Worker 1 was killed by the kernel")
     assert "spec.cluster.workers.memory" in error.message
+
+
+@pytest.mark.parametrize(
+    ("error", "who"),
+    [
+        (GroupError(LOST, SILENT), "Worker 1"),
+        (GroupError(DEAD, SILENT), "Worker 1"),
+        (ControllerError(KILLED), "A process of this run"),
+    ],
+)
+def test_a_worker_that_ray_killed_for_want_of_memory_is_named_with_what_ray_says_and_what_to_do(
+    error: Exception, who: str
+) -> None:
+    cause = ray_workers._first_cause(error)
+    assert cause.failure_class is FailureClass.OUT_OF_MEMORY
+    assert cause.message.startswith(f"{who} was killed by Ray for want of memory: 2 worker(s) were killed")
+    assert "Much more" not in cause.message
+    assert "spec.cluster.workers.memory" in cause.message
 
 
 @pytest.mark.parametrize(

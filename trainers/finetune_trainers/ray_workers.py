@@ -211,7 +211,7 @@ class RayWorkers:
                 tell(f"All is saved, and there is room for {wanted} workers instead of {size}.")
             except Exception as error:
                 if _is_unexplained(error) and self._kills.any_new():
-                    raise _killed_for_memory(error) from error
+                    raise _killed_by_kernel(error) from error
                 if (now := _saved_step(self._plan, workdir)) > saved:
                     left, saved = MOST_REPLACEMENTS, now
                 if not left or not self._resumes or not _is_loss(error):
@@ -341,14 +341,19 @@ _LOSSES = ("PreemptionError", "WorkerGroupStartupTimeoutError", "WorkerGroupStar
 """Of a group as a whole: its machine was taken away, or others were faster when there was room for it."""
 
 
+def _failures(error: BaseException) -> dict[int, BaseException]:
+    """What ended each worker, by rank. Ray Train wraps what it hears of a worker that does not answer any more."""
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    return {rank: getattr(one, "health_check_failure", one) for rank, one in sorted(failures.items())}
+
+
 def _is_loss(error: BaseException) -> bool:
     """Whether workers are gone, for no reason that would hold for their successors: memory that is too small would."""
-    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    failures = _failures(error)
     if not failures:
         return any(type(one).__name__ in _LOSSES for one in (error, getattr(error, "controller_failure", None)))
     typed = [failure for failure in failures.values() if isinstance(failure, TrainerError)]
-    out_of_memory = getattr(sys.modules.get("ray.exceptions"), "OutOfMemoryError", ())
-    if any(isinstance(failure, out_of_memory) for failure in failures.values()):
+    if any(_is_killed_by_ray(failure) for failure in failures.values()):
         return False
     lost = (FailureClass.NODE_LOST, TrainerError.failure_class)
     if len(typed) < len(failures):
@@ -357,42 +362,52 @@ def _is_loss(error: BaseException) -> bool:
 
 
 def _is_unexplained(error: BaseException) -> bool:
-    """Whether workers are gone, and none of them has said why."""
-    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
-    typed = [one for one in failures.values() if isinstance(one, TrainerError)]
+    """Whether workers are gone, and neither they nor Ray have said why."""
+    failures = _failures(error).values()
+    typed = [one for one in failures if isinstance(one, TrainerError)]
     is_plain = len(typed) < len(failures) or any(isinstance(one, PeerLostError) for one in typed)
-    return is_plain and all(one.failure_class == TrainerError.failure_class for one in typed)
+    is_told = any(_is_killed_by_ray(one) for one in failures)
+    return is_plain and not is_told and all(one.failure_class == TrainerError.failure_class for one in typed)
 
 
-def _killed_for_memory(error: BaseException) -> OutOfMemoryError:
-    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
-    dead = [rank for rank, failure in sorted(failures.items()) if not isinstance(failure, TrainerError)]
-    who = f"Worker {dead[0]}" if dead else "A worker"
+def _is_killed_by_ray(failure: BaseException | None) -> bool:
+    """Whether Ray ended a process itself before the memory of its machine or container ran out."""
+    out_of_memory = getattr(sys.modules.get("ray.exceptions"), "OutOfMemoryError", ())
+    return isinstance(failure, out_of_memory)
+
+
+def _killed_by_kernel(error: BaseException) -> OutOfMemoryError:
+    dead = [rank for rank, failure in _failures(error).items() if not isinstance(failure, TrainerError)]
+    return _killed_for_memory(f"Worker {dead[0]}" if dead else "A worker", "the kernel", "it had run out")
+
+
+def _killed_for_memory(who: str, by: str, why: str) -> OutOfMemoryError:
     return OutOfMemoryError(
-        f"{who} was killed by the kernel because the memory of its container ran out. Raise"
-        " spec.cluster.workers.memory, lower spec.training.microBatchSize or the method's maxSeqLength, or have ZeRO"
-        " split more (spec.deepspeed.zeroStage)."
+        f"{who} was killed by {by} for want of memory: {why}. Raise spec.cluster.workers.memory, lower"
+        " spec.training.microBatchSize or the method's maxSeqLength, or have ZeRO split more"
+        " (spec.deepspeed.zeroStage)."
     )
 
 
 def _first_cause(error: BaseException) -> TrainerError:
     """What the failure of a group comes from. One worker fails for a reason, the others because it is gone."""
-    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
-    by_rank = sorted(failures.items())
-    typed = [failure for _, failure in by_rank if isinstance(failure, TrainerError)]
+    failures = _failures(error)
+    typed = [failure for failure in failures.values() if isinstance(failure, TrainerError)]
     known = [failure for failure in typed if failure.failure_class != TrainerError.failure_class]
     if known:
         return known[0]
-    dead = [(rank, failure) for rank, failure in by_rank if not isinstance(failure, TrainerError)]
+    dead = [(rank, failure) for rank, failure in failures.items() if not isinstance(failure, TrainerError)]
     if dead:
-        return _died(*dead[0])
+        return next((_died(*one) for one in dead if _is_killed_by_ray(one[1])), _died(*dead[0]))
+    controllers: BaseException | None = getattr(error, "controller_failure", None)
+    if controllers is not None and _is_killed_by_ray(controllers):
+        return _killed_for_memory("A process of this run", "Ray", first_line(controllers).rstrip("."))
     return typed[0] if typed else classified(error)
 
 
 def _died(rank: int, error: BaseException) -> TrainerError:
-    ray_exceptions = sys.modules["ray.exceptions"]
-    if isinstance(error, ray_exceptions.OutOfMemoryError):
-        return OutOfMemoryError(f"Worker {rank} was killed because the machine's memory ran out: {first_line(error)}")
+    if _is_killed_by_ray(error):
+        return _killed_for_memory(f"Worker {rank}", "Ray", first_line(error).rstrip("."))
     return TrainerError(
         f"Worker {rank} died without saying why, as a process does that was killed: by a person, or by the kernel when"
         f" memory ran out. The end of {LOG_FILE} and the kernel's log may tell. Ray says: {first_line(error)}"

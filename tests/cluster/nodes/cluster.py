@@ -107,8 +107,9 @@ def up(say: Say, install: bool = False) -> Cluster:
     def tell(what: str) -> None:
         say(f"{time.monotonic() - began:5.1f} s  {what}")
 
-    if _store_of(place) != cluster.images.store.name:  # nodes that began with other packages cannot take our code
-        down()  # and what is left of an earlier one, as after a restart of the machine, is no use
+    is_other = _store_of(place) != cluster.images.store.name  # nodes that began with other packages
+    if is_other or not daemons.running(place, "kube-apiserver"):  # or what is left of one whose processes are gone
+        down()
         _prepare(place)
         _identities(place).write_text(cluster.images.store.name, encoding="utf-8")
     for node in NODES:
