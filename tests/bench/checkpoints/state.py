@@ -97,7 +97,7 @@ def restore(storage: Storage, manifest: Manifest, into: Iterable[Targets]) -> tu
     read = needed = 0
     for memory in into:
         restored = SliceReader(storage, manifest).read(memory)
-        read += restored.reads.bytes_read + restored.digest_bytes
+        read += restored.bytes_read
         needed += restored.reads.bytes_needed
     return read, needed
 

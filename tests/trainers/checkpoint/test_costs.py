@@ -48,7 +48,7 @@ def test_it_is_what_a_restore_reads(place: Storage, manifest: Manifest, world: i
         reads = [name for name in schedule.names if name.startswith("before read") and "[" in name]
         spans = [name.rpartition("[")[2].rstrip(")").split(", ") for name in reads]
         assert sum(int(end) - int(begin) for begin, end in spans) == rank.bytes_read
-        assert rank.requests <= len(reads), "digests that are read along are requests of their own"
+        assert rank.requests == len(reads), "digests that are read along are one request for each file"
 
 
 def test_the_groups_of_the_optimizer_are_what_zero_2_cuts(place: Storage) -> None:

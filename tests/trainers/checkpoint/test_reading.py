@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_trainers.checkpoint.manifest import SliceKey, TensorRecord
-from finetune_trainers.checkpoint.reading import SliceReader
+from finetune_trainers.checkpoint import layout
+from finetune_trainers.checkpoint.commit import publish
+from finetune_trainers.checkpoint.manifest import Manifest, SliceKey, TensorRecord
+from finetune_trainers.checkpoint.reading import DamagedError, SliceReader
 from finetune_trainers.checkpoint.slices import Wanted, even_slice
 from finetune_trainers.checkpoint.storage.protocol import Storage
-from tests.trainers.checkpoint.saving import original, restored, save, start
+from finetune_trainers.checkpoint.write import announce, write_rank
+from tests.trainers.checkpoint import synthetic
+from tests.trainers.checkpoint.saving import CHUNK, intent_of, original, restored, save, start
 
 
 @pytest.mark.parametrize("old", [1, 2, 3, 5])
@@ -74,3 +78,35 @@ def test_wants_that_share_a_chunk_both_get_what_they_asked_for(storage: Storage)
     targets = {want: memoryview(bytearray((want.end - want.start) * 4)) for want in wants}
     SliceReader(storage, manifest).read(targets)
     assert b"".join(targets.values()) == whole
+
+
+@pytest.fixture
+def in_one_file(storage: Storage) -> Manifest:
+    """Three states of two and a bit chunks each, in one file."""
+    fence = start(storage)
+    tensors = tuple(TensorRecord(name=name, shape=(2100,), states={"param": "F32"}) for name in ("a", "b", "c"))
+    intent = intent_of(fence, 10, 1, tensors=tensors)
+    announce(storage, intent)
+    slices = synthetic.slices(intent, 0)
+    write_rank(storage, intent, 0, slices, lambda piece: next(synthetic.data(intent, [piece])), {}, 20 * CHUNK, CHUNK)
+    return publish(storage, fence, intent.id)
+
+
+@pytest.mark.parametrize("names", ["a", "c", "ab", "ac", "bca"])
+def test_the_digests_of_what_is_read_in_part_are_one_request_for_a_file(
+    storage: Storage, in_one_file: Manifest, names: str
+) -> None:
+    wants = [Wanted(SliceKey("model", name, "param"), 3, 900) for name in names]
+    targets = {want: memoryview(bytearray(897 * 4)) for want in wants}
+    plan = SliceReader(storage, in_one_file).read(targets)
+    assert plan.num_requests == len(plan.reads.reads) + 1
+    for want, target in targets.items():
+        assert bytes(target) == original(in_one_file.intent)[want.key][12:3600]
+
+
+def test_digests_that_cannot_be_read_are_damage_that_says_why(storage: Storage, in_one_file: Manifest) -> None:
+    file = layout.shard(in_one_file.id, 0)
+    storage.replace(file, storage.read(file)[:-1])
+    want = Wanted(SliceKey("model", "c", "param"), 3, 900)
+    with pytest.raises(DamagedError, match=r"shard-00000-000\.safetensors model c param .*: bytes .* are wanted"):
+        SliceReader(storage, in_one_file).read({want: memoryview(bytearray(897 * 4))})

@@ -37,13 +37,21 @@ class RestorePlan:
     """The requests of one reader, and the digests that must be read along: of slices that are not read whole."""
 
     reads: ReadPlan[SliceKey]
-    digest_bytes: int
+    tables: Mapping[str, tuple[int, int]]
+    """File -> from where to where digests are read, in one request."""
+
+    @property
+    def bytes_read(self) -> int:
+        return self.reads.bytes_read + sum(end - start for start, end in self.tables.values())
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.reads.reads) + len(self.tables)
 
     @property
     def amplification(self) -> float:
         """Bytes read ÷ bytes needed."""
-        needed = self.reads.bytes_needed
-        return (self.reads.bytes_read + self.digest_bytes) / needed if needed else 1.0
+        return self.bytes_read / self.reads.bytes_needed if self.reads.bytes_needed else 1.0
 
 
 class _Place(NamedTuple):
@@ -53,6 +61,14 @@ class _Place(NamedTuple):
     table_offset: int
     """In the file: of the digests of this slice's chunks."""
     num_chunks: int
+
+
+class _Table(NamedTuple):
+    """Digests of chunks, as they lie in a file from `offset` on; or why they could not be read."""
+
+    offset: int
+    digests: bytes
+    fault: str = ""
 
 
 class SliceReader:
@@ -72,9 +88,8 @@ class SliceReader:
         wanted = list(wanted)
         sources = (source for key in {want.key for want in wanted} for source in self._by_key.get(key, ()))
         plan = plan_reads(sources, wanted, self._max_read)
-        places = ((self._place(source), rows) for source, rows in _rows_read(plan).items())
-        tables = sum(place.num_chunks for place, rows in places if rows < place.num_chunks)
-        return RestorePlan(plan, tables * DIGEST_BYTES)
+        in_part = (source for source, rows in _rows_read(plan).items() if rows < self._place(source).num_chunks)
+        return RestorePlan(plan, self._table_spans(in_part))
 
     def read(self, targets: Targets) -> RestorePlan:
         """Fill the memory of `targets`. When it returns, every byte was verified.
@@ -86,7 +101,10 @@ class SliceReader:
         digests: _Digests = {piece.source: {} for read in restore.reads.reads for piece in read.pieces}
         with _pool(min(len(restore.reads.reads), self._storage.requests.at_once)) as run:
             list(run(lambda read: self._read(read, targets, digests), restore.reads.reads))
-            damages = list(chain.from_iterable(run(self._damage, digests, digests.values())))
+            others = [source for source, collected in digests.items() if not self._is_whole(source, collected)]
+            spans = self._table_spans(others)
+            tables = dict(zip(spans, run(self._table, spans, spans.values()), strict=True))
+            damages = list(chain.from_iterable(self._damage(one, digests[one], tables[one.file]) for one in others))
         if damages:
             more = f"; and {len(damages) - 3} more" if len(damages) > 3 else ""
             raise DamagedError("; ".join(map(str, damages[:3])) + more)
@@ -108,21 +126,42 @@ class SliceReader:
             if landing.to is not None:
                 landing.to[:] = landing.content[landing.begin : landing.begin + len(landing.to)]
 
-    def _damage(self, source: Source[SliceKey], collected: dict[int, bytes]) -> list[Damage]:
+    def _is_whole(self, source: Source[SliceKey], collected: dict[int, bytes]) -> bool:
+        """Whether all of a source was read, and is what was saved."""
+        place = self._place(source)
+        if len(collected) < place.num_chunks:
+            return False
+        return digest_of_digests(b"".join(collected[number] for number in sorted(collected))) == place.extent.digest
+
+    def _table_spans(self, sources: Iterable[Source[SliceKey]]) -> dict[str, tuple[int, int]]:
+        """Of each file, from where to where the digests of its sources' chunks lie. One request is cheaper than many,
+        and all digests of a file are a thousandth of it."""
+        spans: dict[str, tuple[int, int]] = {}
+        for source in sources:
+            place = self._place(source)
+            begin, end = place.table_offset, place.table_offset + place.num_chunks * DIGEST_BYTES
+            low, high = spans.get(source.file, (begin, end))
+            spans[source.file] = min(low, begin), max(high, end)
+        return spans
+
+    def _table(self, file: str, span: tuple[int, int]) -> _Table:
+        try:
+            return _Table(span[0], bytes(self._storage.read_range(file, *span)))
+        except (StorageMissingError, StorageTornError) as error:
+            return _Table(span[0], b"", error.message)
+
+    def _damage(self, source: Source[SliceKey], collected: dict[int, bytes], table: _Table) -> list[Damage]:
         """What is wrong with the chunks of a source that were read."""
         place, numbers = self._place(source), sorted(collected)
-        found = b"".join(collected[number] for number in numbers)
-        if len(numbers) == place.num_chunks and digest_of_digests(found) == place.extent.digest:
-            return []
-        end = place.table_offset + place.num_chunks * DIGEST_BYTES
-        try:
-            table = bytes(self._storage.read_range(source.file, place.table_offset, end))
-        except (StorageMissingError, StorageTornError) as error:
-            return [Damage(source.file, error.message, source.key, source.start, source.end)]
-        if digest_of_digests(table) != place.extent.digest:
+        if table.fault:
+            return [Damage(source.file, table.fault, source.key, source.start, source.end)]
+        first = place.table_offset - table.offset
+        digests = table.digests[first : first + place.num_chunks * DIGEST_BYTES]
+        if digest_of_digests(digests) != place.extent.digest:
             text = "the bytes, or the digests beside them, are not those that were saved"
             return [Damage(source.file, text, source.key, source.start, source.end)]
-        expected = b"".join(table[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES] for number in numbers)
+        found = b"".join(collected[number] for number in numbers)
+        expected = b"".join(digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES] for number in numbers)
         bad = [numbers[row] for row in differing_rows(found, expected)]
         return [rows_damage(source.file, source.key, place.extent, source.item, source.chunk, bad)] if bad else []
 

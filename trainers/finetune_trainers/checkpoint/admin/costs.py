@@ -54,8 +54,8 @@ def _reads(rank: int, plan: RestorePlan, requests: Requests) -> RankReads:
     return RankReads(
         rank=rank,
         bytes_needed=plan.reads.bytes_needed,
-        bytes_read=plan.reads.bytes_read + plan.digest_bytes,
-        requests=len(reads),
+        bytes_read=plan.bytes_read,
+        requests=plan.num_requests,
         files=len({read.file for read in reads}),
         memory_bytes=plan.reads.bytes_needed + (sum(in_flight) if requests.buffered else 0),
     )
