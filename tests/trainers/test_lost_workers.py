@@ -7,8 +7,8 @@ from ray.exceptions import OutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from finetune_api.failures import FailureClass
-from finetune_trainers import ray_workers
 from finetune_trainers.errors import DataError, PeerLostError, TrainerError, classified
+from finetune_trainers.lost_workers import first_cause, is_loss, is_unexplained, killed_by_kernel
 
 DEAD = OSError("as Ray tells of an actor that died")
 LOST = PeerLostError("Connection closed by peer")
@@ -41,7 +41,7 @@ class WorkerGroupStartupTimeoutError(Exception):
 
 
 @pytest.mark.parametrize(
-    ("what", "error", "is_loss"),
+    ("what", "error", "replaced"),
     [
         ("one has died", GroupError(DEAD), True),
         ("one has died, and another one says so", GroupError(DEAD, LOST), True),
@@ -58,12 +58,12 @@ class WorkerGroupStartupTimeoutError(Exception):
         ("something else", ValueError("odd"), False),
     ],
 )
-def test_workers_are_replaced_that_are_gone(what: str, error: Exception, is_loss: bool) -> None:
-    assert ray_workers._is_loss(error) is is_loss, what
+def test_workers_are_replaced_that_are_gone(what: str, error: Exception, replaced: bool) -> None:
+    assert is_loss(error) is replaced, what
 
 
 @pytest.mark.parametrize(
-    ("what", "error", "is_unexplained"),
+    ("what", "error", "asked"),
     [
         ("one has died, and another one says so", GroupError(LOST, DEAD), True),
         ("one is gone, and only the others have noticed", GroupError(LOST, LOST), True),
@@ -73,14 +73,12 @@ def test_workers_are_replaced_that_are_gone(what: str, error: Exception, is_loss
         ("their machine was taken away", PreemptionError("in 30 s"), False),
     ],
 )
-def test_whether_the_kernel_is_asked_about_workers_that_are_gone(
-    what: str, error: Exception, is_unexplained: bool
-) -> None:
-    assert ray_workers._is_unexplained(error) is is_unexplained, what
+def test_whether_the_kernel_is_asked_about_workers_that_are_gone(what: str, error: Exception, asked: bool) -> None:
+    assert is_unexplained(error) is asked, what
 
 
 def test_a_worker_that_the_kernel_killed_is_named_with_what_to_do() -> None:
-    error = ray_workers._killed_by_kernel(GroupError(LOST, DEAD))
+    error = killed_by_kernel(GroupError(LOST, DEAD))
     assert error.failure_class is FailureClass.OUT_OF_MEMORY
     assert error.message.startswith("Worker 1 was killed by the kernel")
     assert "spec.cluster.workers.memory" in error.message
@@ -97,7 +95,7 @@ def test_a_worker_that_the_kernel_killed_is_named_with_what_to_do() -> None:
 def test_a_worker_that_ray_killed_for_want_of_memory_is_named_with_what_ray_says_and_what_to_do(
     error: Exception, who: str
 ) -> None:
-    cause = ray_workers._first_cause(error)
+    cause = first_cause(error)
     assert cause.failure_class is FailureClass.OUT_OF_MEMORY
     assert cause.message.startswith(f"{who} was killed by Ray for want of memory: 2 worker(s) were killed")
     assert "Much more" not in cause.message
@@ -109,6 +107,7 @@ def test_a_worker_that_ray_killed_for_want_of_memory_is_named_with_what_ray_says
     [
         "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:8594.",
         "NCCL error: remote process exited or there was a network error",
+        "NCCL error in: NCCLUtils.cpp:77, ncclRemoteError: A call failed. Connection closed by remote peer",
     ],
 )
 def test_who_loses_the_connection_to_another_one_says_so(said: str) -> None:

@@ -86,8 +86,8 @@ class StorageError(TrainerError):
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE}
 
 
-_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-"""What gloo and NCCL say of a worker that is gone."""
+_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "ncclRemoteError")
+"""What gloo, NCCL, and PyTorch of NCCL, say of a worker that is gone."""
 
 
 def classified(error: BaseException) -> TrainerError:

@@ -1,4 +1,4 @@
-"""Workers as a Ray Train group: the only module that imports ray. Used by `launch`.
+"""Workers as a Ray Train group. Used by `launch`.
 
 On a laptop Ray is started here, in a temporary folder, and ended again; with RAY_ADDRESS set, the cluster is used that
 is there. Starting Ray takes seconds, so it begins in the background while the model and the data are looked at.
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -27,24 +27,17 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from finetune_api.failures import FailureClass
 from finetune_api.plan import Device, RunPlan
 from finetune_api.uris import in_bucket
 from finetune_trainers import ray_warm
 from finetune_trainers.context import STOP_FILE
-from finetune_trainers.errors import (
-    OutOfMemoryError,
-    PeerLostError,
-    StorageError,
-    TrainerError,
-    classified,
-    first_line,
-)
+from finetune_trainers.errors import StorageError, TrainerError, first_line
 from finetune_trainers.kernel_kills import KernelKills, kernel_kills, kernel_kills_of_nodes
+from finetune_trainers.lost_workers import first_cause, is_loss, is_unexplained, killed_by_kernel
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.progress import PROGRESS_FILE, last_report
 from finetune_trainers.resizing import Growth, first_size, room_in_ray, tell_of_room
-from finetune_trainers.worker_process import LOG_FILE, train
+from finetune_trainers.worker_process import train
 
 if TYPE_CHECKING:
     from finetune_trainers.worker import WorkerResult
@@ -191,7 +184,7 @@ class RayWorkers:
         try:
             return wait(self._thread.submit(self._fit, prepared, workdir, tell))
         except Exception as error:
-            raise _first_cause(error) from error
+            raise first_cause(error) from error
 
     def _fit(self, prepared: PreparedRun, workdir: Path, tell: Callable[[str], None]) -> WorkerResult:
         """One group after the other, until one trains to its end or fails for a reason."""
@@ -210,14 +203,14 @@ class RayWorkers:
                 wanted = growth.wanted
                 tell(f"All is saved, and there is room for {wanted} workers instead of {size}.")
             except Exception as error:
-                if _is_unexplained(error) and self._kills.any_new():
-                    raise _killed_by_kernel(error) from error
+                if is_unexplained(error) and self._kills.any_new():
+                    raise killed_by_kernel(error) from error
                 if (now := _saved_step(self._plan, workdir)) > saved:
                     left, saved = MOST_REPLACEMENTS, now
-                if not left or not self._resumes or not _is_loss(error):
+                if not left or not self._resumes or not is_loss(error):
                     raise
                 left -= 1
-                tell(f"{_first_cause(error).message} Other workers start, and go on from the newest checkpoint.")
+                tell(f"{first_cause(error).message} Other workers start, and go on from the newest checkpoint.")
 
     def _size(self, wanted: int, tell: Callable[[str], None], stops: Callable[[], bool]) -> int:
         """With how many workers the next group starts. One that must be whole is left to Ray Train, which waits.
@@ -335,80 +328,3 @@ def _saved_step(plan: RunPlan, workdir: Path) -> int:
     except StorageError:
         return -1
     return -1 if newest is None else newest.intent.step
-
-
-_LOSSES = ("PreemptionError", "WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
-"""Of a group as a whole: its machine was taken away, or others were faster when there was room for it."""
-
-
-def _failures(error: BaseException) -> dict[int, BaseException]:
-    """What ended each worker, by rank. Ray Train wraps what it hears of a worker that does not answer any more."""
-    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
-    return {rank: getattr(one, "health_check_failure", one) for rank, one in sorted(failures.items())}
-
-
-def _is_loss(error: BaseException) -> bool:
-    """Whether workers are gone, for no reason that would hold for their successors: memory that is too small would."""
-    failures = _failures(error)
-    if not failures:
-        return any(type(one).__name__ in _LOSSES for one in (error, getattr(error, "controller_failure", None)))
-    typed = [failure for failure in failures.values() if isinstance(failure, TrainerError)]
-    if any(_is_killed_by_ray(failure) for failure in failures.values()):
-        return False
-    lost = (FailureClass.NODE_LOST, TrainerError.failure_class)
-    if len(typed) < len(failures):
-        return all(failure.failure_class in lost for failure in typed)
-    return all(isinstance(failure, PeerLostError) for failure in typed)  # the one that is gone is not yet missed
-
-
-def _is_unexplained(error: BaseException) -> bool:
-    """Whether workers are gone, and neither they nor Ray have said why."""
-    failures = _failures(error).values()
-    typed = [one for one in failures if isinstance(one, TrainerError)]
-    is_plain = len(typed) < len(failures) or any(isinstance(one, PeerLostError) for one in typed)
-    is_told = any(_is_killed_by_ray(one) for one in failures)
-    return is_plain and not is_told and all(one.failure_class == TrainerError.failure_class for one in typed)
-
-
-def _is_killed_by_ray(failure: BaseException | None) -> bool:
-    """Whether Ray ended a process itself before the memory of its machine or container ran out."""
-    out_of_memory = getattr(sys.modules.get("ray.exceptions"), "OutOfMemoryError", ())
-    return isinstance(failure, out_of_memory)
-
-
-def _killed_by_kernel(error: BaseException) -> OutOfMemoryError:
-    dead = [rank for rank, failure in _failures(error).items() if not isinstance(failure, TrainerError)]
-    return _killed_for_memory(f"Worker {dead[0]}" if dead else "A worker", "the kernel", "it had run out")
-
-
-def _killed_for_memory(who: str, by: str, why: str) -> OutOfMemoryError:
-    return OutOfMemoryError(
-        f"{who} was killed by {by} for want of memory: {why}. Raise spec.cluster.workers.memory, lower"
-        " spec.training.microBatchSize or the method's maxSeqLength, or have ZeRO split more"
-        " (spec.deepspeed.zeroStage)."
-    )
-
-
-def _first_cause(error: BaseException) -> TrainerError:
-    """What the failure of a group comes from. One worker fails for a reason, the others because it is gone."""
-    failures = _failures(error)
-    typed = [failure for failure in failures.values() if isinstance(failure, TrainerError)]
-    known = [failure for failure in typed if failure.failure_class != TrainerError.failure_class]
-    if known:
-        return known[0]
-    dead = [(rank, failure) for rank, failure in failures.items() if not isinstance(failure, TrainerError)]
-    if dead:
-        return next((_died(*one) for one in dead if _is_killed_by_ray(one[1])), _died(*dead[0]))
-    controllers: BaseException | None = getattr(error, "controller_failure", None)
-    if controllers is not None and _is_killed_by_ray(controllers):
-        return _killed_for_memory("A process of this run", "Ray", first_line(controllers).rstrip("."))
-    return typed[0] if typed else classified(error)
-
-
-def _died(rank: int, error: BaseException) -> TrainerError:
-    if _is_killed_by_ray(error):
-        return _killed_for_memory(f"Worker {rank}", "Ray", first_line(error).rstrip("."))
-    return TrainerError(
-        f"Worker {rank} died without saying why, as a process does that was killed: by a person, or by the kernel when"
-        f" memory ran out. The end of {LOG_FILE} and the kernel's log may tell. Ray says: {first_line(error)}"
-    )
