@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -89,5 +91,6 @@ def write_results(name: str, results: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
     text = json.dumps({"machine": machine(), **results}, indent=1)
-    file.write_text(text.replace(f"{RESULTS.parents[2]}/", "").replace(str(Path.home()), "~") + "\n")
+    text = text.replace(f"{RESULTS.parents[2]}/", "").replace(str(Path.home()), "~")
+    file.write_text(re.sub(rf"{re.escape(tempfile.gettempdir())}/bench-[^/\"']*/", "", text) + "\n")
     print(f"raw numbers: {file}")
