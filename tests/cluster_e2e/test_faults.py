@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ used = int(dict(line.split() for line in (limit.parent / "memory.stat").read_tex
 more = int(limit.read_text()) - used + (256 << 20)
 mmap.mmap(-1, more, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
 """
-"""More memory than the container has left, before Ray can see it."""
+"""More memory than the container has left: the kernel kills, unless Ray looks just then and is quicker."""
 BY_AND_BY = """
 import psutil, time
 (trainer,) = [one for one in psutil.process_iter() if " ".join(one.cmdline()).startswith("ray::RayTrainWorker")]
@@ -100,9 +101,11 @@ def test_a_job_whose_trainer_is_killed_goes_on_from_its_checkpoint(
     assert team.steps_made(job) == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize(("taking", "who"), [(AT_ONCE, "the kernel"), (BY_AND_BY, "Ray")], ids=["at once", "by and by"])
+@pytest.mark.parametrize(
+    ("taking", "killers"), [(AT_ONCE, "(the kernel|Ray)"), (BY_AND_BY, "Ray")], ids=["at once", "by and by"]
+)
 def test_a_job_whose_trainer_runs_out_of_memory_goes_on_with_smaller_micro_batches(
-    team: World, long: dict[str, Any], submit: Submit, taking: str, who: str
+    team: World, long: dict[str, Any], submit: Submit, taking: str, killers: str
 ) -> None:
     """One process in the pod is killed and the pod lives on, so that Kubernetes tells nothing of it."""
     long["training"]["microBatchSize"] = 2
@@ -113,7 +116,7 @@ def test_a_job_whose_trainer_runs_out_of_memory_goes_on_with_smaller_micro_batch
     team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed all the same", seconds=600)
     first, second = team.status(job)["attempts"]
     assert first["outcome"] == "OutOfMemory"
-    assert f"killed by {who}" in first["message"]
+    assert re.search(f"killed by {killers} for want of memory", first["message"])
     assert "spec.cluster.workers.memory" in first["message"]
     assert second["resumedFromStep"] >= EVERY
     assert team.status(job)["resolved"]["microBatchSize"] == 1
