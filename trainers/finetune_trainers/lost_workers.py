@@ -20,9 +20,11 @@ _LOSSES = ("PreemptionError", "WorkerGroupStartupTimeoutError", "WorkerGroupStar
 
 
 def _failures(error: BaseException) -> dict[int, BaseException]:
-    """What ended each worker, by rank. Ray Train wraps what it hears of a worker that does not answer any more."""
+    """What ended each worker, by rank. Ray Train wraps what Ray says of one that does not answer any more; where Ray
+    says that it killed it for want of memory, that is a reason like any that a worker tells itself."""
     failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
-    return {rank: getattr(one, "health_check_failure", one) for rank, one in sorted(failures.items())}
+    plain = {rank: getattr(one, "health_check_failure", one) for rank, one in sorted(failures.items())}
+    return {rank: _killed_by_ray(f"Worker {rank}", one) or one for rank, one in plain.items()}
 
 
 def is_loss(error: BaseException) -> bool:
@@ -31,8 +33,6 @@ def is_loss(error: BaseException) -> bool:
     if not failures:
         return any(type(one).__name__ in _LOSSES for one in (error, getattr(error, "controller_failure", None)))
     typed = [failure for failure in failures.values() if isinstance(failure, TrainerError)]
-    if any(_is_killed_by_ray(failure) for failure in failures.values()):
-        return False
     lost = (FailureClass.NODE_LOST, TrainerError.failure_class)
     if len(typed) < len(failures):
         return all(failure.failure_class in lost for failure in typed)
@@ -44,14 +44,15 @@ def is_unexplained(error: BaseException) -> bool:
     failures = _failures(error).values()
     typed = [one for one in failures if isinstance(one, TrainerError)]
     is_plain = len(typed) < len(failures) or any(isinstance(one, PeerLostError) for one in typed)
-    is_told = any(_is_killed_by_ray(one) for one in failures)
-    return is_plain and not is_told and all(one.failure_class == TrainerError.failure_class for one in typed)
+    return is_plain and all(one.failure_class == TrainerError.failure_class for one in typed)
 
 
-def _is_killed_by_ray(failure: BaseException | None) -> bool:
-    """Whether Ray ended a process itself before the memory of its machine or container ran out."""
-    out_of_memory = getattr(sys.modules.get("ray.exceptions"), "OutOfMemoryError", ())
-    return isinstance(failure, out_of_memory)
+def _killed_by_ray(who: str, failure: object) -> OutOfMemoryError | None:
+    """Where Ray ended a process itself before the memory of its machine or container ran out."""
+    ray_exceptions = sys.modules.get("ray.exceptions")
+    if ray_exceptions is None or not isinstance(failure, ray_exceptions.OutOfMemoryError):
+        return None
+    return _killed_for_memory(who, "Ray", first_line(failure).rstrip("."))
 
 
 def killed_by_kernel(error: BaseException) -> OutOfMemoryError:
@@ -76,16 +77,12 @@ def first_cause(error: BaseException) -> TrainerError:
         return known[0]
     dead = [(rank, failure) for rank, failure in failures.items() if not isinstance(failure, TrainerError)]
     if dead:
-        return next((_died(*one) for one in dead if _is_killed_by_ray(one[1])), _died(*dead[0]))
-    behind: BaseException | None = getattr(error, "controller_failure", None)
-    if behind is not None and _is_killed_by_ray(behind):
-        return _killed_for_memory("A process of this run", "Ray", first_line(behind).rstrip("."))
-    return typed[0] if typed else classified(error)
+        return _died(*dead[0])
+    behind = _killed_by_ray("A process of this run", getattr(error, "controller_failure", None))
+    return behind or (typed[0] if typed else classified(error))
 
 
 def _died(rank: int, error: BaseException) -> TrainerError:
-    if _is_killed_by_ray(error):
-        return _killed_for_memory(f"Worker {rank}", "Ray", first_line(error).rstrip("."))
     return TrainerError(
         f"Worker {rank} died without saying why, as a process does that was killed: by a person, or by the kernel when"
         f" memory ran out. The end of {LOG_FILE} and the kernel's log may tell. Ray says: {first_line(error)}"

@@ -82,7 +82,7 @@ def test_wants_that_share_a_chunk_both_get_what_they_asked_for(storage: Storage)
 
 @pytest.fixture
 def in_one_file(storage: Storage) -> Manifest:
-    """Three states of two and a bit chunks each, in one file."""
+    """Three tensors of two and a bit chunks each, in one file."""
     fence = start(storage)
     tensors = tuple(TensorRecord(name=name, shape=(2100,), states={"param": "F32"}) for name in ("a", "b", "c"))
     intent = intent_of(fence, 10, 1, tensors=tensors)
