@@ -118,6 +118,30 @@ def test_odds_keep_their_digits_and_their_gradient_at_both_ends() -> None:
     assert chosen.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_answer_that_rounding_makes_certain_has_the_loss_and_the_gradient_of_almost_certain(
+    dtype: torch.dtype,
+) -> None:
+    """With odds of 1 to 3 on the other side, d: what is missing to certainty.
+
+    Chosen at -d: log s has the slope (1/3) / (1 + d/3), which is 1/3. Rejected at -d: -log s is -log(d / (3 + d))
+    about, and the slope 1 / d.
+    """
+    eps = torch.finfo(dtype).eps
+    third = math.log(0.25)
+    chosen = torch.tensor([0.0, third], dtype=dtype, requires_grad=True)
+    rejected = torch.tensor([third, 0.0], dtype=dtype, requires_grad=True)
+    losses = orpo_loss(chosen, rejected, torch.zeros(2, dtype=dtype), beta=1.0)
+    assert losses.tolist() == pytest.approx([0.0, math.log(3 / eps)], rel=1e-6, abs=2 * eps)
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+    assert chosen.grad is not None
+    assert rejected.grad is not None
+    assert chosen.grad[0].item() == pytest.approx(-1 / 3, rel=1e-5)
+    assert rejected.grad[1].item() == pytest.approx(1 / eps, rel=1e-5)
+    assert chosen.grad.isfinite().all()
+    assert rejected.grad.isfinite().all()
+
+
 def test_gradients_of_orpo_are_those_of_small_differences() -> None:
     chosen = torch.tensor([-0.1, -0.6, -0.8, -3.0], dtype=torch.float64, requires_grad=True)
     rejected = torch.tensor([-0.5, -0.9, -0.2, -0.1], dtype=torch.float64, requires_grad=True)

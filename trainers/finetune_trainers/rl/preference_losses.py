@@ -113,7 +113,7 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, chosen_nll: Tensor, *, beta: flo
     """[B]: the chosen response's own loss, less beta log s(log odds(chosen) - log odds(rejected)). No reference.
 
     Hong et al., arXiv 2403.07691, eqs. 4, 6 and 7, with odds = p / (1 - p). `chosen` and `rejected` are *means* over
-    tokens, below 0; `chosen_nll` [B] is the mean negative log-likelihood that supervised training would use (over the
+    tokens, at most 0; `chosen_nll` [B] is the mean negative log-likelihood that supervised training would use (over the
     response, or prompt and response). ValueError: beta is not positive.
     """
     _require_positive("beta", beta)
@@ -136,10 +136,13 @@ def reward_loss(
 
 
 def _log1mexp(values: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, by the branch that keeps its digits (Mächler, 2012).
+    """log(1 - exp(x)) for x <= 0, by the branch that keeps its digits (Mächler, 2012).
 
-    Each branch sees only what it is good for: the other's infinite slope would make the gradient NaN.
+    Each branch sees only what it is good for: the other's infinite slope would make the gradient NaN. So would its own
+    at 0, which is what fp32 makes of an answer that is all but certain. That counts as -eps and has the slope of -eps;
+    a clamp would have none, and such an answer would never be learned from again.
     """
+    values = torch.where(values < 0, values, values - torch.finfo(values.dtype).eps)
     near = values > -math.log(2)
     close = torch.log(-torch.expm1(torch.where(near, values, -1.0)))
     far = torch.log1p(-torch.exp(torch.where(near, -1.0, values)))
