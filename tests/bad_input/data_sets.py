@@ -771,6 +771,15 @@ DATA_SETS = [
         changes=KTO,
         value="auto",
     ),
+    bad(
+        "answers to one prompt for KTO",
+        [RATED, RATED | {"label": False}],
+        "answers one prompt only, and how far the policy has moved is measured by answers to other prompts; add rows"
+        " with another prompt, or learn from pairs by dpo",
+        path=SOURCE,
+        changes=KTO,
+        value="file://./train.jsonl",
+    ),
     *(
         bad(
             f"a label that is {what}",

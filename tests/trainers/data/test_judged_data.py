@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from finetune_api.preference_data import ToImport
 from finetune_api.spec import Columns, DataFormat, DataSource
 from finetune_trainers.data.batches import IGNORED, Batch, batches_in_order
 from finetune_trainers.data.cache import SourceArrays
@@ -18,6 +19,8 @@ from finetune_trainers.data.formats import choose_format
 from finetune_trainers.data.preferences import Preference, Rated
 from finetune_trainers.data.prompts import eval_prompts
 from finetune_trainers.data.turns import Conversation
+from finetune_trainers.errors import DataError
+from finetune_trainers.preference_data.importing import import_judgements
 
 QUESTION = {"role": "user", "content": "one two"}
 BETTER = {"role": "assistant", "content": "three"}
@@ -124,13 +127,13 @@ def test_a_pair_is_two_documents_of_one_sequence_and_only_the_answers_are_traine
     assert second[0][0].endswith("one two<|im_end|>\n<|im_start|>assistant\nthree</s>")
 
 
-def test_an_answer_stands_beside_the_answer_of_the_row_before(workshop: Any) -> None:
+def test_an_answer_stands_beside_the_one_before_and_is_marked_as_good_or_bad(workshop: Any) -> None:
     rows = [{"prompt": f"{n} ?", "completion": f"answer {n}", "label": n != 2} for n in range(1, 4)]
     workshop.write("train.jsonl", rows)
     [source] = workshop.prepare(KTO).train
     found = documents(workshop, source)
     assert [[trained for _, trained in sequence] for sequence in found] == [
-        ["answer 1</s>", "answer 3</s>"],
+        ["answer 1</s>", "answer 2</s>"],
         ["answer 2</s>", "answer 1</s>"],
         ["answer 3</s>", "answer 2</s>"],
     ]
@@ -139,6 +142,75 @@ def test_an_answer_stands_beside_the_answer_of_the_row_before(workshop: Any) -> 
     assert marks is not None
     assert marks.tolist() == [1.0, 0.0, 1.0]
     assert any("2 good and 1 bad answers" in message for _, message in workshop.messages)
+
+
+def answers_beside(workshop: Any) -> list[str]:
+    """Prompt, answer, and the answer that stands beside it, of each row: `a1 1 2`."""
+    [source] = workshop.prepare(KTO).train
+    found = []
+    for (whole, own), (same_prompt, other) in documents(workshop, source):
+        prompt = whole.removesuffix(f"\n{own}").removesuffix("<|im_end|>\n<|im_start|>assistant").rpartition("\n")[2]
+        assert same_prompt.startswith(whole.removesuffix(own))
+        found.append(f"{prompt} {own} {other}".replace("</s>", ""))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        pytest.param("a1 a2 b3 b4 b5 a6", ["a 1 3", "a 2 3", "b 3 2", "b 4 2", "b 5 2", "a 6 5"], id="groups"),
+        pytest.param("a1 b2 a3 b4", ["a 1 2", "b 2 1", "a 3 2", "b 4 3"], id="in turn"),
+        pytest.param("a1 a2 a3 b4", ["a 1 4", "a 2 4", "a 3 4", "b 4 3"], id="a last row alone"),
+    ],
+)
+def test_the_answer_beside_is_of_the_nearest_row_with_another_prompt(
+    rows: str, expected: list[str], workshop: Any
+) -> None:
+    prompts = [{"prompt": row[0], "completion": row[1], "label": True} for row in rows.split()]
+    workshop.write("train.jsonl", prompts)
+    assert answers_beside(workshop) == expected
+
+
+def test_another_prompt_is_looked_for_beyond_the_rows_that_are_read_together(
+    workshop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainers.data.readers.CHUNK_ROWS", 2)
+    rows = [{"prompt": row[0], "completion": row[1], "label": True} for row in ("a1", "a2", "a3", "b4", "b5")]
+    workshop.write("train.jsonl", rows)
+    assert answers_beside(workshop) == ["a 1 4", "a 2 4", "a 3 4", "b 4 3", "b 5 3"]
+
+
+@pytest.mark.parametrize("another", [{"system": "Be brief."}, {"prompt": [*EARLIER, QUESTION]}])
+def test_all_that_is_before_the_answer_is_its_prompt(another: dict[str, Any], workshop: Any) -> None:
+    row = {"prompt": "one two", "completion": "three", "label": True}
+    workshop.write("train.jsonl", [row, row | another | {"completion": "four"}])
+    [source] = workshop.prepare(KTO).train
+    found = [[own for _, own in sequence] for sequence in documents(workshop, source)]
+    assert found == [["three</s>", "four</s>"], ["four</s>", "three</s>"]]
+
+
+def test_no_answer_that_was_imported_from_pairs_is_taken_for_mismatched(workshop: Any) -> None:
+    rows = [{"prompt": f"p{n}", "answers": [f"{n}a", f"{n}b", f"{n}c"], "ranking": [0, 1, 2]} for n in range(4)]
+    judged = workshop.write("judged.jsonl", rows)
+    to = workshop.folder / "train.jsonl"
+    import_judgements(ToImport(source=judged, to=str(to), form="unpaired-preference", pairing="best-worst"))
+    [source] = workshop.prepare(KTO).train
+    found = [[own.removesuffix("</s>") for _, own in sequence] for sequence in documents(workshop, source)]
+    assert len(found) == 8
+    assert all(own[0] != other[0] for own, other in found)
+
+
+def test_answers_to_one_prompt_alone_are_refused_before_anything_is_tokenized(workshop: Any) -> None:
+    rows = [{"prompt": "one two", "completion": text, "label": True} for text in ("three", "four")]
+    workshop.write("train.jsonl", rows)
+    with pytest.raises(DataError, match=r"answers one prompt only.*add rows with another prompt") as caught:
+        workshop.prepare(KTO)
+    [problem] = caught.value.problems
+    assert problem.path == "spec.data.train[0].source"
+    workshop.write("train.jsonl", [rows[0], rows[1] | {"label": "good"}])
+    with pytest.raises(DataError, match="is not a judgement") as caught:
+        workshop.prepare(KTO)
+    assert len(caught.value.problems) == 1
 
 
 def test_a_label_that_is_no_judgement_is_another_column_to_supervised_fine_tuning(workshop: Any) -> None:

@@ -164,11 +164,17 @@ class _Preparation:
                     "has no rows; fill it, or remove the source", path=f"{place.path}.source", value=place.source.source
                 )
             return None
+        try:
+            items = side_by_side(rows.items())
+        except RowError as fault:  # of all rows together, if each is sound
+            if self.faults.num_found == faults_before:
+                self.faults.add(fault.message, path=f"{place.path}.source", value=place.source.source)
+            return None
         tokenizer = self._tokenizer(form.format)
         limits = Limits(self.settings, form.format, self.faults)
         marks: list[float] = []
         with SourceWriter(folder) as writer:
-            for ((chunk, indices), of_chunk), encoded in tokenizer.encode_all(side_by_side(rows.items())):
+            for ((chunk, indices), of_chunk), encoded in tokenizer.encode_all(items):
                 kept = limits.apply(chunk, indices, encoded)
                 writer.append(kept.ids, kept.trained, kept.lengths)
                 said = [of_chunk[item] for item in kept.items] if of_chunk is not None else []
