@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.metadata import version
@@ -38,6 +38,7 @@ from finetune_trainers.worker_process import LOG_FILE
 
 if TYPE_CHECKING:
     from finetune_trainers.ray_workers import RayWorkers
+    from finetune_trainers.rewards.columns import Needed
     from finetune_trainers.worker import WorkerResult
 
 __all__ = ["check", "count_steps", "run"]
@@ -187,7 +188,7 @@ class _Launch:
 
         check_outputs(self.plan)
         check_trackers(self.plan)
-        self._check_rewards()
+        columns = self._check_rewards()
         self._check_rollout()
         with self._timed(Stage.CHECKING_MODEL):
             model = self._check_model()
@@ -195,18 +196,26 @@ class _Launch:
             self._check_critic(model)
         with self._timed(Stage.PREPARING_DATA):
             data = self._prepare_data(model)
+            self._check_columns(columns, data)
         prepared = self._settle(model, data, teacher)
         (self.workdir / "prepared.json").write_text(prepared.model_dump_json(by_alias=True, indent=2) + "\n")
         return prepared
 
-    def _check_rewards(self) -> None:
+    def _check_rewards(self) -> Sequence[Needed]:
+        """What they need of the rows."""
         method = self.plan.method
         if method.online is None:
-            return
+            return ()
         from finetune_trainers.rewards.building import check_rewards
 
-        problems = check_rewards(method.online.rewards, f"spec.method.{method.chosen}.rewards")
-        if problems:
+        return check_rewards(method.online.rewards, f"spec.method.{method.chosen}.rewards")
+
+    def _check_columns(self, needed: Sequence[Needed], data: PreparedData) -> None:
+        if not needed:
+            return
+        from finetune_trainers.rewards.columns import check_columns
+
+        if problems := check_columns(needed, data):
             raise UserError("; ".join(str(problem) for problem in problems), problems)
 
     def _check_rollout(self) -> None:

@@ -14,7 +14,7 @@ from tests.trainers.conftest import SmallWorld
 from tests.trainers.factories import WORDS, tiny_model
 from tests.trainers.judged_world import JudgedWorld
 
-__all__ = ["LORA", "METHODS", "OnlineWorld", "write_prompts"]
+__all__ = ["COMMON", "LORA", "METHODS", "OnlineWorld", "write_prompts"]
 
 SAMPLING = {"maxNewTokens": 12}
 REWARDS = [{"function": {"call": "tests.trainers.online.scores:many_letters", "settings": {"letter": "e"}}}]

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from finetune_api.spec import RewardSource
+from finetune_trainers.errors import UserError
 from finetune_trainers.rewards.building import check_rewards
+from finetune_trainers.rewards.columns import Needed
 from tests.trainers.rewards.worlds import MODULE
 
 FIELD = "spec.method.ppo.rewards"
@@ -16,8 +18,11 @@ FIELD = "spec.method.ppo.rewards"
 
 def problems(*documents: dict[str, Any]) -> list[tuple[str | None, str]]:
     """Field and message of each, the field below that of the rewards."""
-    found = check_rewards([RewardSource.model_validate(document) for document in documents], FIELD)
-    return [(problem.path and problem.path.removeprefix(FIELD), problem.message) for problem in found]
+    try:
+        check_rewards([RewardSource.model_validate(document) for document in documents], FIELD)
+    except UserError as error:
+        return [(problem.path and problem.path.removeprefix(FIELD), problem.message) for problem in error.problems]
+    return []
 
 
 def test_what_can_be_had_has_no_problems(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +32,27 @@ def test_what_can_be_had_has_no_problems(monkeypatch: pytest.MonkeyPatch) -> Non
         {"metric": {"kind": "rouge-l"}},
         {"http": {"url": "http://nobody.invalid/", "headersFromEnv": {"Authorization": "JUDGE"}}},
     )
+
+
+def test_metrics_and_functions_say_which_columns_they_need() -> None:
+    needed = check_rewards(
+        [
+            RewardSource.model_validate(document)
+            for document in (
+                {"function": {"call": f"{MODULE}:matches"}},
+                {"function": {"call": f"{MODULE}:everything"}},
+                {"metric": {"kind": "rouge-l"}},
+                {"metric": {"kind": "bleu", "column": "right"}},
+                {"metric": {"kind": "regex", "pattern": "a"}},
+            )
+        ],
+        FIELD,
+    )
+    assert needed == [
+        Needed("answer", f"{FIELD}[0].function.call", f"{MODULE}:matches"),
+        Needed("answer", f"{FIELD}[2].metric.column", "answer"),
+        Needed("right", f"{FIELD}[3].metric.column", "right"),
+    ]
 
 
 def test_every_reward_that_cannot_be_had_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,11 @@ def test_a_function_that_cannot_be_had_is_refused_with_its_field(
     assert call in str(problem.value)
 
 
-def test_a_column_that_no_row_has_is_refused_with_those_that_there_are(make: Make) -> None:
-    scorer = make("matches")
-    with pytest.raises(UserError, match=r"needs answer, which is no column of the rows; they have: right, source"):
-        scorer.score(episodes(["a"], right=["a"], source=["b"]))
+def test_answers_to_rows_that_all_lack_a_column_are_given_none_for_it(make: Make) -> None:
+    """Of a mixture of sources a batch may be of one that has no such column."""
+    assert make("matches").score(episodes(["a"], right=["a"], source=["b"])).values == [0.0]
+
+
+def test_a_function_needs_the_columns_that_are_neither_given_nor_set(make: Make) -> None:
+    assert make("matches").needs == ["answer"]
+    assert make("everything").needs == []

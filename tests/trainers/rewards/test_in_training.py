@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 
 from finetune_api.failures import FailureClass
 from finetune_api.plan import RunPlan
+from finetune_api.progress import Outcome
+from finetune_trainers.launch import check
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.judged_world import JudgedWorld
-from tests.trainers.online.online_world import OnlineWorld
+from tests.trainers.online.online_world import COMMON, OnlineWorld
 from tests.trainers.rewards.worlds import MODULE
 
 pytestmark = [pytest.mark.training, *WHEN_TRAINING]
@@ -88,14 +91,51 @@ def test_a_function_that_always_fails_ends_the_run_as_the_users_mistake(online: 
     )
 
 
-def test_a_column_that_the_data_lacks_ends_the_run_with_those_that_it_has(online: OnlineWorld, tmp_path: Path) -> None:
-    plan = grpo(online, {"metric": {"kind": "bleu", "column": "solution"}})
-    outcome = online.world.train(plan, tmp_path / "run")
+def checked(online: OnlineWorld, folder: Path, data: dict[str, Any], *rewards: dict[str, Any]) -> Outcome:
+    """What `finetune validate --data` finds."""
+    plan = online.plan("grpo", {"method": {"grpo": COMMON | {"groupSize": 4, "rewards": list(rewards)}}, "data": data})
+    return check(plan, folder / "check", online.world.cache)
+
+
+def prompts(file: Path, **columns: str) -> dict[str, str]:
+    file.write_text("".join(json.dumps({"prompt": "the cat", **columns}) + "\n" for _ in range(4)))
+    return {"source": file.as_uri()}
+
+
+def test_columns_that_no_row_has_are_told_before_anything_is_trained(online: OnlineWorld, tmp_path: Path) -> None:
+    data = {
+        "train": [prompts(tmp_path / "train.jsonl", answer="cat", topic="animals")],
+        "eval": [prompts(tmp_path / "eval.jsonl", answers="cat")],
+    }
+    outcome = checked(
+        online, tmp_path, data, {"metric": {"kind": "bleu", "column": "solution"}}, {"metric": {"kind": "bleu"}}
+    )
     assert outcome.failure is not None
     assert outcome.failure.failure_class is FailureClass.USER_ERROR
-    assert "spec.method.grpo.rewards[0].metric.column: is no column of the rows; they have: answer" in (
-        outcome.failure.message
-    )
+    told = [(problem.path, problem.value, problem.message) for problem in outcome.failure.problems]
+    first, second = (f"spec.method.grpo.rewards[{index}].metric.column" for index in range(2))
+    assert told == [
+        (first, '"solution"', "needs column solution, which no row of spec.data.train has; they have: answer, topic"),
+        (first, '"solution"', "needs column solution, which no row of spec.data.eval has; they have: answers"),
+        (
+            second,
+            '"answer"',
+            "needs column answer, which no row of spec.data.eval has; they have: answers; did you mean answers?",
+        ),
+    ]
+
+
+def test_a_function_that_needs_a_column_which_no_row_has_is_told_too(online: OnlineWorld, tmp_path: Path) -> None:
+    outcome = checked(online, tmp_path, {"train": [prompts(tmp_path / "train.jsonl")]}, function("matches"))
+    assert outcome.failure is not None
+    [problem] = outcome.failure.problems
+    assert problem.path == "spec.method.grpo.rewards[0].function.call"
+    assert problem.message == "needs column answer, which no row of spec.data.train has; they have: none"
+
+
+def test_of_a_mixture_one_source_may_lack_the_column(online: OnlineWorld, tmp_path: Path) -> None:
+    data = {"train": [prompts(tmp_path / "talk.jsonl"), prompts(tmp_path / "sums.jsonl", answer="7")]}
+    assert checked(online, tmp_path, data, {"metric": {"kind": "bleu"}}).failure is None
 
 
 def test_rewards_that_cannot_be_had_are_all_told_before_anything_is_loaded(online: OnlineWorld, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_a_reward_model_is_one_reward_among_others(full: Trained) -> None:
         RewardSource.model_validate({"model": {"source": full.source}, "weight": 2.0}),
         RewardSource.model_validate({"metric": {"kind": "exact-match"}}),
     ]
-    assert check_rewards(sources, "spec.method.sft.rewards") == []
+    check_rewards(sources, "spec.method.sft.rewards")
     context = SingleProcessContext(full.plan, full.folder / "policy")
     rewards = build_rewards(sources, full.plan, full.prepared, context)
     episodes = [Episode(one.prompt, one.completion, {"answer": one.completion}) for one in full.episodes("chosen")]
@@ -260,7 +260,9 @@ def test_a_reward_model_is_one_reward_among_others(full: Trained) -> None:
 def refused(source: str, **fields: Any) -> tuple[str | None, str]:
     """The one problem: its field below the reward model's, and what it says."""
     reward = RewardSource(model=ModelReward(source=source, **fields))
-    [problem] = check_rewards([reward], "spec.method.grpo.rewards")
+    with pytest.raises(UserError) as error:
+        check_rewards([reward], "spec.method.grpo.rewards")
+    [problem] = error.value.problems
     assert problem.path is not None
     return problem.path.removeprefix(f"{FIELD}."), problem.message
 

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.spec import MetricReward
-from finetune_trainers.errors import UserError
 from finetune_trainers.rewards import Scored
 from finetune_trainers.rewards.metrics import MetricScorer, last_number, rouge_l, sentence_bleu
 from tests.trainers.rewards.worlds import episodes
@@ -132,12 +131,11 @@ def test_with_a_pattern_too_a_row_without_a_right_answer_costs_the_others_nothin
 
 
 @pytest.mark.parametrize("more", [{}, {"pattern": ".+"}], ids=["plain", "with a pattern"])
-def test_a_column_that_the_rows_do_not_have_is_refused_with_those_that_they_have(more: dict[str, str]) -> None:
-    with pytest.raises(UserError) as refused:
-        scored({"kind": "bleu", "column": "solution"} | more, ["7"], answer=["7"])
-    [problem] = refused.value.problems
-    assert (problem.path, problem.value) == (f"{PATH}.column", '"solution"')
-    assert problem.message == "is no column of the rows; they have: answer"
+def test_rows_that_all_lack_the_column_have_no_score(more: dict[str, str]) -> None:
+    """Of a mixture of sources a batch may be of one that has no such column."""
+    found = scored({"kind": "bleu", "column": "solution"} | more, ["7"], answer=["7"])
+    assert found.values == [None]
+    assert "the row has no right answer in column solution" in found.faults[0]
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from finetune_trainers.context import WorkerContext
 from finetune_trainers.errors import UserError
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.rewards import Rewards, Scorer
+from finetune_trainers.rewards.columns import Needed
 from finetune_trainers.rewards.endpoint import HttpScorer, header_problems
 from finetune_trainers.rewards.functions import FunctionScorer
-from finetune_trainers.rewards.metrics import MetricScorer
+from finetune_trainers.rewards.metrics import MetricScorer, column_of
 from finetune_trainers.rewards.weighted import NamedScorer, WeightedRewards
 
 if TYPE_CHECKING:
@@ -25,24 +26,34 @@ if TYPE_CHECKING:
 __all__ = ["build_rewards", "check_rewards"]
 
 
-def check_rewards(rewards: Sequence[RewardSource], path: str) -> list[Problem]:
-    """All that can be known of `rewards` before an answer is there. `path`: their field, as
-    spec.method.grpo.rewards. Functions are imported in processes of their own; a service is not asked."""
+def check_rewards(rewards: Sequence[RewardSource], path: str) -> list[Needed]:
+    """The columns that `rewards` need of the rows. `path`: their field, as spec.method.grpo.rewards.
+
+    Functions are imported in processes of their own; a service is not asked. Raises UserError with all that can be
+    known to be wrong before an answer is there."""
     problems: list[Problem] = []
+    needed: list[Needed] = []
     for index, reward in enumerate(rewards):
         field = f"{path}[{index}].{reward.chosen}"
         if reward.function is not None:
             try:
-                FunctionScorer(reward.function, f"{field}.call").close()
+                scorer = FunctionScorer(reward.function, f"{field}.call")
+                needed += [Needed(column, f"{field}.call", reward.function.call) for column in scorer.needs]
+                scorer.close()
             except UserError as error:
                 problems += error.problems
+        elif reward.metric is not None:
+            if (column := column_of(reward.metric)) is not None:
+                needed.append(Needed(column, f"{field}.column", column))
         elif reward.http is not None:
             problems += header_problems(reward.http, field)
         elif reward.model is not None:
             from finetune_trainers.rewards.judge_checks import check_judge  # brings torch and transformers
 
             problems += check_judge(reward.model, field)
-    return problems
+    if problems:
+        raise UserError("; ".join(str(problem) for problem in problems), problems)
+    return needed
 
 
 def build_rewards(

@@ -47,6 +47,12 @@ class FunctionScorer:
         self._process: _Process | None = None
         self._begin()
 
+    @property
+    def needs(self) -> list[str]:
+        """Columns of the rows that the function cannot be called without."""
+        assert self._process is not None, "asked before anything was scored"
+        return [name for name in self._process.needs if name not in GIVEN]
+
     def score(self, episodes: Sequence[Episode]) -> Scored:
         """See `Scorer`."""
         try:
@@ -96,12 +102,8 @@ class FunctionScorer:
             "num_tokens": [one.num_tokens for one in episodes],
             "ended": [one.ended for one in episodes],
         }
-        missing = [name for name in process.needs if name not in known]
-        if missing:
-            columns = ", ".join(sorted(known.keys() - set(GIVEN))) or "none"
-            message = f"needs {', '.join(missing)}, which is no column of the rows; they have: {columns}"
-            problem = Problem(path=self._path, value=shorten(self._reward.call), message=message)
-            raise UserError(str(problem), [problem])
+        for name in process.needs:  # of a mixture, these rows may all be of a source without the column
+            known.setdefault(name, [None] * len(episodes))
         taken = known.keys() - self._reward.settings.keys()
         return {name: known[name] for name in known if name in taken and (process.takes_any or name in process.takes)}
 

@@ -11,18 +11,17 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
-from finetune_api.failures import Problem
 from finetune_api.problems import shorten
 from finetune_api.spec import FunctionReward, MetricReward
-from finetune_trainers.errors import UserError
 from finetune_trainers.generation_metrics import exact_match, token_f1
 from finetune_trainers.rewards import Episode, Scored
-from finetune_trainers.rewards.functions import FunctionScorer, columns_of
+from finetune_trainers.rewards.functions import FunctionScorer
 
 __all__ = [
     "DEFAULT_COLUMN",
     "PATTERN_SECONDS",
     "MetricScorer",
+    "column_of",
     "last_number",
     "rouge_l",
     "score_texts",
@@ -40,6 +39,11 @@ _NUMBER = re.compile(
 _WORD = re.compile(r"\w+")
 
 
+def column_of(reward: MetricReward) -> str | None:
+    """The column that `reward` compares with, None where it compares with none."""
+    return None if reward.kind == "regex" else reward.column or DEFAULT_COLUMN
+
+
 class MetricScorer:
     """One metric."""
 
@@ -47,7 +51,6 @@ class MetricScorer:
         """`path`: where `reward` stands in the job."""
         self._kind = reward.kind
         self._column = reward.column or DEFAULT_COLUMN
-        self._path = path
         self._apart = None
         if reward.pattern is not None:
             settings = {"kind": reward.kind, "pattern": reward.pattern, "column": self._column}
@@ -57,17 +60,13 @@ class MetricScorer:
 
     def score(self, episodes: Sequence[Episode]) -> Scored:
         """See `Scorer`."""
-        columns = columns_of(episodes)
-        if self._kind != "regex" and self._column not in columns:
-            message = f"is no column of the rows; they have: {', '.join(sorted(columns)) or 'none'}"
-            problem = Problem(path=f"{self._path}.column", value=shorten(self._column), message=message)
-            raise UserError(str(problem), [problem])
         if self._apart is not None:
             return self._apart.score(episodes)
         values: list[float | None] = []
         faults: dict[int, str] = {}
-        for index, (episode, answers) in enumerate(zip(episodes, columns[self._column], strict=True)):
+        for index, episode in enumerate(episodes):
             try:
+                answers = episode.fields.get(self._column)
                 values.append(_nearest(self._kind, episode.completion, answers, self._column))
             except ValueError as error:
                 values.append(None)
@@ -85,9 +84,10 @@ def score_texts(completions: list[str], kind: str, pattern: str, column: str, **
     if kind == "regex":
         return [float(expression.search(text) is not None) for text in completions]
     taken = [_last_match(expression, text) for text in completions]
+    rights = columns.get(column, [None] * len(taken))
     return [
         0.0 if text is None else _nearest(kind, text, answers, column)
-        for text, answers in zip(taken, columns[column], strict=True)
+        for text, answers in zip(taken, rights, strict=True)
     ]
 
 
