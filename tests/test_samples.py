@@ -14,9 +14,17 @@ from finetune_api.schema import custom_resource_definitions
 from finetune_api.spec import Method, Tuning
 from finetune_api.uris import Scheme, parse_uri
 from finetune_operator.planning import plan_run
+from finetune_operator.resources.storage import check_shared_files, loss_of_model
 
 SAMPLES = Path(__file__).parent.parent / "manifests" / "samples"
-FILES = sorted(file for file in SAMPLES.rglob("*.yaml") if file.parent.name not in ("serving", "interactive"))
+CHAIN = SAMPLES / "rlhf-chain"
+FILES = sorted(
+    [
+        *(file for file in SAMPLES.rglob("*.yaml") if file.parent.name not in ("serving", "interactive", CHAIN.name)),
+        CHAIN,
+    ]
+)
+"""A folder of jobs that belong together is one sample."""
 MADE_LATER = SAMPLES / "quickstart" / "data"
 """make_data.py writes it."""
 
@@ -28,6 +36,11 @@ def plans_of(file: Path) -> list[RunPlan]:
         reference = loaded.job.spec.runtime_ref
         plans.append(plan_run(loaded.job, manifests.runtimes[reference.name] if reference else None))
     return plans
+
+
+def texts_of(sample: Path) -> list[str]:
+    files = sorted(sample.glob("*.yaml")) if sample.is_dir() else [sample]
+    return [file.read_text(encoding="utf-8") for file in files]
 
 
 def test_there_are_samples() -> None:
@@ -51,7 +64,7 @@ def test_a_sample_fits_the_schema_that_the_api_server_gets(file: Path) -> None:
         crd["spec"]["names"]["kind"]: crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
         for crd in custom_resource_definitions().values()
     }
-    for document in read_documents(file.read_text(encoding="utf-8"), str(file)):
+    for document in (document for text in texts_of(file) for document in read_documents(text, str(file))):
         jsonschema.Draft4Validator(schemas[document["kind"]]).validate(document)
 
 
@@ -63,9 +76,10 @@ def test_a_sample_has_a_plan_that_survives_json(file: Path) -> None:
 
 
 def test_a_sample_says_its_idea_first(file: Path) -> None:
-    first, *_ = file.read_text(encoding="utf-8").splitlines()
-    assert first.startswith("# ")
-    assert len(first) > 40
+    for text in texts_of(file):
+        first, *_ = text.splitlines()
+        assert first.startswith("# ")
+        assert len(first) > 40
 
 
 def test_local_data_of_a_sample_is_there(file: Path) -> None:
@@ -74,6 +88,16 @@ def test_local_data_of_a_sample_is_there(file: Path) -> None:
             uri = parse_uri(source.source)
             if uri.scheme is Scheme.FILE and MADE_LATER not in Path(uri.path).parents:
                 assert Path(uri.path).is_file(), source.source
+
+
+def test_the_chain_has_its_data_and_models_where_the_pods_of_a_cluster_reach_them() -> None:
+    for plan in plans_of(CHAIN):
+        check_shared_files(plan)
+        assert loss_of_model(plan) is None
+        for source in (*plan.data.train, *plan.data.eval):
+            uri = parse_uri(source.source)
+            assert (uri.scheme, uri.authority) == (Scheme.PVC, "finetune")
+            assert (SAMPLES / uri.path).is_file(), "its first lines tell to copy the samples' data there"
 
 
 def test_the_minimal_sample_has_ten_lines() -> None:

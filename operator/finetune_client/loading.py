@@ -20,7 +20,7 @@ from finetune_api.runtime import FineTuneRuntime
 from finetune_api.uris import Scheme, parse_uri
 from finetune_client.overrides import Override, apply_overrides
 from finetune_operator.planning import plan_run
-from finetune_operator.policies.dependencies import dependency_names, dependency_paths
+from finetune_operator.policies.dependencies import dependency_names, dependency_paths, misfits
 
 __all__ = ["Loaded", "PlannedJob", "load", "load_all", "load_one", "missing_data", "missing_jobs", "missing_models"]
 
@@ -60,6 +60,7 @@ def load(files: Sequence[Path], runtimes: Sequence[Path] = (), overrides: Sequen
             loaded.planned.append(_planned(job, known, complete=not loaded.problems))
         except InvalidManifest as invalid:
             loaded.problems += [problem.model_copy(update={"file": job.file}) for problem in invalid.problems]
+    loaded.problems += _misfits(loaded.planned)
     return loaded
 
 
@@ -77,14 +78,14 @@ def load_one(
     if not loaded.planned:
         message = "holds no FineTuneJob"
     elif name is None:
-        message = f"holds {len(chosen)} jobs; choose one with --job: {names}"
+        message = f"holds {len(chosen)} jobs; choose one with --job: {names}; finetune run -f runs all of them"
     else:
         message = f"must hold one job called {name}; it holds {names}"
     raise InvalidManifest([Problem(file=str(file), message=message)])
 
 
 def load_all(file: Path, runtimes: Sequence[Path] = (), overrides: Sequence[Override] = ()) -> list[PlannedJob]:
-    """Every job in `file`, in the order of the file. Raises InvalidManifest."""
+    """Every job in `file`, or in the files of that folder, in their order. Raises InvalidManifest."""
     loaded = load([file], runtimes, overrides)
     if not loaded.problems and not loaded.planned:
         loaded.problems.append(Problem(file=str(file), message="holds no FineTuneJob"))
@@ -100,7 +101,7 @@ def missing_jobs(planned: Sequence[PlannedJob]) -> list[Problem]:
     problems = []
     for here, one in jobs.items():
         for path, needed in dependency_paths(one.job.to_document()).items():
-            message = _why_not(jobs, needs, here, (here[0], needed), whole=".rewards[" not in path)
+            message = _why_not(jobs, needs, here, (here[0], needed))
             if message is not None:
                 value = json.dumps(f"job://{needed}")
                 problems.append(Problem(file=one.file, path=path, value=value, message=message))
@@ -112,20 +113,27 @@ def _why_not(
     needs: Mapping[JobName, Sequence[str]],
     here: JobName,
     needed: JobName,
-    whole: bool,
 ) -> str | None:
-    """What is wrong with job `here` using the model of job `needed`. `whole`: an adapter does not do."""
+    """Why job `here` would wait for the model of job `needed` in vain."""
     if needed not in jobs:
         return (
-            "is the artifact of a job that is not run here; put that job into the same file and run all of them with "
-            "--all, or name the artifact itself: file:///path/to/artifact"
+            "is the artifact of a job that is not run here; put that job into the same file or folder and run all of "
+            "them with -f, or name the artifact itself: file:///path/to/artifact"
         )
     if _leads_to(needs, needed, here):
         return "is the artifact of a job that waits for this one; one of them must start from a model"
-    other = jobs[needed].job.spec
-    if whole and other.tuning.lora is not None and not any(output.merge for output in other.outputs):
-        return f"will be an adapter and not a whole model; give {needed[1]} an output with merge: true"
     return None
+
+
+def _misfits(planned: Sequence[PlannedJob]) -> list[Problem]:
+    """Jobs of these files whose models will not do where others of them name them."""
+    documents = {(one.plan.namespace, one.plan.name): one.job.to_document() for one in planned}
+    problems = []
+    for one in planned:
+        beside = {name: document for (space, name), document in documents.items() if space == one.plan.namespace}
+        found = misfits(beside[one.plan.name], beside)
+        problems += [problem.model_copy(update={"file": one.file}) for problem in found]
+    return problems
 
 
 def missing_data(plan: RunPlan) -> list[Problem]:

@@ -36,7 +36,7 @@ from finetune_operator.kinds import (
 )
 from finetune_operator.observe import Document, Header, Observed
 from finetune_operator.planning import plan_run
-from finetune_operator.policies.dependencies import dependency_paths, resolve
+from finetune_operator.policies.dependencies import dependency_paths, misfits, resolve
 from finetune_operator.raw import at
 from finetune_operator.resources.config_map import (
     plan_config_map,
@@ -127,6 +127,8 @@ def prepare(
         return runtime
     needed = set(dependency_paths(document).values())
     kept = _earlier_artifacts(seen)
+    if wrong := misfits(document, {name: seen.dependencies.get(name) for name in needed - kept.keys()}):
+        return Blocked(Finding("Valid", "False", "PlanRefused", str(InvalidManifest(wrong))))
     dependencies = resolve(sorted(needed - kept.keys()), seen.dependencies)
     if dependencies.failed:
         finding = Finding("Failed", "True", "DependencyFailed", "\n".join(dependencies.failed))

@@ -173,6 +173,10 @@ def test_only_a_run_that_has_not_ended_goes_on(finetune: Any, write_job: Any, tm
         (["--resume", "runs", "--set", "training.maxSteps=9", "--no-ray"], "leave out: --set, --no-ray"),
         (["FILE", "--all", "--job", "tiny"], "--job chooses one job and --all runs every one; use one of them"),
         (["FILE", "--all", "--suspend-after", "2"], "--suspend-after is for one job; leave --all out"),
+        (["-f", "FILE", "--suspend-after", "2"], "--suspend-after is for one job; leave -f out"),
+        (["-f", "FILE", "--job", "tiny"], "--job chooses one job and -f runs every one; use one of them"),
+        (["FILE", "-f", "FILE"], "jobs are named by FILE or by -f; use one of them"),
+        (["--resume", "runs", "-f", "FILE"], "leave out: -f"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(
@@ -235,6 +239,21 @@ def test_all_jobs_of_a_file_run_each_after_the_one_whose_model_it_starts_from(fi
     assert "second: job://first" in done.stderr
 
 
+def test_all_jobs_of_a_folder_run_as_those_of_a_file(finetune: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "chain"
+    folder.mkdir()
+    write_jobs(folder, ("a-second", {"spec.model.source": "job://first"})).rename(folder / "1.yaml")
+    write_jobs(folder, ("first", {})).rename(folder / "2.yaml")
+    done = finetune("run", "-f", folder, "--workdir", tmp_path / "run", "-o", "json")
+    assert done.code == 0, done.stderr
+    assert {one["name"]: one["phase"] for one in done.document["jobs"]} == {
+        "a-second": "Succeeded",
+        "first": "Succeeded",
+    }
+    plan = RunPlan.model_validate_json((tmp_path / "run" / "a-second" / "plan.json").read_bytes())
+    assert plan.model.source == (tmp_path / "run" / "first" / "artifact").as_uri()
+
+
 def test_the_first_job_that_fails_gives_the_exit_code(finetune: Any, tmp_path: Path) -> None:
     file = write_jobs(tmp_path, ("first", {}), ("second", {"spec.model.source": "job://first"}))
     done = finetune("run", file, "--all", "--workdir", tmp_path / "run", "-o", "json", fake="data-error")
@@ -245,7 +264,7 @@ def test_the_first_job_that_fails_gives_the_exit_code(finetune: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("jobs", "arguments", "sentence"),
     [
-        ([("a", {"spec.model.source": "job://b"}), ("b", {})], ["--job", "a"], "run all of them with --all"),
+        ([("a", {"spec.model.source": "job://b"}), ("b", {})], ["--job", "a"], "run all of them with -f"),
         ([("a", {"spec.model.source": "job://b"}), ("c", {})], ["--all"], "put that job into the same file"),
         (
             [("a", {"spec.model.source": "job://b"}), ("b", {"spec.model.source": "job://a"})],
@@ -256,6 +275,11 @@ def test_the_first_job_that_fails_gives_the_exit_code(finetune: Any, tmp_path: P
             [("a", {"spec.model.source": "job://b"}), ("b", {"spec.tuning": {"lora": {}}})],
             ["--all"],
             "give b an output with merge: true",
+        ),
+        (
+            [("a", {"spec.model.source": "job://b"}), ("b", {"spec.method": {"reward": {}}})],
+            ["--all"],
+            "is a job of method reward, whose model gives scores and writes nothing",
         ),
     ],
 )

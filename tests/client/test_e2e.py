@@ -16,11 +16,13 @@ import psutil
 import pytest
 import yaml
 
+from finetune_api.plan import RunPlan
 from finetune_client.cli.exits import SUSPENDED
 from finetune_client.processes import RUN_MARK
 from tests.client.conftest import Finished, is_alive, wait_until
 from tests.factories import job_document
-from tests.trainers.factories import tiny_model, write_rows
+from tests.trainers.factories import tiny_model, write_pairs, write_rows
+from tests.trainers.online.online_world import write_prompts
 
 pytestmark = pytest.mark.e2e
 
@@ -260,3 +262,42 @@ def test_a_killed_trainer_is_a_failure_and_leaves_nothing(world: World) -> None:
     assert done.document["failure"] == "Unknown"
     assert "SIGKILL" in done.document["failureDetails"]["message"]
     assert [child for child in children if is_alive(child.pid)] == []
+
+
+CHAIN = Path(__file__).parents[2] / "manifests" / "samples" / "rlhf-chain"
+TINY = {"sft": {"maxSeqLength": 128}, "reward": {"maxSeqLength": 128}, "ppo": {"maxSeqLength": 128}}
+
+
+def test_the_sample_of_a_chain_runs_from_its_folder_by_one_command(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the sample's first lines tell, with a smaller model and shorter texts."""
+    monkeypatch.setenv("FINETUNE_PVC_ROOT", str(tmp_path / "claims"))
+    data, folder = tmp_path / "claims" / "finetune" / "data", tmp_path / "chain"
+    data.mkdir(parents=True)
+    folder.mkdir()
+    write_rows(data / "support.jsonl", 8)
+    write_pairs(data / "preferences.jsonl", 8)
+    write_prompts(data / "prompts.jsonl", 8)
+    for file in CHAIN.glob("*.yaml"):
+        document = yaml.safe_load(file.read_text())
+        if document["kind"] == "FineTuneJob":
+            spec = document["spec"]
+            if spec["model"]["source"].startswith("package://"):
+                spec["model"]["source"] = (world.folder / "model").as_uri()
+            [method] = spec["method"]
+            spec["method"][method] |= TINY[method]
+            spec["training"] = {"maxSteps": 2, "globalBatchSize": 2}
+        (folder / file.name).write_text(yaml.safe_dump(document))
+    done = world.finetune("run", "-f", folder, "--workdir", tmp_path / "run", "-o", "json")
+    assert done.code == 0, done.stderr
+    documents = {one["name"]: one for one in done.document["jobs"]}
+    assert {name: one["phase"] for name, one in documents.items()} == dict.fromkeys(
+        ("rlhf-chain-sft", "rlhf-chain-reward", "rlhf-chain"), "Succeeded"
+    )
+    plan = RunPlan.model_validate_json((tmp_path / "run" / "rlhf-chain" / "plan.json").read_bytes())
+    assert plan.model.source == documents["rlhf-chain-sft"]["artifact"]
+    assert plan.method.ppo is not None
+    [reward] = plan.method.ppo.rewards
+    assert reward.model is not None
+    assert reward.model.source == documents["rlhf-chain-reward"]["artifact"]

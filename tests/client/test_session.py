@@ -72,6 +72,9 @@ class Laptop:
         return [(attempt.number, attempt.outcome) for attempt in self.status().attempts]
 
 
+WHOLE: dict[str, Any] = {"tuning": {"full": {}}}
+
+
 def tiny(changes: dict[str, Any] | None = None, name: str = "tiny") -> FineTuneJob:
     return make_job({"model.source": SOURCE, "training": {"maxSteps": 5}} | (changes or {}), name=name)
 
@@ -261,7 +264,7 @@ def test_stopping_a_run_cancels_its_job(tmp_path: Path) -> None:
 
 
 def test_a_job_starts_from_the_model_that_another_wrote(tmp_path: Path) -> None:
-    first, second = tiny(name="first"), tiny({"model.source": "job://first"}, name="second")
+    first, second = tiny(WHOLE, name="first"), tiny({"model.source": "job://first"}, name="second")
     laptop = play(tmp_path, [second, first], DONE, DONE)
     assert [one.launch.job.name for one in laptop.started] == ["first", "second"]
     plan = RunPlan.model_validate_json(laptop.started[1].launch.plan)
@@ -270,13 +273,13 @@ def test_a_job_starts_from_the_model_that_another_wrote(tmp_path: Path) -> None:
 
 
 def test_a_job_fails_with_the_one_whose_model_it_needs(tmp_path: Path) -> None:
-    first, second = tiny(name="first"), tiny({"model.source": "job://first"}, name="second")
+    first, second = tiny(WHOLE, name="first"), tiny({"model.source": "job://first"}, name="second")
     laptop = play(tmp_path, [first, second], steps(1, failing(FailureClass.DATA_ERROR)))
     assert laptop.status(Key("default", "second")).failure is FailureClass.DEPENDENCY_FAILED
 
 
 def test_a_run_ends_when_what_is_left_waits_for_a_suspended_job(tmp_path: Path) -> None:
-    first, second = tiny({"suspend": True}, name="first"), tiny({"model.source": "job://first"}, name="second")
+    first, second = tiny(WHOLE | {"suspend": True}, name="first"), tiny({"model.source": "job://first"}, name="second")
     laptop = play(tmp_path, [first, second])
     assert laptop.status(Key("default", "first")).phase is Phase.SUSPENDED
     assert laptop.status(Key("default", "second")).phase is Phase.PENDING

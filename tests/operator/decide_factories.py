@@ -62,8 +62,8 @@ def saved(step: int, **changes: Any) -> SavedCheckpoint:
 
 
 def another_job(name: str, status: Mapping[str, Any] | None = None) -> Document:
-    """A FineTuneJob that the one under test may depend on."""
-    document = job_document(name=name)
+    """A FineTuneJob that the one under test may depend on: it trains a whole model."""
+    document = job_document({"tuning": {"full": {}}}, name=name)
     return document | {"status": dict(status)} if status is not None else document
 
 

@@ -23,6 +23,7 @@ from finetune_operator.kinds import (
     SERVICE_ACCOUNT,
 )
 from finetune_operator.observe import World, observe
+from tests.factories import job_document
 from tests.operator.decide_factories import NOON, SETTINGS, Cluster, another_job, failed, stopped, succeeded
 
 GONE = Decision()
@@ -572,6 +573,18 @@ def test_a_job_waits_for_the_job_that_it_names_and_starts_from_its_model() -> No
     cluster.settle()
     assert cluster.status["phase"] == "Starting"
     assert plan_of(cluster, 1)["model"]["source"] == "file:///runs/sft/model"
+
+
+def test_a_job_whose_model_will_never_do_is_refused_while_it_trains_and_no_longer_when_another_takes_its_name() -> None:
+    cluster = Cluster(CHAINED)
+    cluster.dependencies["sft"] = job_document({"method": {"reward": {}}}, name="sft")
+    cluster.settle()
+    assert cluster.holds("Valid") == ("False", "PlanRefused")
+    assert cluster.says("Valid").startswith("spec.model.source: is a job of method reward")
+    cluster.dependencies["sft"] = another_job("sft", {"phase": "Running"})
+    cluster.settle()
+    assert cluster.holds("Valid") != ("False", "PlanRefused")
+    assert cluster.holds("Admitted") == ("False", "DependencyPending")
 
 
 def test_a_job_fails_with_the_reason_of_the_job_that_it_needs() -> None:

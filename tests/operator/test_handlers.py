@@ -58,7 +58,7 @@ def test_a_changed_runtime_does_not_wake_jobs_that_have_theirs() -> None:
 def test_a_job_starts_as_soon_as_the_job_whose_model_it_needs_has_written_it() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.submit(job_document({"model.source": "job://first"}, name="second"))
-        await stage.submit(job_document(name="first"))
+        await stage.submit(job_document({"tuning": {"full": {}}}, name="first"))
         await asyncio.sleep(600)
         assert stage.names(RAY_JOB) == ["first-1"]
         assert stage.condition("Admitted", "second")["reason"] == "DependencyPending"

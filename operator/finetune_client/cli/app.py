@@ -115,7 +115,17 @@ def plan(
 @app.command(epilog=EPILOG)
 def run(
     file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="File with the FineTuneJob.", show_default=False)
+        Path | None, typer.Argument(metavar="FILE", help="File or folder with the FineTuneJob.", show_default=False)
+    ] = None,
+    filename: Annotated[
+        Path | None,
+        typer.Option(
+            "--filename",
+            "-f",
+            metavar="FILE|FOLDER",
+            help="Run every job in a file or a folder, as kubectl apply -f would: the same as FILE with --all.",
+            show_default=False,
+        ),
     ] = None,
     workdir: Annotated[
         Path | None,
@@ -127,7 +137,7 @@ def run(
     ] = None,
     job: JobOption = None,
     all_jobs: Annotated[
-        bool, typer.Option("--all", help="Run every job in the file, each after the one whose model it starts from.")
+        bool, typer.Option("--all", help="Run every job in the file or folder, each after those whose models it names.")
     ] = False,
     runtime: RuntimeOption = None,
     overrides: SetOption = None,
@@ -160,12 +170,14 @@ def run(
       finetune run job.yaml
       finetune run job.yaml --set training.maxSteps=5 --workdir runs/try -o json
       finetune run job.yaml --suspend-after 100
+      finetune run -f manifests/samples/rlhf-chain
       finetune run --resume runs/support-bot/20250101-120000
     """
     from finetune_client.cli.run import RunRequest, run_job
 
     request = RunRequest(
         file=file,
+        everything_in=filename,
         job=job,
         runtimes=runtime or [],
         overrides=overrides or [],
@@ -174,7 +186,7 @@ def run(
         use_ray=not no_ray,
         quiet=quiet,
         as_json=output is Output.JSON,
-        all_jobs=all_jobs,
+        all_of_file=all_jobs,
         retry=not no_retry,
         suspend_after=suspend_after,
         resume=resume,

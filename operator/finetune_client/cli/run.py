@@ -41,6 +41,8 @@ class RunRequest:
     """What was typed."""
 
     file: Path | None
+    everything_in: Path | None
+    """A file or folder in the place of `file`, of which every job is run."""
     job: str | None
     runtimes: Sequence[Path]
     overrides: Sequence[str]
@@ -49,10 +51,15 @@ class RunRequest:
     use_ray: bool
     quiet: bool
     as_json: bool
-    all_jobs: bool = False
+    all_of_file: bool = False
     retry: bool = True
     suspend_after: int | None = None
     resume: Path | None = None
+
+    @property
+    def all_jobs(self) -> bool:
+        """Whether every job that is found is run, and not one."""
+        return self.all_of_file or self.everything_in is not None
 
 
 class _Refused(Exception):
@@ -197,19 +204,25 @@ def _load(request: RunRequest) -> list[PlannedJob]:
 
 
 def _one_file(request: RunRequest) -> Path:
+    file, everything = request.file, "-f" if request.everything_in is not None else "--all"
     refusals = (
-        (request.file is None, "name the file with the job, or a run's folder with --resume"),
+        (file is None and everything == "--all", "name the file with the job, or a run's folder with --resume"),
+        (file is not None and everything == "-f", "jobs are named by FILE or by -f; use one of them"),
         (
             request.all_jobs and request.job is not None,
-            "--job chooses one job and --all runs every one; use one of them",
+            f"--job chooses one job and {everything} runs every one; use one of them",
         ),
-        (request.all_jobs and request.suspend_after is not None, "--suspend-after is for one job; leave --all out"),
+        (
+            request.all_jobs and request.suspend_after is not None,
+            f"--suspend-after is for one job; leave {everything} out",
+        ),
     )
     for is_so, message in refusals:
         if is_so:
             raise _refused(FailureClass.USER_ERROR, message)
-    assert request.file is not None
-    return request.file
+    found = request.everything_in or file
+    assert found is not None
+    return found
 
 
 def _reopened(request: RunRequest, folder: Path, display: Display) -> RunFolder:
@@ -218,7 +231,8 @@ def _reopened(request: RunRequest, folder: Path, display: Display) -> RunFolder:
         "--workdir": request.workdir is not None,
         "--cache": request.cache is not None,
         "--job": request.job is not None,
-        "--all": request.all_jobs,
+        "--all": request.all_of_file,
+        "-f": request.everything_in is not None,
         "--runtime": bool(request.runtimes),
         "--set": bool(request.overrides),
         "--no-ray": not request.use_ray,

@@ -6,6 +6,9 @@ has is waited for too: `kubectl apply` of a folder creates jobs in any order.
 
 A model is named as the one to start from, as a teacher or as a reward. `dependency_names` is also what the handlers
 index jobs by, so that the end of one wakes those that wait for it.
+
+A model that will not do is refused while it is waited for, by what the other job says of itself (`misfits`): nobody
+trains for hours to find out.
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune_api.failures import Problem
 from finetune_api.progress import Artifact
 from finetune_operator.names import SCRATCH
 from finetune_operator.raw import at, items, text
 
-__all__ = ["Dependencies", "dependency_names", "dependency_paths", "resolve"]
+__all__ = ["Dependencies", "dependency_names", "dependency_paths", "misfits", "resolve"]
 
 _PREFIX = "job://"
 _POD_DISK = f"file://{SCRATCH}/"
@@ -58,6 +62,42 @@ def _sources(job: Any) -> Iterator[tuple[str, str]]:
     for online in ("ppo", "grpo"):
         for index, reward in enumerate(items(at(method, online), "rewards")):
             yield f"spec.method.{online}.rewards[{index}].model.source", text(reward, "model", "source")
+
+
+def misfits(job: Any, jobs: Mapping[str, Any]) -> list[Problem]:
+    """The fields of `job`, a raw FineTuneJob, that name a job whose model will not do there.
+
+    `jobs` are the raw FineTuneJobs by name; one that is not among them, or None, is not judged. Total."""
+    verdicts = ((path, name, _misfit(path, name, jobs.get(name))) for path, name in dependency_paths(job).items())
+    return [
+        Problem(path=path, value=f'"{_PREFIX}{name}"', message=message)
+        for path, name, message in verdicts
+        if message is not None
+    ]
+
+
+def _misfit(path: str, name: str, other: Any) -> str | None:
+    methods = at(other, "spec", "method")
+    method = next((one for one in methods if methods[one] is not None), None) if isinstance(methods, Mapping) else None
+    if method is None:
+        return None
+    if ".rewards[" in path:
+        if method != "reward":
+            return f"is a job of method {method}, whose model gives no scores; name a job of method reward"
+        return None
+    if method == "reward":
+        return "is a job of method reward, whose model gives scores and writes nothing; name a job of another method"
+    if not _is_whole(other):
+        return f"will be an adapter and not a whole model; give {name} an output with merge: true"
+    return None
+
+
+def _is_whole(other: Any) -> bool:
+    """Whether it has written a whole model; as long as it has written nothing, whether it is going to."""
+    if written := _artifacts(other):
+        return any(one.kind == "model" for one in written)
+    is_lora = at(other, "spec", "tuning", "lora") is not None
+    return not is_lora or any(at(one, "merge") is True for one in items(at(other, "spec"), "outputs"))
 
 
 def resolve(names: Iterable[str], jobs: Mapping[str, Any]) -> Dependencies:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.policies.dependencies import dependency_names, dependency_paths, resolve
+from finetune_operator.policies.dependencies import dependency_names, dependency_paths, misfits, resolve
 from tests.factories import job_document
 from tests.operator.decide_factories import ARTIFACT, another_job
 
@@ -55,6 +55,57 @@ def test_a_setting_of_a_reward_function_that_looks_like_a_job_is_none() -> None:
 )
 def test_a_document_that_is_no_job_names_none(document: Any) -> None:
     assert dependency_names(document) == ()
+
+
+POLICY = {"ppo": {"rewards": [{"model": {"source": "job://other"}}]}}
+FULL: dict[str, Any] = {"tuning": {"full": {}}}
+LORA: dict[str, Any] = {"tuning": {"lora": {}}}
+MERGED = LORA | {"outputs": [{"to": "file:///out", "merge": True}]}
+NEEDS_MODEL = {"model.source": "job://other"}
+NO_WRITER = "is a job of method reward, whose model gives scores and writes nothing; name a job of another method"
+NO_JUDGE = "is a job of method sft, whose model gives no scores; name a job of method reward"
+NOT_WHOLE = "will be an adapter and not a whole model; give other an output with merge: true"
+
+
+@pytest.mark.parametrize(
+    ("job", "other", "field", "message"),
+    [
+        pytest.param({"method": POLICY}, FULL, "method.ppo.rewards[0].model.source", NO_JUDGE, id="SFT as a reward"),
+        pytest.param(NEEDS_MODEL, FULL | {"method": {"reward": {}}}, "model.source", NO_WRITER, id="reward as a model"),
+        pytest.param(NEEDS_MODEL, LORA, "model.source", NOT_WHOLE, id="adapter as a model"),
+        pytest.param(
+            {"method": {"distill": {"teacher": {"source": "job://other"}}}},
+            LORA,
+            "method.distill.teacher.source",
+            NOT_WHOLE,
+            id="adapter as a teacher",
+        ),
+    ],
+)
+def test_a_job_whose_model_will_not_do_is_told_before_it_has_trained(
+    job: dict[str, Any], other: dict[str, Any], field: str, message: str
+) -> None:
+    [problem] = misfits(job_document(job), {"other": job_document(other, name="other")})
+    assert (problem.path, problem.value, problem.message) == (f"spec.{field}", '"job://other"', message)
+
+
+@pytest.mark.parametrize(
+    ("job", "other"),
+    [
+        pytest.param(NEEDS_MODEL, job_document(FULL), id="a whole model to start from"),
+        pytest.param(NEEDS_MODEL, job_document(MERGED), id="an adapter that will be merged"),
+        pytest.param({"method": POLICY}, job_document(LORA | {"method": {"reward": {}}}), id="an adapter that judges"),
+        pytest.param(NEEDS_MODEL, None, id="a job that is not there"),
+        pytest.param(NEEDS_MODEL, {"spec": {"method": [], "tuning": 3}}, id="a document that is no job"),
+        pytest.param(
+            NEEDS_MODEL,
+            job_document(LORA) | {"status": ended("Complete", artifacts=WRITTEN)},
+            id="an adapter that was merged, by an output that is no longer there",
+        ),
+    ],
+)
+def test_a_job_whose_model_will_do_is_told_nothing(job: dict[str, Any], other: Any) -> None:
+    assert misfits(job_document(job), {"other": other}) == []
 
 
 def test_a_job_that_is_done_gives_its_model() -> None:
