@@ -1,4 +1,5 @@
-"""How a job looks in a notebook: what Jupyter shows of a `JobView`, and of a `Moment` with the curve of its loss.
+"""How a job looks in a notebook: what Jupyter shows of a `JobView`, and of a `Moment` with the curves of its loss,
+or of its reward.
 
 Plain HTML and SVG without scripts, so that it is also shown where a notebook is not trusted, or is read on the web.
 """
@@ -9,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from finetune_client.telling import summary, what_next
+from finetune_client.telling import summary, watched, what_next
 from finetune_client.views import JobView
 
 __all__ = ["html_of"]
@@ -18,12 +19,16 @@ _WIDTH, _HEIGHT, _MARGIN = 480, 90, 4
 
 
 def html_of(view: JobView, metrics: Sequence[Mapping[str, float]] = ()) -> str:
-    """The job's line, how far it is, what to do next, and its loss."""
+    """The job's line, how far it is, what to do next, and the figures that people watch."""
+    names = {name for row in metrics for name in row}
     lines = [
         f"<b>{escape(view.name)}</b> in {escape(view.namespace)}: {escape(summary(view))}",
         _bar(view),
         escape(what_next(view)),
-        _curve([(row["step"], row["loss"]) for row in metrics if "loss" in row]),
+        *(
+            _curve(said, [(row["step"], row[name]) for row in metrics if name in row])
+            for name, said in watched(names).items()
+        ),
     ]
     return "".join(f"<div>{line}</div>" for line in lines if line)
 
@@ -35,7 +40,7 @@ def _bar(view: JobView) -> str:
     return f'<progress style="width: {_WIDTH}px" max="{progress.total_steps}" value="{progress.step}"></progress>'
 
 
-def _curve(points: Sequence[tuple[float, float]]) -> str:
+def _curve(said: str, points: Sequence[tuple[float, float]]) -> str:
     """A line through the points, in a box that they fill."""
     points = [point for point in points if math.isfinite(point[1])]
     if len(points) < 2:
@@ -47,7 +52,7 @@ def _curve(points: Sequence[tuple[float, float]]) -> str:
     )
     return (
         f'<svg width="{_WIDTH}" height="{_HEIGHT}"><polyline points="{places}" fill="none" stroke="steelblue" '
-        f'stroke-width="1.5"/></svg><br/>loss {ys[0]:.4g} → {ys[-1]:.4g}'
+        f'stroke-width="1.5"/></svg><br/>{said} {ys[0]:.4g} → {ys[-1]:.4g}'
     )
 
 

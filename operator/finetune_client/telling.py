@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from finetune_api.job import Phase
 from finetune_client.advice import advice_for
 from finetune_client.views import JobView
 
-__all__ = ["duration", "first_words", "summary", "what_next"]
+__all__ = ["duration", "first_words", "summary", "watched", "what_next"]
 
 _LONGEST = 70
+_OF_REWARDS = {"reward": "reward", "kl": "kl"}
+_OF_LOSS = {"loss": "loss", "rewards/accuracies": "accuracy"}
 
 
 def summary(view: JobView) -> str:
@@ -18,8 +22,8 @@ def summary(view: JobView) -> str:
     if status.progress is not None and status.progress.step:
         of = f"/{status.progress.total_steps}" if status.progress.total_steps else ""
         parts.append(f"step {status.progress.step}{of}")
-        if "loss" in status.progress.metrics:
-            parts.append(f"loss {status.progress.metrics['loss']}")
+        metrics = status.progress.metrics
+        parts += [f"{said} {metrics[name]}" for name, said in watched(metrics).items()]
         if status.progress.eta_seconds and not view.is_over:
             parts.append(f"{duration(status.progress.eta_seconds)} left")
     if status.checkpoint is not None:
@@ -28,6 +32,17 @@ def summary(view: JobView) -> str:
         parts.append(f"attempt {status.attempts[-1].number}")
     why = advice_for(view).why
     return ", ".join(parts) + (f": {first_words(why)}" if why else "")
+
+
+def watched(names: Collection[str]) -> dict[str, str]:
+    """Of the figures called `names` those that a person watches, and what they are called on a screen.
+
+    Where rewards are learned from these are the reward and the distance from the reference: that loss is about zero,
+    however well it goes. Elsewhere they are the loss and, of answers that were judged, the share that the model gets
+    right.
+    """
+    chosen = _OF_REWARDS if "reward" in names else _OF_LOSS
+    return {name: said for name, said in chosen.items() if name in names}
 
 
 def duration(seconds: float) -> str:

@@ -48,6 +48,17 @@ def test_a_file_gets_one_plain_line_per_report() -> None:
     ]
 
 
+def test_of_a_method_that_learns_from_rewards_reward_and_kl_are_shown_and_not_its_loss() -> None:
+    metrics = {"loss": 1e-7, "reward": 0.5, "kl": 0.012, "eval_loss": -0.75, "eval_reward": 0.75}
+    [line, _] = shown(TRAINING.model_copy(update={"metrics": metrics}), terminal=False).splitlines()
+    assert line == ("Training: step 3/10, reward 0.5000, kl 0.0120, 12,346 tokens/s, 1:35 left, eval reward 0.7500")
+
+
+def test_of_judged_answers_the_share_that_the_model_gets_right_stands_beside_the_loss() -> None:
+    judged = TRAINING.model_copy(update={"metrics": {"loss": 0.6, "rewards/accuracies": 0.75, "rewards/margins": 1.0}})
+    assert "step 3/10, loss 0.6000, accuracy 0.7500, " in shown(judged, terminal=False)
+
+
 def test_the_parts_of_a_step_are_no_lines_but_for_what_they_say_and_a_terminal_shows_who_is_at_work() -> None:
     scoring = TRAINING.model_copy(update={"phase": "score", "role": "reward length"})
     writing = TRAINING.model_copy(update={"phase": "generate", "role": "policy", "message": "writing: 3 of 8"})

@@ -16,13 +16,13 @@ from tests.factories import job
 METRICS = {"eval_loss": 0.5, "eval_rewards/accuracies": 0.8, "eval_rewards/margins": 1.25}
 
 
-def told(method: str, metrics: dict[str, float], tuning: str = "lora") -> str:
+def told(method: str, metrics: dict[str, float], tuning: str = "lora", *, evaluated: bool = True) -> str:
     artifact = Artifact(uri="file:///runs/x/artifact", kind="adapter", digest="0", bytes=1000)
     outcome = Outcome(
         result=Result.SUCCEEDED,
         step=4,
         total_steps=4,
-        eval=EvalSummary(loss_before=0.6931, loss_after=0.5),
+        eval=EvalSummary(loss_before=0.6931, loss_after=0.5) if evaluated else None,
         artifacts=[artifact],
         metrics=metrics,
     )
@@ -46,6 +46,11 @@ def test_a_distilled_model_is_told_with_how_near_it_came_to_its_teacher() -> Non
     said = "teacher    the same token at 75% of places, 0.1250 nats away"
     assert said in told("sft", {"eval_kl": 0.125, "eval_token_agreement": 0.75})
     assert "teacher" not in told("sft", {"eval_kl": 0.125})
+
+
+def test_without_evaluation_the_reward_of_the_last_iteration_is_told() -> None:
+    assert "  reward     0.6250 in the last iteration\n" in told("sft", {"reward": 0.625}, evaluated=False)
+    assert "reward" not in told("sft", {"loss": 1.0}, evaluated=False)
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

@@ -24,18 +24,26 @@ assert isinstance(answer, str)
 """
 
 
-def shown(*losses: float, name: str = "tiny", message: str = "") -> ElementTree.Element:
+def status_of(figures: list[dict[str, float]]) -> dict[str, str]:
+    """The last of `figures` as a status has them."""
+    return {name: f"{value:.6g}" for name, value in figures[-1].items()}
+
+
+def shown(
+    *losses: float, name: str = "tiny", message: str = "", figures: list[dict[str, float]] | None = None
+) -> ElementTree.Element:
     """A job at step 3 of 10 as a notebook shows it; parsed, for a browser forgives what this parser does not."""
     running = {"type": "Running", "status": "False", "reason": "NotStarted", "message": message}
     status = {
         "observedGeneration": 1,
         "phase": "Pending" if message else "Running",
-        "progress": {"step": 3, "totalSteps": 10, "metrics": {"loss": "1.5"}},
+        "progress": {"step": 3, "totalSteps": 10, "metrics": status_of(figures or [{"loss": 1.5}])},
         "conditions": [running | {"lastTransitionTime": "2026-01-01T12:00:00Z"}],
     }
     view = JobView.of(with_changes(JOB, {"metadata.name": name, "metadata.generation": 1, "status": status}))
-    metrics = [{"step": float(step), "loss": loss} for step, loss in enumerate(losses)]
-    html = Moment(view, metrics)._repr_html_() if losses else view._repr_html_()
+    rows = figures or [{"loss": loss} for loss in losses]
+    metrics = [{"step": float(step), **row} for step, row in enumerate(rows)]
+    html = Moment(view, metrics)._repr_html_() if rows else view._repr_html_()
     return ElementTree.fromstring(f"<body>{html}</body>")
 
 
@@ -54,6 +62,15 @@ def test_the_curve_fills_its_box_and_leaves_out_what_is_no_number() -> None:
     assert list(shown(4.0).iter("polyline")) == []
     [flat] = shown(2.0, 2.0).iter("polyline")
     assert flat.get("points") == "4.0,45.0 476.0,45.0"
+
+
+def test_of_a_method_that_learns_from_rewards_reward_and_kl_are_drawn_and_not_its_loss() -> None:
+    page = shown(figures=[{"loss": 0.0, "reward": 0.25, "kl": 0.0}, {"loss": 1e-8, "reward": 0.5, "kl": 0.125}])
+    text = "".join(page.itertext())
+    assert "tiny in default: Running, step 3/10, reward 0.5, kl 0.125" in text
+    assert "reward 0.25 → 0.5" in text
+    assert "kl 0 → 0.125" in text
+    assert "loss" not in text
 
 
 def test_what_a_job_says_is_text_and_no_markup() -> None:

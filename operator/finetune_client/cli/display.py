@@ -23,7 +23,7 @@ from rich.text import Text
 
 from finetune_api.progress import Progress as Report
 from finetune_api.progress import Stage
-from finetune_client.telling import duration
+from finetune_client.telling import duration, watched
 
 __all__ = ["Display", "open_display"]
 
@@ -148,14 +148,13 @@ class _Percent(ProgressColumn):
 
 
 def _figures(report: Report) -> str:
-    """What a person watches: loss, speed, time left, the last evaluation."""
-    parts = []
-    if "loss" in report.metrics:
-        parts.append(f"loss {report.metrics['loss']:.4f}")
+    """What a person watches: loss or reward, speed, time left, the last evaluation."""
+    parts = [f"{said} {report.metrics[name]:.4f}" for name, said in watched(report.metrics).items()]
     if report.tokens_per_second is not None:
         parts.append(f"{report.tokens_per_second:,.0f} tokens/s")
     if report.eta_seconds is not None:
         parts.append(f"{duration(report.eta_seconds)} left")
-    if "eval_loss" in report.metrics:
-        parts.append(f"eval loss {report.metrics['eval_loss']:.4f}")
+    name, said = ("eval_reward", "eval reward") if "eval_reward" in report.metrics else ("eval_loss", "eval loss")
+    if name in report.metrics:
+        parts.append(f"{said} {report.metrics[name]:.4f}")
     return ", ".join(parts)

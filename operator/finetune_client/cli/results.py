@@ -128,7 +128,7 @@ def _succeeded(ending: Ending) -> list[str]:
     outcome = ending.outcome
     early = " (stopped early: the evaluation loss no longer fell)" if outcome.stopped_early else ""
     lines = [f"Done {_after(ending)}{early}."]
-    lines += [*_evaluation(outcome.eval), *_preference(outcome.metrics), *_teaching(outcome.metrics)]
+    lines += [*_evaluation(outcome), *_preference(outcome.metrics), *_teaching(outcome.metrics)]
     lines += [
         f"  {'artifact':<10} {artifact.uri} ({artifact.kind}, {size(artifact.bytes)})" for artifact in outcome.artifacts
     ]
@@ -154,9 +154,11 @@ def _rewards(summary: EvalSummary) -> dict[str, float | None]:
     return {"rewardBefore": summary.reward_before, "rewardAfter": summary.reward_after}
 
 
-def _evaluation(summary: EvalSummary | None) -> list[str]:
+def _evaluation(outcome: Outcome) -> list[str]:
+    summary = outcome.eval
     if summary is None or summary.loss_after is None:
-        return []
+        reward = outcome.metrics.get("reward")
+        return [] if reward is None else [f"  {'reward':<10} {reward:.4f} in the last iteration"]
     if summary.reward_after is not None:
         before = "" if summary.reward_before is None else f"{summary.reward_before:.4f} -> "
         return [f"  {'reward':<10} {before}{summary.reward_after:.4f}"]
