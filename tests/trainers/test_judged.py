@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from finetune_api.progress import Artifact
 from finetune_trainers.chat import answer
 from finetune_trainers.context import SingleProcessContext
+from finetune_trainers.data.batches import all_sequences
 from finetune_trainers.errors import UserError
 from finetune_trainers.evaluation import evaluating
 from finetune_trainers.lean_peft import peft
@@ -259,7 +260,7 @@ def test_a_later_attempt_finds_the_references_and_a_damaged_file_is_made_again(
     sources = prepared.data.train
 
     def table(module: Any) -> Tensor:
-        [found] = References.of(sources, module, prepared.model, plan, context)._tables
+        [found] = References.of(sources, all_sequences(sources), module, prepared.model, plan, context)._tables
         return found
 
     first = table(engine.module)
@@ -272,6 +273,34 @@ def test_a_later_attempt_finds_the_references_and_a_damaged_file_is_made_again(
     engine.close()
     assert not torch.equal(again, first)
     assert again.abs().sum() > 0
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_the_reference_is_asked_about_what_the_steps_come_by_and_later_about_what_is_missing(
+    method: str, judged: JudgedWorld, tmp_path: Path
+) -> None:
+    """Three steps of eight are less than the forty rows, and six are all of them and eight once more."""
+    known, tables = list[Tensor](), list[Tensor]()
+    for num_steps in (3, 6):
+        plan = judged.plan(method, {"training.seed": 98, "training.maxSteps": num_steps})
+        (tmp_path / str(num_steps)).mkdir()
+        prepared = judged.world.prepare(plan, tmp_path / str(num_steps))
+        context = SingleProcessContext(plan, tmp_path)
+        _, engine = load(plan, prepared, context)
+        if known:  # what is known is not asked again
+            for parameter in engine.module.parameters():
+                parameter.data.mul_(2)
+        learned = build_method(plan, prepared, engine.module, context)
+        for step in range(num_steps):
+            for batch in learned.step(step).micro_batches:
+                assert batch.references is not None
+                assert batch.references.isfinite().all()
+        engine.close()
+        [file] = Path(prepared.data.train[0].folder).glob("reference-*.npy")
+        tables.append(torch.from_numpy(np.load(file)))
+        known.append(tables[-1].isfinite().all(1))
+    assert [one.sum().item() for one in known] == [24, 40]
+    assert torch.equal(tables[0][known[0]], tables[1][known[0]])
 
 
 def stored_scores(model: Any, folder: Path, texts: list[str]) -> Tensor:

@@ -64,6 +64,15 @@ def test_half_a_source_is_its_other_half_in_the_next_epoch() -> None:
     assert not set(first) & set(second)
 
 
+@given(sizes=sizes, weight=st.floats(0.2, 2.5), seed=seeds, stop=st.integers(0, 150))
+def test_what_is_visited_is_named_once_in_the_order_of_the_first_visit(
+    sizes: list[int], weight: float, seed: int, stop: int
+) -> None:
+    order = TrainOrder([source(3), *(source(size, weight) for size in sizes)], seed)
+    stream = [order.slot(position)[1:] for position in range(stop)]
+    assert order.visited(stop) == list(dict.fromkeys(stream))
+
+
 def test_epochs_and_seeds_differ_in_order() -> None:
     order = TrainOrder([source(50)], seed=1)
     orders = [epoch_of(order, 0), epoch_of(order, 1), epoch_of(TrainOrder([source(50)], seed=2), 0)]

@@ -24,7 +24,17 @@ from finetune_trainers.data.cache import SourceArrays
 from finetune_trainers.data.order import TrainOrder
 from finetune_trainers.prepared import PreparedData, PreparedSource
 
-__all__ = ["IGNORED", "Batch", "StepBatches", "TrainBatches", "batches_in_order", "dummy_batch", "eval_batches"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "StepBatches",
+    "TrainBatches",
+    "all_sequences",
+    "batches_in_order",
+    "batches_of",
+    "dummy_batch",
+    "eval_batches",
+]
 
 IGNORED = -100
 """Label of a position that is not trained; torch's cross-entropy skips it."""
@@ -114,11 +124,8 @@ class TrainBatches:
 
     def step(self, step: int) -> StepBatches:
         """The batches of optimizer step `step`, counted from 0."""
-        first = step * self._batch.global_batch_size
-        stop = first + self._batch.global_batch_size
-        if self._total_sequences is not None:
-            stop = min(stop, self._total_sequences)
-        slots = [self._order.slot(position)[1:] for position in range(first, stop)]
+        positions = range(self._position(step), self._position(step + 1))
+        slots = [self._order.slot(position)[1:] for position in positions]
         return StepBatches(
             micro_batches=[
                 _batch_of(self._sources, self._own_slots(slots, micro_step), self._rows)
@@ -128,6 +135,15 @@ class TrainBatches:
             num_tokens=sum(int(self._sources[source].sequence_tokens[seq]) for source, seq in slots),
             num_sequences=len(slots) if self._by_sequence else None,
         )
+
+    def visited(self) -> list[tuple[int, int]]:
+        """(source, sequence) of all that the steps of the run hold, each once, in the order of the first visit."""
+        return self._order.visited(self._position(self.total_steps))
+
+    def _position(self, step: int) -> int:
+        """In the stream, where `step` begins."""
+        position = step * self._batch.global_batch_size
+        return position if self._total_sequences is None else min(position, self._total_sequences)
 
     def _own_slots(self, slots: list[tuple[int, int]], micro_step: int) -> list[tuple[int, int]]:
         micro = self._batch.micro_batch_size
@@ -146,9 +162,26 @@ def eval_batches(
 def batches_in_order(
     prepared: Sequence[PreparedSource], micro_batch_size: int, world_size: int, rank: int, rows: slice = _ALL_ROWS
 ) -> Iterator[Batch]:
-    """The same of any sources. Which sequences share a batch does not depend on the number of ranks."""
+    """The same of any sources."""
+    yield from batches_of(prepared, all_sequences(prepared), micro_batch_size, world_size, rank, rows)
+
+
+def all_sequences(prepared: Sequence[PreparedSource]) -> list[tuple[int, int]]:
+    """(source, sequence) of all of `prepared`, in order."""
+    return [(index, seq) for index, source in enumerate(prepared) for seq in range(source.num_sequences)]
+
+
+def batches_of(
+    prepared: Sequence[PreparedSource],
+    slots: Sequence[tuple[int, int]],
+    micro_batch_size: int,
+    world_size: int,
+    rank: int,
+    rows: slice = _ALL_ROWS,
+) -> Iterator[Batch]:
+    """The same of the sequences in `slots` (source, sequence). Which of them share a batch does not depend on the
+    number of ranks."""
     sources = [SourceArrays(Path(source.folder)) for source in prepared]
-    slots = [(index, seq) for index, source in enumerate(sources) for seq in range(source.num_sequences)]
     for start in range(0, len(slots), micro_batch_size * world_size):
         own = start + rank * micro_batch_size
         yield _batch_of(sources, slots[own : own + micro_batch_size], rows)

@@ -51,6 +51,17 @@ class TrainOrder:
         source = int(np.searchsorted(self._starts, place, side="right")) - 1
         return epoch, source, self._sequence(source, place - int(self._starts[source]), epoch)
 
+    def visited(self, stop: int) -> list[tuple[int, int]]:
+        """(source, sequence) of all that the positions before `stop` hold, each once, in the order of the first
+        visit."""
+        num_all = sum(self._num_sequences)
+        found: dict[tuple[int, int], None] = {}
+        for position in range(stop):
+            found[self.slot(position)[1:]] = None
+            if len(found) == num_all:
+                break
+        return list(found)
+
     def _sequence(self, source: int, index: int, epoch: int) -> int:
         """The sequence behind the `index`-th of those that `epoch` takes from `source`."""
         total, taken = self._num_sequences[source], self._taken[source]

@@ -11,7 +11,7 @@ from finetune_api.plan import RunPlan
 from finetune_api.progress import Stage
 from finetune_api.spec import Distill as DistillSettings
 from finetune_trainers.context import WorkerContext
-from finetune_trainers.data.batches import Batch, TrainBatches, batches_in_order, eval_batches
+from finetune_trainers.data.batches import Batch, TrainBatches, all_sequences, batches_in_order, eval_batches
 from finetune_trainers.data.order import TrainOrder
 from finetune_trainers.methods import Method
 from finetune_trainers.methods.distill import Distill
@@ -51,8 +51,9 @@ def build_method(plan: RunPlan, prepared: PreparedRun, module: nn.Module, contex
         assert isinstance(padding_id, int)
         sample = partial(_train_sample, plan, prepared, context)
         return Reward(method.reward, padding_id, train, evaluation, sample, context)
-    references = References.of(prepared.data.train, module, prepared.model, plan, context)
-    eval_references = References.of(prepared.data.eval, module, prepared.model, plan, context)
+    references = References.of(prepared.data.train, train.visited(), module, prepared.model, plan, context)
+    asked = all_sequences(prepared.data.eval)
+    eval_references = References.of(prepared.data.eval, asked, module, prepared.model, plan, context)
     if method.dpo is not None:
         return Dpo(method.dpo, train, evaluation, references, eval_references, context)
     assert method.kto is not None, "a plan has one method"
