@@ -106,6 +106,102 @@ def test_the_first_dpo_step_is_that_of_plain_transformers(judged: JudgedWorld, t
     assert judged.curve(tmp_path / "run", "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def documents_of(rows: list[dict[str, Any]], number: int, tokenizer: Any) -> list[tuple[list[int], int]]:
+    """(tokens, where the answer begins) of row `number`: its chosen and its rejected answer, or its own and the
+    mismatched one. No two neighbours of these rows have one prompt."""
+    row = rows[number]
+    asked = [{"role": "user", "content": row["prompt"]}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    other = rows[number - 1 if number else 1]
+    said = [row[way] for way in WAYS] if "chosen" in row else [row["completion"], other["completion"]]
+    start = len(tokenizer(prompt).input_ids)
+    return [(tokenizer(prompt + text + "<|im_end|>").input_ids, start) for text in said]
+
+
+def loss_by_hand(method: str, values: Tensor, references: Tensor, lengths: Tensor, good: Tensor) -> Tensor:
+    """The mean over rows by the papers' formulas; `values`, `references` and `lengths` are of documents [rows, 2]."""
+    one, other = (values - references).unbind(1)
+    gap = 0.1 * (one - other)
+    match method:
+        case "reward":
+            losses = -F.logsigmoid(values[:, 0] - values[:, 1])
+        case "dpo":
+            losses = -F.logsigmoid(gap)
+        case "smoothed dpo":
+            losses = -0.9 * F.logsigmoid(gap) - 0.1 * F.logsigmoid(-gap)
+        case "hinge":
+            losses = (1 - gap).clamp(min=0)
+        case "ipo":
+            losses = (one / lengths[:, 0] - other / lengths[:, 1] - 1 / (2 * 0.1)) ** 2
+        case "kto":
+            kl = other.detach().mean()
+            assert kl > 0.5, "otherwise it would not matter"
+            losses = torch.where(good, 1 - torch.sigmoid(0.1 * (one - kl)), 1.5 * (1 - torch.sigmoid(0.1 * (kl - one))))
+        case _:
+            chosen, rejected = (values / lengths).exp().unbind(1)
+            odds = (chosen / (1 - chosen)) / (rejected / (1 - rejected))
+            losses = -chosen.log() - 0.1 * torch.log(torch.sigmoid(odds.log()))
+    return losses.mean()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_and_gradient_of_a_policy_that_has_moved_are_those_of_plain_transformers(
+    method: str, judged: JudgedWorld, tmp_path: Path
+) -> None:
+    """One document at a time, no packing. The policy has moved to where all these answers are likelier: KTO's reference
+    point is 0 before."""
+    plan = judged.plan(method, {"training.microBatchSize": 2}, evaluated=False)
+    prepared = judged.world.prepare(plan, tmp_path)
+    context = SingleProcessContext(plan, tmp_path)
+    tuned, engine = load(plan, prepared, context)
+    learned = build_method(plan, prepared, engine.module, context)
+    tokenizer = AutoTokenizer.from_pretrained(judged.world.model)
+    kind = AutoModelForSequenceClassification if method == "reward" else AutoModelForCausalLM
+    more = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id} if method == "reward" else {}
+    plain = kind.from_pretrained(judged.world.model, dtype=torch.float32, **more).eval()
+    plain.load_state_dict(tuned.model.state_dict())
+    file = judged.world.folder / ("rated.jsonl" if method == "kto" else "pairs.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    numbers = [number for _, number in train_batches(plan, prepared, context).visited()[:8]]
+    documents = [document for number in numbers for document in documents_of(rows, number, tokenizer)]
+
+    def said() -> Tensor:
+        """[rows, 2]: scores, or log-probabilities of answers."""
+        if method == "reward":
+            values = [plain(input_ids=torch.tensor([ids])).logits[0, 0] for ids, _ in documents]
+        else:
+            values = [log_prob(plain, ids, start) for ids, start in documents]
+        return torch.stack(values).view(-1, 2)
+
+    references = said()
+    references.sum().backward()  # type: ignore[no-untyped-call]
+    gradients = [parameter.grad for parameter in plain.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            assert parameter.grad is not None
+            parameter += 0.3 * parameter.grad / norm
+            parameter.grad = None
+    tuned.model.load_state_dict(plain.state_dict())
+
+    lengths = torch.tensor([len(ids) - start for ids, start in documents]).view(-1, 2)
+    good = torch.tensor([bool(rows[number].get("label")) for number in numbers])
+    wanted = loss_by_hand(method, said(), references.detach(), lengths, good)
+    wanted.backward()  # type: ignore[no-untyped-call]
+    step = learned.step(0)
+    assert step.divisor == len(numbers)
+    total = torch.zeros(())
+    for batch in step.micro_batches:
+        loss = learned.loss(engine.module, batch).total / step.divisor
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    engine.close()
+    assert total.item() == pytest.approx(wanted.item(), rel=1e-4)
+    expected = dict(plain.named_parameters())
+    for name, parameter in tuned.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
 WAYS = ("chosen", "rejected")
 FIGURES = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
