@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune_trainers.rl.advantages import mask_of_lengths
+from finetune_trainers.rl.advantages import group_advantages, mask_of_lengths
 from finetune_trainers.rl.aggregation import Aggregation, aggregate, divisor
 from finetune_trainers.rl.distillation import divergence
 from finetune_trainers.rl.kl import kl_estimate
@@ -68,9 +68,15 @@ def cases() -> list[Case]:
         Case("dpo-hinge", "dpo", {"trl": "hinge", "kind": "hinge", "beta": 0.1}, learn),
         Case("dpo-ipo", "dpo", {"trl": "ipo", "kind": "ipo", "beta": 0.1}, learn),
         Case("kto", "kto", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.33}, learn),
-        Case("orpo", "orpo", {"beta": 0.1}, ("chosen", "rejected")),
+        Case("orpo", "orpo", {"beta": 0.1}, ("logits",)),
         Case("reward", "reward", {"margin": False, "center_coefficient": None}, ("chosen", "rejected")),
         Case("reward-margin", "reward", {"margin": True, "center_coefficient": 0.01}, ("chosen", "rejected")),
+        *(
+            Case(
+                f"advantages-{baseline}", "advantages", {"trl": peer, "baseline": baseline, "group_size": 4}, ("pull",)
+            )
+            for baseline, peer in {"grpo": "group", "dr_grpo": "none"}.items()
+        ),
         Case("grpo", "grpo", clipped | {"trl": "grpo", "aggregation": "sequence"}, learn),
         Case("dr-grpo", "grpo", clipped | {"trl": "dr_grpo", "aggregation": "constant", "beta": 0.0}, learn),
         Case("dapo", "grpo", clipped | {"trl": "dapo", "aggregation": "token", "clip_high": 0.28}, learn),
@@ -92,14 +98,19 @@ def draw(case: Case, generator: torch.Generator) -> Tensors:
 
     rows = 2 * PAIRS
     mask = mask_of_lengths(torch.randint(1, LENGTH + 1, (rows,), generator=generator), LENGTH)
-    if case.kind == "log_probs":
+    if case.kind in ("log_probs", "orpo"):
         tokens = torch.randint(WORDS, (rows, LENGTH), generator=generator)
-        return {"logits": 3 * normal(rows, LENGTH, WORDS), "tokens": tokens, "pull": normal(rows, LENGTH)}
+        given = {"logits": 3 * normal(rows, LENGTH, WORDS), "tokens": tokens}
+        return given | ({"mask": mask} if case.kind == "orpo" else {"pull": normal(rows, LENGTH)})
+    if case.kind == "advantages":
+        rewards = normal(rows)
+        rewards[0] = math.nan  # of one answer nobody could say anything
+        rewards[4:8] = rewards[4]  # and those of one prompt are alike
+        return {"rewards": rewards, "pull": normal(rows)}
     if case.kind == "divergence":
         return {"student": 3 * normal(rows, WORDS), "teacher": 3 * normal(rows, WORDS)}
-    if case.kind in ("orpo", "reward"):
-        scores = {"chosen": normal(PAIRS), "rejected": normal(PAIRS), "margin": normal(PAIRS).abs()}
-        return {name: -score.abs() - 0.01 for name, score in scores.items()} if case.kind == "orpo" else scores
+    if case.kind == "reward":
+        return {"chosen": normal(PAIRS), "rejected": normal(PAIRS), "margin": normal(PAIRS).abs()}
     log_probs = -normal(rows, LENGTH).abs() * mask
     given = {"log_probs": log_probs, "mask": mask}
     if case.kind == "grpo":
@@ -141,13 +152,20 @@ def ours_kto(given: Tensors, settings: Settings) -> Tensors:
 
 
 def ours_orpo(given: Tensors, settings: Settings) -> Tensors:
-    return {"loss": orpo_loss(given["chosen"], given["rejected"], -given["chosen"], **settings).mean()}
+    found = stats_from_logits(given["logits"], given["tokens"], temperature=1.0, chunk_elements=500)
+    chosen, rejected = (masked_sum(found.log_probs, given["mask"], dim=1) / given["mask"].sum(1)).chunk(2)
+    return {"loss": orpo_loss(chosen, rejected, -chosen, **settings).mean()}
 
 
 def ours_reward(given: Tensors, settings: Settings) -> Tensors:
     margin = given["margin"] if settings["margin"] else None
     centre = settings["center_coefficient"] or 0.0
     return {"loss": reward_loss(given["chosen"], given["rejected"], margin, center_coefficient=centre).mean()}
+
+
+def ours_advantages(given: Tensors, settings: Settings) -> Tensors:
+    found = group_advantages(given["rewards"], settings["group_size"], settings["baseline"])
+    return {"loss": (given["pull"] * found).sum(), "advantages": found}
 
 
 def ours_grpo(given: Tensors, settings: Settings) -> Tensors:
@@ -185,6 +203,7 @@ OURS: dict[str, Callable[[Tensors, Settings], Tensors]] = {
     "kto": ours_kto,
     "orpo": ours_orpo,
     "reward": ours_reward,
+    "advantages": ours_advantages,
     "grpo": ours_grpo,
     "divergence": ours_divergence,
 }
@@ -232,7 +251,7 @@ def main() -> int:
             largest[figure] = max(largest.get(figure, 0.0), difference if math.isfinite(difference) else math.inf)
     write_results("rl_parity", {"goal": GOAL, "draws": draws, "largest_difference": worst})
     for loss, figures in worst.items():
-        print(f"{loss:<18}" + ", ".join(f"{figure} within {value:.1e}" for figure, value in figures.items()))
+        print(f"{loss:<20}" + ", ".join(f"{figure} within {value:.1e}" for figure, value in figures.items()))
     largest_of_all = max(value for figures in worst.values() for value in figures.values())
     print(f"largest difference in {draws} draws of {len(worst)} losses: {largest_of_all:.1e} (goal {GOAL:.0e})")
     return int(largest_of_all > GOAL)

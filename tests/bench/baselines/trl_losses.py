@@ -7,11 +7,14 @@ else TRL reports, and the gradient of the loss by each tensor that is learned: "
 
 TRL's losses are methods of its trainers, which want models and data sets. Here each is called on a bare stand-in that
 has the attributes which the method reads, and whose model answers with the given log-probabilities: the arithmetic is
-TRL's own, line by line. Left out is the group advantage, which TRL computes amid generating. Called by bench_rl_parity.
+TRL's own, line by line. The group advantage TRL computes amid generating: those lines are taken out of its source as
+they stand, and run. Called by bench_rl_parity.
 """
 
+import inspect
 import json
 import sys
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +25,7 @@ from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer
 from trl.experimental.gkd import GKDTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
-from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+from trl.trainer.utils import entropy_from_logits, nanstd, selective_log_softmax
 
 
 def trainer(**attributes):
@@ -108,8 +111,51 @@ def kto(given, settings):
 
 
 def orpo(given, settings):
-    gain, *_ = ORPOTrainer.odds_ratio_loss(trainer(beta=settings["beta"]), given["chosen"], given["rejected"])
-    return {"loss": (-given["chosen"]).mean() - gain.mean()}
+    """Pair by pair: TRL's likelihood of the chosen answers is a mean over the tokens of the batch, prompts included.
+    Here a prompt is one token, which nothing predicts."""
+    pairs = len(given["logits"]) // 2
+    mask = given["mask"].bool()
+    tokens = torch.cat([torch.zeros_like(given["tokens"][:, :1]), given["tokens"]], dim=1)
+
+    def loss(pair):
+        batch, logits = {}, []
+        for way, row in {"chosen": pair, "rejected": pairs + pair}.items():
+            length = int(mask[row].sum()) + 1
+            ids = tokens[row : row + 1, :length]
+            labels = ids.clone()
+            labels[:, 0] = -100
+            batch |= {f"{way}_input_ids": ids, f"{way}_attention_mask": torch.ones_like(ids), f"{way}_labels": labels}
+            logits.append(given["logits"][row])
+        this = trainer(beta=settings["beta"], is_encoder_decoder=False, padding_value=0)
+        for name in ("concatenated_forward", "odds_ratio_loss"):
+            setattr(this, name, getattr(ORPOTrainer, name).__get__(this))
+        this.concatenated_inputs, this.get_batch_logps = ORPOTrainer.concatenated_inputs, ORPOTrainer.get_batch_logps
+
+        def model(input_ids, **more):  # what follows the last token is not looked at
+            held = torch.stack(logits)[:, : input_ids.shape[1] - 1]
+            return SimpleNamespace(logits=torch.cat([held, torch.zeros_like(held[:, :1])], dim=1))
+
+        return ORPOTrainer.get_batch_loss_metrics(this, model, batch)[0]
+
+    return {"loss": sum(loss(pair) for pair in range(pairs)) / pairs}
+
+
+def advantages(given, settings):
+    lines = inspect.getsource(GRPOTrainer._generate_and_score_completions).splitlines()
+    first, last = (
+        next(number for number, line in enumerate(lines) if line.strip().startswith(beginning))
+        for beginning in ("unscorable_mask =", "advantages = torch.nan_to_num(")
+    )
+    rewards = given["rewards"]
+    this = SimpleNamespace(
+        multi_objective_aggregation="sum_then_normalize",
+        reward_weights=torch.ones(1, dtype=rewards.dtype),
+        scale_rewards=settings["trl"],
+    )
+    names = {"self": this, "rewards_per_func": rewards[:, None], "num_generations": settings["group_size"]}
+    names |= {"torch": torch, "nanstd": nanstd, "device": rewards.device}
+    exec(textwrap.dedent("\n".join(lines[first : last + 1])), names)
+    return {"loss": (given["pull"] * names["advantages"]).sum(), "advantages": names["advantages"]}
 
 
 def reward(given, settings):
@@ -158,7 +204,7 @@ def divergence(given, settings):
     return {"loss": found[0]}
 
 
-LOSSES = {function.__name__: function for function in (log_probs, dpo, kto, orpo, reward, grpo, divergence)}
+LOSSES = {function.__name__: function for function in (log_probs, dpo, kto, orpo, reward, advantages, grpo, divergence)}
 
 
 def main():
