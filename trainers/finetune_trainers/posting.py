@@ -23,6 +23,7 @@ __all__ = ["NoAnswerError", "Poster", "variable_fault"]
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 30.0
 _MAX_BYTES = 64 << 20
+_MAX_BYTES_OF_A_REFUSAL = 4000
 _TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -38,15 +39,22 @@ def variable_fault(name: str, environment: Mapping[str, str] = os.environ) -> st
 
 
 class NoAnswerError(Exception):
-    """A request that brought nothing. `status` is the service's, None where there was none."""
+    """A request that brought nothing. `status` is the service's, None where there was none, and `said` the beginning
+    of what it told with it."""
 
     def __init__(
-        self, message: str, try_again: bool = True, after_seconds: float = 0.0, status: int | None = None
+        self,
+        message: str,
+        try_again: bool = True,
+        after_seconds: float = 0.0,
+        status: int | None = None,
+        said: str = "",
     ) -> None:
         super().__init__(message)
         self.try_again = try_again
         self.after_seconds = after_seconds
         self.status = status
+        self.said = said
 
 
 class Poster:
@@ -109,12 +117,12 @@ class Poster:
             message = f"the service answers {error.code} with another place, which is not gone to; name that"
             return NoAnswerError(message, False, status=error.code)
         try:
-            said = self.without_secrets(error.read(1000).decode(errors="replace").strip())
+            said = self.without_secrets(error.read(_MAX_BYTES_OF_A_REFUSAL).decode(errors="replace").strip())
         except (OSError, http.client.HTTPException):
             said = ""
         more = f": {clip(said)}" if said else ""
         message = f"the service answers {error.code} {error.reason}{more}"
-        return NoAnswerError(message, error.code in _TRY_AGAIN, seconds, error.code)
+        return NoAnswerError(message, error.code in _TRY_AGAIN, seconds, error.code, said)
 
     def without_secrets(self, text: str) -> str:
         """What a service says, without the headers that it was sent."""

@@ -34,10 +34,11 @@ class Reply:
 
 
 class JudgeService:
-    """Answers by `opinion`, after the `replies` that a test has put before it."""
+    """Answers by `opinion` what `refusal` lets pass, after the `replies` that a test has put before it."""
 
     def __init__(self, opinion: Opinion = likes_length) -> None:
         self.opinion = opinion
+        self.refusal: Callable[[dict[str, Any]], Reply | None] = lambda asked: None
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
@@ -58,7 +59,7 @@ class JudgeService:
                     service.headers.append(dict(self.headers))
                     service.paths.append(self.path)
                     reply = service.replies.pop(0) if service.replies else None
-                reply = reply or Reply(body=service.completion(asked))
+                reply = reply or service.refusal(asked) or Reply(body=service.completion(asked))
                 with service._lock:
                     service._at_once -= 1
                 self.send_response(reply.status)

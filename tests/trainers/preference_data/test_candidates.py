@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finetune_api.answers import Step
 from finetune_api.preference_data import CandidatesReport, ToWrite
 from finetune_trainers.errors import DataError, UserError
+from finetune_trainers.lean_peft import peft
+from finetune_trainers.merge import base_weights
 from finetune_trainers.preference_data.candidates import write_candidates
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.tiny import tiny_model, tiny_tokenizer
@@ -107,6 +111,29 @@ def test_who_wrote_stands_beside_the_rows(desk: Desk, model: Path) -> None:
     assert told["model"]["folder"] == str(model)
     assert (told["settings"]["seed"], told["settings"]["method"]) == (7, "sample")
     assert told["counts"]["answers"] == report.answers
+
+
+def test_other_weights_at_the_same_paths_are_other_writers(desk: Desk, tmp_path: Path) -> None:
+    def told() -> dict[str, Any]:
+        _, report = desk.write(ROWS[:1], adapter=str(tmp_path / "adapter"))
+        found: dict[str, Any] = json.loads(Path(report.data.provenance).read_text())["model"]["digests"]
+        return found
+
+    desk.model = Path(shutil.copytree(desk.model, tmp_path / "model"))
+    writer: Any = AutoModelForCausalLM.from_pretrained(desk.model)
+    settings = peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
+    peft.get_peft_model(writer, settings).save_pretrained(str(tmp_path / "adapter"))
+    first = told()
+    assert told() == first
+    assert first["model"] == base_weights(desk.model).digest()
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    second = told()
+    assert (second["model"], second["adapter"] == first["adapter"]) == (first["model"], False)
+    file = desk.model / "model.safetensors"
+    save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    third = told()
+    assert (third["model"] == first["model"], third["adapter"]) == (False, second["adapter"])
 
 
 @pytest.mark.parametrize(

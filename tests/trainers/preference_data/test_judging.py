@@ -84,6 +84,55 @@ def test_the_service_is_asked_as_openai_compatible_ones_are(bench: Bench) -> Non
     assert [message["role"] for message in request["messages"]] == ["system", "user"]
 
 
+def refuses(taken: set[str]) -> Callable[[dict[str, Any]], Reply | None]:
+    """As services do whose models reason first: one parameter is named at a time."""
+
+    def refusal(asked: dict[str, Any]) -> Reply | None:
+        name = next((one for one in asked if one not in {"model", "messages"} | taken), None)
+        if name is None:
+            return None
+        code = "unsupported_value" if name == "temperature" else "unsupported_parameter"
+        error = {"message": f"'{name}' is not supported" + "." * 1000, "param": name, "code": code}
+        return Reply(400, json.dumps({"error": error}).encode())
+
+    return refusal
+
+
+def test_what_a_service_does_not_take_is_renamed_or_left_out_once_and_for_all(bench: Bench) -> None:
+    bench.service.refusal = refuses({"max_completion_tokens"})
+    report = bench.ask(max_tokens=99, concurrency=1)
+    assert (report.preferred, report.ties, report.unreadable) == (1, 1, 0)
+    sent = [request.keys() - {"model", "messages"} for request in bench.service.requests]
+    assert sent[-4:] == [{"max_completion_tokens"}] * 4
+    assert len(sent) == 4 + 2
+    assert bench.service.requests[-1]["max_completion_tokens"] == 99
+    told = json.loads(Path(report.data.provenance).read_text())["judge"]
+    assert told["sent"] == {"max_completion_tokens": 99}
+
+
+def test_questions_that_are_under_way_when_a_parameter_is_refused_are_asked_again_too(bench: Bench) -> None:
+    bench.service.refusal = refuses({"max_completion_tokens"})
+    rows = [{"prompt": str(n), "answers": ["long answer", "short"]} for n in range(20)]
+    report = bench.ask(rows, concurrency=8)
+    assert (report.preferred, report.unreadable) == (20, 0)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        {"error": {"message": "no", "param": "model", "code": "unsupported_value"}},
+        {"error": {"message": "too long", "param": "max_tokens", "code": "invalid_value"}},
+        {"error": {"message": "no", "param": None, "code": "unsupported_parameter"}},
+        {"error": "no"},
+        ["no"],
+    ],
+)
+def test_another_refusal_is_about_the_question(refusal: Any, bench: Bench) -> None:
+    bench.service.replies = [Reply(400, json.dumps(refusal).encode())]
+    report = bench.ask([ROWS[0], ROWS[0] | {"prompt": "r"}], concurrency=1)
+    assert (report.asked, report.unreadable, len(bench.service.requests)) == (4, 1, 4)
+
+
 def test_a_judge_who_is_for_whatever_comes_first_prefers_nothing_and_that_is_counted(bench: Bench) -> None:
     bench.service.opinion = likes_the_first
     with pytest.raises(DataError, match="of 2 pairs 0 are ties, 2 have a verdict that changes with the order"):

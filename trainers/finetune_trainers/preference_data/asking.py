@@ -3,7 +3,9 @@
     in     POST <url>/chat/completions {"model", "messages", "temperature", "max_tokens"}
     out    {"choices": [{"message": {"content": "…"}}], "usage"?: {…}}
 
-Every answer is a line of the journal as soon as it is there, and what is in the journal is not asked again.
+Models that reason first refuse some of that, `max_tokens` and any temperature of ours: the service names what it does
+not take, and it is not sent again. Every answer is a line of the journal as soon as it is there, and what is in the
+journal is not asked again.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,6 +37,9 @@ _WAITING_FOR_EACH = 4
 _ABOUT_THE_QUESTION = frozenset({400, 413, 422})
 """Statuses by which a judge refuses one question, such as one that is too long for it."""
 _DENIED = frozenset({401, 403})
+_NOT_TAKEN = frozenset({"unsupported_parameter", "unsupported_value"})
+_INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": None}
+"""Under which name a parameter that a service does not take is sent; None: not at all, and the service's own holds."""
 
 
 class UnreachableError(UserError):
@@ -106,6 +112,8 @@ class Asking:
         if not address.rstrip("/").endswith(_PATH):
             address = address.rstrip("/") + _PATH
         self._asked = asked
+        self.settings: dict[str, float] = {"temperature": asked.temperature, "max_tokens": asked.max_tokens}
+        """What is sent with every question, as far as the service takes it."""
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._why: UserError | None = None
@@ -152,15 +160,16 @@ class Asking:
         raise self._why or UnreachableError("nobody waits for the answer any more")
 
     def _ask_now(self, question: Question) -> Answered:
-        body = {
-            "model": self._asked.model,
-            "messages": messages_for(question, self._asked.instructions),
-            "temperature": self._asked.temperature,
-            "max_tokens": self._asked.max_tokens,
-        }
+        settings = self.settings
+        messages = messages_for(question, self._asked.instructions)
+        body = {"model": self._asked.model, "messages": messages, **settings}
         try:
             return self._read(self._poster.post(json.dumps(body).encode()))
         except NoAnswerError as error:
+            name = _not_taken(error)
+            if name in settings and name in _INSTEAD:
+                self._leave_out(name)
+                return self._ask_now(question)
             if error.status in _ABOUT_THE_QUESTION:
                 return Answered(None, str(error))
             if error.status in _DENIED:
@@ -168,6 +177,15 @@ class Asking:
             raise UnreachableError(
                 f"{error}. What was judged is kept; the same command asks only for the rest"
             ) from None
+
+    def _leave_out(self, name: str) -> None:
+        """From now on, in all questions. Those that are under way learn it as this one did."""
+        with self._lock:
+            settings = dict(self.settings)
+            value, instead = settings.pop(name, None), _INSTEAD[name]
+            if value is not None and instead is not None:
+                settings[instead] = value
+            self.settings = settings
 
     def _read(self, body: bytes) -> Answered:
         try:
@@ -180,6 +198,18 @@ class Asking:
         usage = document.get("usage")
         tokens = usage if isinstance(usage, dict) else {}
         return Answered(verdict_in(text), text, _count(tokens, "prompt_tokens"), _count(tokens, "completion_tokens"))
+
+
+def _not_taken(error: NoAnswerError) -> str | None:
+    """The parameter that the service refuses, by its name; None where it refuses something else."""
+    if error.status != HTTPStatus.BAD_REQUEST:
+        return None
+    try:
+        refusal: Any = json.loads(error.said)["error"]
+        name = refusal["param"] if refusal["code"] in _NOT_TAKEN else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def _count(usage: Mapping[str, Any], name: str) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from finetune_api.answers import Step
@@ -48,6 +49,7 @@ from finetune_trainers.weights import file_digest
 __all__ = ["write_candidates"]
 
 _ANSWERS = "answers"
+_WEIGHTS = (".safetensors", ".bin", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,15 @@ class _Model:
         self._pad_id = pad if pad is not None else self._end_ids[0]
         positions: int | None = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         self.longest_prompt = None if positions is None else positions - asked.max_new_tokens
-        self.provenance = {"folder": str(folder), "adapter": asked.adapter, "template": encoding.fingerprint}
+        self.provenance = {
+            "folder": str(folder),
+            "adapter": asked.adapter,
+            "digests": {
+                "model": _digest(folder),
+                "adapter": None if adapter is None else _digest(adapter),
+            },
+            "template": encoding.fingerprint,
+        }
 
     def encode(self, messages: list[Message]) -> list[int]:
         renderer: Renderer = self._renderer
@@ -236,6 +246,15 @@ def _load(folder: Path, adapter: Path | None, device: torch.device) -> Any:
             model = peft.PeftModel.from_pretrained(model, str(adapter))
     use_fast_products(model, model.dtype, device)
     return model.eval()
+
+
+def _digest(folder: Path) -> str:
+    """Of the weights: another training may leave others at the same path. Of safetensors it is the digest by which
+    artifacts name their base."""
+    whole = blake3()
+    for file in sorted(path for path in folder.iterdir() if path.name.endswith(_WEIGHTS)):
+        whole.update(f"{file.name}\0{file_digest(file)}\n".encode())
+    return whole.hexdigest()
 
 
 class _Alone(SingleProcessContext):

@@ -83,7 +83,12 @@ def judge(asked: ToJudge, tell: OnStep, wait_for: Callable[[float], object] | No
         )
     counts = {"rows_read": len(rows), "pairs": len(contests), **tally, **figures}
     told = {
-        "judge": {"model": asked.model, "messages": _example(asked), "verdicts": journal.path.name},
+        "judge": {
+            "model": asked.model,
+            "sent": judge_.settings,
+            "messages": _example(asked),
+            "verdicts": journal.path.name,
+        },
         "counts": counts,
     }
     written = write_data_set(asked, files, (pair_row(pair, with_margin=False) for pair in pairs), told)
