@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune_api.plan import RunPlan
 from finetune_trainers.context import SingleProcessContext
-from finetune_trainers.data.cache import SourceArrays
+from finetune_trainers.data.cache import SourceArrays, read_manifest
 from finetune_trainers.launch import check
 from finetune_trainers.methods import teacher_answers
 from finetune_trainers.methods.teacher_answers import with_teacher_answers
@@ -118,6 +119,38 @@ def test_a_later_attempt_finds_what_was_written(
         written(school, asking(school, temperature=0.9), tmp_path)
 
 
+def test_what_was_written_before_an_attempt_ended_early_is_not_written_again(
+    school: School, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are asked in blocks of five: the first attempt ends in the third, and what it kept of the first is
+    damaged."""
+    plan = asking(school, {"training.seed": 41}, temperature=1.0)
+    monkeypatch.setattr(teacher_answers, "KEPT_AT_ONCE", 5)
+    write, blocks = teacher_answers._written, list[int]()
+
+    def until_the_third(asked: Any, block: range, *others: Any) -> Any:
+        blocks.append(block.start)
+        if len(blocks) == 3:
+            raise KeyboardInterrupt
+        return write(asked, block, *others)
+
+    monkeypatch.setattr(teacher_answers, "_written", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        written(school, plan, tmp_path)
+    [damaged] = school.world.cache.glob("data/*-0.npy")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    _, resumed = written(school, plan, tmp_path)
+    [source] = resumed.data.train
+    assert blocks == [0, 5, 10, 0, *range(10, source.num_rows, 5)]
+    assert not list(school.world.cache.glob("data/*-*.npy"))
+    found, told = list(rows(resumed)), read_manifest(Path(source.folder))
+    assert told is not None
+    shutil.rmtree(source.folder)
+    monkeypatch.setattr(teacher_answers, "KEPT_AT_ONCE", 1024)
+    assert list(rows(written(school, plan, tmp_path)[1])) == found
+    assert read_manifest(Path(source.folder)) == told
+
+
 class OneOf(SingleProcessContext):
     """A rank among several that are asked one after the other."""
 
@@ -138,7 +171,7 @@ def test_any_number_of_ranks_writes_the_same_answers(school: School, tmp_path: P
 
     def by(world_size: int) -> dict[int, NDArray[np.int32]]:
         contexts = [OneOf(plan, tmp_path, rank, world_size) for rank in range(world_size)]
-        parts = [teacher_answers._written(asked, plan, prepared, teacher, context) for context in contexts]
+        parts = [teacher_answers._written(asked, range(12), plan, prepared, teacher, context) for context in contexts]
         return {answer.place: answer.ids for part in parts for answer in part}
 
     alone, together = by(1), by(3)

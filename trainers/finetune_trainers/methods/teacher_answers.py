@@ -1,7 +1,8 @@
 """Answers that a teacher writes in the place of the data's, once and before the first step. Called by `building`.
 
 Each rank writes its part of all answers. They are kept in the cache beside the rows that they answer, named by all that
-decides them, so a later attempt, on whatever workers, finds the very same rows.
+decides them, so a later attempt, on whatever workers, finds the very same rows; what one had written that was ended
+early is there too, a block of answers at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from finetune_api.plan import RunPlan
 from finetune_api.progress import Stage
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.data.cache import SourceArrays, SourceManifest, SourceWriter, read_manifest
+from finetune_trainers.data.kept import keep, read_kept
 from finetune_trainers.data.packing import rows_together
 from finetune_trainers.evaluation import end_token_ids
 from finetune_trainers.models import load_tokenizer
@@ -34,6 +36,8 @@ CODE_VERSION = 1
 """Counts up with every change that gives other answers for the same teacher and rows."""
 WRITTEN_AT_ONCE = 64
 """Answers that a rank writes together."""
+KEPT_AT_ONCE = 1024
+"""Answers of all ranks after which what was written is safe. With another number goes another CODE_VERSION."""
 
 
 class _Question(NamedTuple):
@@ -44,7 +48,7 @@ class _Question(NamedTuple):
 
 class _Answer(NamedTuple):
     place: int
-    """Of its question among all."""
+    """Of its question among all of its source."""
     ids: NDArray[np.int32]
     ended: bool
 
@@ -59,17 +63,16 @@ def with_teacher_answers(
     folders = [Path(source.folder).with_name(_key(source, plan, prepared)) for source in prepared.data.train]
     known = context.broadcast_object([read_manifest(one) for one in folders] if context.rank == 0 else None)
     assert known is not None
-    missing = [index for index, manifest in enumerate(known) if manifest is None]
-    if missing:
-        sources = [SourceArrays(Path(prepared.data.train[index].folder)) for index in missing]
-        asked = [_Question(row, _prompt(arrays, row)) for arrays in sources for row in range(arrays.num_sequences)]
-        parts = context.all_gather_object(_written(asked, plan, prepared, teacher, context))
+    for index in [index for index, manifest in enumerate(known) if manifest is None]:
+        arrays = SourceArrays(Path(prepared.data.train[index].folder))
+        asked = [_Question(row, _prompt(arrays, row)) for row in range(arrays.num_sequences)]
+        files = [folders[index].with_name(f"{folders[index].name}-{start}.npy") for start in _blocks(asked)]
+        answers = _all_written(asked, files, plan, prepared, teacher, context)
         if context.rank == 0:
-            answers = sorted((answer for part in parts for answer in part), key=lambda answer: answer.place)
-            for index, arrays in zip(missing, sources, strict=True):
-                own, answers = answers[: arrays.num_sequences], answers[arrays.num_sequences :]
-                questions, asked = asked[: len(own)], asked[len(own) :]
-                known[index] = _publish(folders[index], questions, own, plan)
+            known[index] = _publish(folders[index], asked, answers, plan)
+            for file in files:
+                file.unlink(missing_ok=True)
+                file.with_suffix(".json").unlink(missing_ok=True)
     made = context.broadcast_object(known)
     train = [
         source.model_copy(update={"folder": str(folder), **_figures(manifest)})
@@ -101,10 +104,60 @@ def _prompt(arrays: SourceArrays, row: int) -> NDArray[np.int32]:
     return arrays.tokens[start : start + int(np.argmax(arrays.trained[start:end]))]
 
 
-def _written(
-    asked: Sequence[_Question], plan: RunPlan, prepared: PreparedRun, teacher: nn.Module, context: WorkerContext
+def _blocks(asked: Sequence[_Question]) -> range:
+    """Where each block of questions begins: the same for any number of ranks."""
+    return range(0, len(asked), KEPT_AT_ONCE)
+
+
+def _all_written(
+    asked: Sequence[_Question],
+    files: Sequence[Path],
+    plan: RunPlan,
+    prepared: PreparedRun,
+    teacher: nn.Module,
+    context: WorkerContext,
 ) -> list[_Answer]:
-    """This rank's part of the answers: it takes turns with the others."""
+    """In order; what is written is kept in `files`, one for each block, and what is there is not written again."""
+    answers: list[_Answer] = []
+    for start, file in zip(_blocks(asked), files, strict=True):
+        kept = context.broadcast_object(read_kept(file) if context.rank == 0 else None)
+        if kept is None:
+            block = range(start, min(start + KEPT_AT_ONCE, len(asked)))
+            parts = context.all_gather_object(_written(asked, block, plan, prepared, teacher, context))
+            found = sorted((answer for part in parts for answer in part), key=lambda answer: answer.place)
+            if context.rank == 0:
+                keep(file, _as_array(found))
+        else:
+            found = _of_array(kept, start)
+        answers += found
+    return answers
+
+
+def _as_array(answers: Sequence[_Answer]) -> NDArray[np.int32]:
+    """Answer after answer: how many tokens, whether it ended, the tokens."""
+    return np.concatenate([np.array([len(one.ids), one.ended, *one.ids], dtype=np.int32) for one in answers])
+
+
+def _of_array(array: NDArray[np.int32], place: int) -> list[_Answer]:
+    """The answers, the first of them at `place`."""
+    answers: list[_Answer] = []
+    at = 0
+    while at < len(array):
+        end = at + 2 + int(array[at])
+        answers.append(_Answer(place + len(answers), array[at + 2 : end], bool(array[at + 1])))
+        at = end
+    return answers
+
+
+def _written(
+    asked: Sequence[_Question],
+    block: range,
+    plan: RunPlan,
+    prepared: PreparedRun,
+    teacher: nn.Module,
+    context: WorkerContext,
+) -> list[_Answer]:
+    """This rank's part of the answers to the questions of `block`: it takes turns with the others."""
     assert plan.method.distill is not None
     settings = plan.method.distill.teacher_answers
     assert settings is not None
@@ -112,15 +165,16 @@ def _written(
     engine = InProcessEngine(
         teacher, tokenizer.pad_token_id, end_token_ids(teacher, tokenizer), context, batch_size=WRITTEN_AT_ONCE
     )
-    places = range(context.rank, len(asked), context.world_size)
+    places = block[context.rank :: context.world_size]
     requests = [
         Request(asked[place].ids.tolist(), seed_of(plan.optimization.seed, asked[place].row)) for place in places
     ]
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
 
     def tell(done: int, total: int) -> None:
-        message = f"The teacher has written {done} of {total} answers"
-        context.report(Stage.LOADING_MODEL, percent=100.0 * done / max(total, 1), message=message)
+        there = block.start + len(block) * done // max(total, 1)
+        message = f"The teacher has written {there} of {len(asked)} answers"
+        context.report(Stage.LOADING_MODEL, percent=100.0 * there / len(asked), message=message)
 
     completions = engine.generate(requests, sampling, tell)
     engine.close()
