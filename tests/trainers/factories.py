@@ -30,7 +30,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_model(folder: Path, *, layers: int = 2, tied: bool = True, seed: int = 0, hidden_size: int = 64) -> Path:
+def tiny_model(
+    folder: Path,
+    *,
+    layers: int = 2,
+    tied: bool = True,
+    seed: int = 0,
+    hidden_size: int = 64,
+    intermediate_size: int = 96,
+) -> Path:
     """A random Llama (vocabulary about 300, four heads) and a byte-level BPE tokenizer, saved at `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,7 +46,7 @@ def tiny_model(folder: Path, *, layers: int = 2, tied: bool = True, seed: int = 
     tokenizer = _tokenizer()
     config = LlamaConfig(
         hidden_size=hidden_size,
-        intermediate_size=96,
+        intermediate_size=intermediate_size,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

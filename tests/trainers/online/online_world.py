@@ -55,8 +55,8 @@ class OnlineWorld:
     world: SmallWorld
 
     @classmethod
-    def at(cls, folder: Path, hidden_size: int = 64) -> OnlineWorld:
-        _outspoken(tiny_model(folder / "model", hidden_size=hidden_size))
+    def at(cls, folder: Path, hidden_size: int = 64, intermediate_size: int = 96) -> OnlineWorld:
+        _outspoken(tiny_model(folder / "model", hidden_size=hidden_size, intermediate_size=intermediate_size))
         write_prompts(folder / "prompts.jsonl", 40)
         write_prompts(folder / "eval-prompts.jsonl", 8, seed=1)
         return cls(SmallWorld(folder))
