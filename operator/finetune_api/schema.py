@@ -59,6 +59,7 @@ _COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("Age", "date", ".metadata.creationTimestamp", 0),
     ("Queue", "string", ".spec.scheduling.queue", 1),
     ("Loss", "string", ".status.progress.metrics.loss", 1),
+    ("Reward", "string", ".status.progress.metrics.reward", 1),
     ("ETA", "integer", ".status.progress.etaSeconds", 1),
     ("RayJob", "string", ".status.rayJob", 1),
 )

@@ -143,6 +143,7 @@ class _Planner:
         return distill.model_copy(update={"teacher": teacher.model_copy(update={"source": source})})
 
     def _online(self, online: Ppo | Grpo, name: str) -> Ppo | Grpo:
+        self._check_sampling(online, f"method.{name}")
         rewards = []
         for index, reward in enumerate(online.rewards):
             if reward.model is not None:
@@ -153,6 +154,19 @@ class _Planner:
             else:
                 rewards.append(reward)
         return online.model_copy(update={"rewards": rewards})
+
+    def _check_sampling(self, online: Ppo | Grpo, field: str) -> None:
+        sampling, group = online.sampling, online.rollouts_per_prompt
+        beams, path = sampling.num_beams, f"{field}.sampling.numBeams"
+        if beams > 1 and online.vllm is not None:
+            self._refuse(path, beams, "is searched by the trainers alone; remove vllm, or set it to 1")
+        if 1 < beams < group:
+            self._refuse(path, beams, f"gives no {group} answers, of which groupSize makes a group; raise it")
+        if beams > 1 and (sampling.top_p < 1 or sampling.top_k > 0):
+            self._refuse(path, beams, "draws nothing that topP and topK could restrict; remove them, or set it to 1")
+        if sampling.bias is not None:
+            chosen = f"numBeams {beams}" if beams > 1 else f"topP {sampling.top_p:g}, topK {sampling.top_k}"
+            self._decide(f"{field}.sampling", chosen, f"biased: {sampling.bias}")
 
     def _source(self, field: str, source: str, whole: bool = True) -> str:
         """Where a model is, if `source` names the job that wrote it. `whole`: an adapter does not do."""

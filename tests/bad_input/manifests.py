@@ -212,8 +212,43 @@ MANIFESTS = [
         at(what, f"spec.method.grpo.{path}", {"spec.method": {"grpo": {"rewards": [METRIC], **also}}}, value, says)
         for what, path, value, says, also in (
             ("rollouts that are too old", "vllm.maxStaleness", 2, "must be at most 1", {"vllm": {"maxStaleness": 2}}),
+            ("a search without beams", "sampling.numBeams", 0, "must be at least 1", {"sampling": {"numBeams": 0}}),
+            (
+                "a search that gives less than a group",
+                "sampling.numBeams",
+                4,
+                "gives no 8 answers, of which groupSize makes a group",
+                {"sampling": {"numBeams": 4}},
+            ),
+            (
+                "a search by vLLM",
+                "sampling.numBeams",
+                8,
+                "is searched by the trainers alone",
+                {"sampling": {"numBeams": 8}, "vllm": {}},
+            ),
+            (
+                "a search that is to draw",
+                "sampling.numBeams",
+                8,
+                "draws nothing that topP and topK could restrict",
+                {"sampling": {"numBeams": 8, "topK": 50}},
+            ),
             ("trainers that write ahead", "maxStaleness", 1, "is not a known field", {"maxStaleness": 1}),
         )
+    ),
+    *(
+        at(
+            f"rollouts of a base of {quantization} by vLLM for {method}",
+            "spec.tuning.lora.quantization",
+            {
+                "spec.method": {method: {"rewards": [METRIC], "vllm": {}}},
+                "spec.tuning": {"lora": {"quantization": quantization}},
+            },
+            quantization,
+            "vllm needs whole weights, and a quantized base has none",
+        )
+        for method, quantization in (("ppo", "int8"), ("grpo", "nf4"))
     ),
     at("no rewards", "spec.method.grpo.rewards", {"spec.method": {"grpo": {}}}, NO_VALUE, "is required"),
     at("an empty list of rewards", "spec.method.ppo.rewards", rewards("ppo"), [], "must have at least 1 entry"),

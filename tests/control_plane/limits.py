@@ -85,7 +85,7 @@ _REWARDS: dict[str, dict[str, Any]] = {
     "model": {"source": "hf://org/reward", "revision": "main", "calibrated": True},
 }
 _ROLLOUTS: dict[str, Any] = {
-    "sampling": {"maxNewTokens": 64, "temperature": 0.9, "topP": 0.9, "topK": 50},
+    "sampling": {"maxNewTokens": 64, "temperature": 0.9, "topP": 0.9, "topK": 50, "numBeams": 2},
     "miniBatches": 2,
     "passes": 2,
     "clipLow": 0.2,

@@ -199,7 +199,7 @@ RULE_ROWS = [
         RuleRow(
             "FineTuneJobSpec",
             "reward, dpo and orpo learn from format preference, kto from unpaired-preference, ppo and grpo from prompt,"
-            " and sft and distill from the other formats; set format to auto or to one that the method learns from",
+            " sft and distill from the others; set format to auto or to one that the method learns from",
             f"spec.data.{part}",
             {"method": {method: settings}, f"data.{part}": [{"source": _FILE}, {"source": _FILE, "format": form}]},
         )
@@ -301,6 +301,19 @@ RULE_ROWS = [
         "a quantized base cannot be split by zeroStage 3; set deepspeed.zeroStage to 2 or less",
         "spec.deepspeed.zeroStage",
         {"tuning.lora.quantization": "nf4", "deepspeed.zeroStage": 3},
+    ),
+    *(
+        RuleRow(
+            "FineTuneJobSpec",
+            "vllm needs whole weights, and a quantized base has none; remove it, or the quantization",
+            "spec.tuning.lora.quantization",
+            {
+                "method": {method: {"rewards": [_EXACT_MATCH], "vllm": {}}},
+                "tuning.lora.quantization": quantization,
+                "data.train": [{"source": _FILE}],
+            },
+        )
+        for method, quantization in (("ppo", "int8"), ("grpo", "nf4"))
     ),
     RuleRow(
         "FineTuneJobSpec",

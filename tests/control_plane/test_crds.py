@@ -56,7 +56,7 @@ def test_the_server_shows_how_far_a_job_is(api: Client, stored_job: Store) -> No
         "resolved": resolved.to_document(),
         "restarts": 2,
         "rayJob": "columns-3",
-        "progress": {"step": 120, "totalSteps": 400, "etaSeconds": 90, "metrics": {"loss": "1.25"}},
+        "progress": {"step": 120, "totalSteps": 400, "etaSeconds": 90, "metrics": {"loss": "1.25", "reward": "0.5"}},
         "checkpoint": {
             "uri": "s3://bucket/run/ckpt/1",
             "step": 100,
@@ -82,6 +82,7 @@ def test_the_server_shows_how_far_a_job_is(api: Client, stored_job: Store) -> No
         "Restarts": 2,
         "Queue": "night",
         "Loss": "1.25",
+        "Reward": "0.5",
         "ETA": 90,
         "RayJob": "columns-3",
     }
@@ -90,7 +91,7 @@ def test_the_server_shows_how_far_a_job_is(api: Client, stored_job: Store) -> No
 def test_what_few_ask_for_is_only_in_the_wide_table(api: Client) -> None:
     table = api.get(JOBS, accept=AS_TABLE)
     wide = [column["name"] for column in table["columnDefinitions"] if column["priority"] > 0]
-    assert wide == ["Queue", "Loss", "ETA", "RayJob"]
+    assert wide == ["Queue", "Loss", "Reward", "ETA", "RayJob"]
 
 
 def _schemas(api: Client) -> dict[str, Any]:

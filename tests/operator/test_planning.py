@@ -509,6 +509,26 @@ def test_a_reward_model_may_be_another_jobs_adapter() -> None:
     assert planned.method.grpo.rewards[1].model.source == "file:///models/first"
 
 
+@pytest.mark.parametrize(
+    ("sampling", "chosen", "why"),
+    [
+        ({"numBeams": 4}, "numBeams 4", "biased: the likeliest answers of a search stand in the place of draws"),
+        ({"topP": 0.9}, "topP 0.9, topK 0", "biased: unlikely tokens are never drawn"),
+        ({"topK": 50}, "topP 1, topK 50", "biased: unlikely tokens are never drawn"),
+    ],
+)
+def test_the_plan_says_what_rollouts_that_are_no_draws_of_the_policy_do_to_it(
+    sampling: dict[str, Any], chosen: str, why: str
+) -> None:
+    def planned(sampling: dict[str, Any]) -> RunPlan:
+        return plan({"method": {"ppo": {"rewards": [{"metric": {"kind": "bleu"}}], "sampling": sampling}}})
+
+    value, reason = decided(planned(sampling))["method.ppo.sampling"]
+    assert value == chosen
+    assert reason.startswith(why)
+    assert "method.ppo.sampling" not in decided(planned({"temperature": 0.7}))
+
+
 @pytest.mark.parametrize(("asked", "micro"), [(4, 4), (3, 2), (64, 32)])
 def test_after_out_of_memory_the_micro_batch_is_the_given_one_or_the_next_smaller_divisor(
     asked: int, micro: int

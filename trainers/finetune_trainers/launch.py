@@ -224,6 +224,9 @@ class _Launch:
         problems = check_vllm(self.plan)
         if problems:
             raise UserError("; ".join(str(problem) for problem in problems), problems)
+        online = self.plan.method.online
+        if online is not None and online.sampling.bias is not None:
+            logger.warning("spec.method.%s.sampling: %s", self.plan.method.chosen, online.sampling.bias)
 
     def _check_model(self) -> PreparedModel:
         from finetune_trainers.models import prepare_model  # brings torch and transformers

@@ -189,6 +189,19 @@ class FineTuneJobSpec(Contract):
             field="deepspeed.zeroStage",
         ),
         Rule(
+            cel="!has(self.tuning.lora) || self.tuning.lora.quantization == 'none'"
+            " || !(has(self.method.ppo) && has(self.method.ppo.vllm) || has(self.method.grpo)"
+            " && has(self.method.grpo.vllm))",
+            message="vllm needs whole weights, and a quantized base has none; remove it, or the quantization",
+            holds=lambda s: (
+                s.tuning.lora is None
+                or s.tuning.lora.quantization == "none"
+                or s.method.online is None
+                or s.method.online.vllm is None
+            ),
+            field="tuning.lora.quantization",
+        ),
+        Rule(
             cel="self.outputs.all(o, !o.merge) || has(self.tuning.lora)",
             message="merge is only for tuning.lora; remove it from outputs",
             holds=lambda s: s.tuning.lora is not None or not any(o.merge for o in s.outputs),
@@ -217,11 +230,11 @@ class FineTuneJobSpec(Contract):
             Rule(
                 cel=f"self.data.{part}.all(d, d.format == 'auto' || (has(self.method.kto) ?"
                 " d.format == 'unpaired-preference' : has(self.method.ppo) || has(self.method.grpo) ?"
-                " d.format == 'prompt' : has(self.method.sft) || has(self.method.distill) ? d.format != 'preference'"
-                " && d.format != 'unpaired-preference' && d.format != 'prompt' : d.format == 'preference'))",
+                " d.format == 'prompt' : has(self.method.sft) || has(self.method.distill) ?"
+                " !(d.format in ['preference', 'unpaired-preference', 'prompt']) : d.format == 'preference'))",
                 message="reward, dpo and orpo learn from format preference, kto from unpaired-preference, ppo and grpo"
-                " from prompt, and sft and distill from the other formats; set format to auto or to one that the method"
-                " learns from",
+                " from prompt, sft and distill from the others; set format to auto or to one that the method learns"
+                " from",
                 holds=partial(_formats_fit, part),
                 field=f"data.{part}",
             )

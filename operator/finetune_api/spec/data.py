@@ -57,8 +57,8 @@ class Columns(Contract):
     rejected: ColumnName | None = None
     """preference: the worse answer, in the same way."""
     margin: ColumnName | None = None
-    """preference: how much better the chosen answer is, at least 0: method.reward learns to put that between the
-    scores; may be empty."""
+    """preference: how much better the chosen answer is, at least 0, which method.reward puts between the scores; may be
+    empty."""
     label: ColumnName | None = None
     """unpaired-preference: whether the answer is good, true or false."""
 
@@ -67,8 +67,8 @@ class DataSource(Contract):
     """One source of rows."""
 
     source: DataUri
-    """A file, a folder or a glob of jsonl, parquet, csv or txt files by file:///path, pvc://claim/path or
-    package://python_package/path, or a dataset on the Hub by hf://org/name."""
+    """A file, folder or glob of jsonl, parquet, csv or txt by file:///path, pvc://claim/path or
+    package://python_package/path, or a dataset by hf://org/name."""
     split: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     """Split of an hf:// dataset; `train` when left out."""
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
@@ -80,8 +80,7 @@ class DataSource(Contract):
     columns: Columns | None = None
     """Column names where they differ from the format's own."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """How often a row of this source is seen per epoch: 3 is three times, 0.5 a random half of the rows, another
-    half in the next epoch."""
+    """How often a row is seen per epoch: 3 is three times, 0.5 a random half, and another half in the next."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Take only the first rows of the source."""
 

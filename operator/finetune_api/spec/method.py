@@ -24,8 +24,8 @@ class Reward(Contract):
     max_seq_length: MaxSeqLength = 2048
     """Tokens of a prompt with one answer."""
     long_rows: LongRows = "error"
-    """A pair longer than maxSeqLength, prompt with either answer: `error` stops before training and names the rows,
-    `truncate` cuts the end of the answer, `drop` leaves the pair out."""
+    """A pair longer than maxSeqLength with either answer: `error` stops before training and names the rows, `truncate`
+    cuts the answer's end, `drop` leaves the pair out."""
     center_coefficient: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Weight of (chosen + rejected)², which keeps scores around zero; 0.01 is usual. Only differences are learned
     otherwise (Eisenstein et al. 2023, arXiv 2312.09244)."""
@@ -41,8 +41,8 @@ class Dpo(Contract):
     max_seq_length: MaxSeqLength = 2048
     """Tokens of a prompt with one answer."""
     long_rows: LongRows = "error"
-    """A pair longer than maxSeqLength, prompt with either answer: `error` stops before training and names the rows,
-    `truncate` cuts the end of the answer, `drop` leaves the pair out."""
+    """A pair longer than maxSeqLength with either answer: `error` stops before training and names the rows, `truncate`
+    cuts the answer's end, `drop` leaves the pair out."""
     beta: Beta = 0.1
     """How strongly the model is held to the reference: more holds it closer."""
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
@@ -86,8 +86,8 @@ class Orpo(Contract):
     max_seq_length: MaxSeqLength = 2048
     """Tokens of a prompt with one answer."""
     long_rows: LongRows = "error"
-    """A pair longer than maxSeqLength, prompt with either answer: `error` stops before training and names the rows,
-    `truncate` cuts the end of the answer, `drop` leaves the pair out."""
+    """A pair longer than maxSeqLength with either answer: `error` stops before training and names the rows, `truncate`
+    cuts the answer's end, `drop` leaves the pair out."""
     beta: Beta = 0.1
     """Weight of the odds ratio beside the chosen answer's own loss."""
 

@@ -38,9 +38,27 @@ class Sampling(Contract):
     """Below 1 the likely tokens become likelier. What is learned is the policy at this temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Draw from the likeliest tokens that have this much of the probability. Below 1 rollouts are no samples of the
-    policy that learns."""
+    policy."""
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Draw from so many of the likeliest tokens; 0: from all. See topP."""
+    num_beams: Annotated[int, Field(ge=1, le=64)] = 1
+    """Above 1: the best answers of a beam search, for grpo groupSize of them. See topP."""
+
+    @property
+    def bias(self) -> str | None:
+        """Why rollouts are no draws of the policy that learns from them; None where they are."""
+        if self.num_beams > 1:
+            return (
+                "the likeliest answers of a search stand in the place of draws: they count alike, however likely they"
+                " are, and the importance ratio takes them for draws; so the policy is drawn towards what it says most"
+                " already, and less likely answers are never learned from"
+            )
+        if self.top_p < 1 or self.top_k > 0:
+            return (
+                "unlikely tokens are never drawn, and the importance ratio is that of the whole distribution; so the"
+                " policy is drawn towards the tokens that are likely already, and the others are never learned from"
+            )
+        return None
 
 
 class Vllm(Contract):
@@ -51,8 +69,8 @@ class Vllm(Contract):
     gap_limit: Annotated[float, Field(gt=0, le=100)] = 0.05
     """Mean nats per token between trainer and vLLM, above which condition RolloutFaithful is False."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """Iterations that rollouts may be behind. 1: vLLM writes while the model learns, which widens the gap; resuming
-    writes the next ones anew."""
+    """Iterations that rollouts may be behind. 1: vLLM writes while the model learns: a wider gap, and resuming writes
+    anew."""
 
 
 class OnlineMethod(Contract):
@@ -67,7 +85,7 @@ class OnlineMethod(Contract):
     long_rows: Literal["error", "drop"] = "error"
     """A longer prompt: `error` stops before training and names the rows, `drop` leaves it out."""
     mini_batches: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Optimizer steps in which all rollouts of an iteration, miniBatches × globalBatchSize, are learned from once."""
+    """Optimizer steps that learn from all rollouts of an iteration, miniBatches × globalBatchSize, once."""
     clip_low: Clip = 0.2
     """How far one iteration may make a token less likely: to 1 - clipLow times its probability."""
     clip_high: Annotated[float, Field(gt=0, le=10)] = 0.2

@@ -56,10 +56,10 @@ class FunctionReward(Contract):
         Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*([.][A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$", max_length=256),
     ]
     """module:function, in the image or on PYTHONPATH: f(prompts, completions, **columns, **settings), lists of texts
-    and of each column's values. It gets what it names (all, with **kwargs), and returns a number for each completion,
-    or None for no opinion. It may be async, and has a process of its own."""
+    and of the columns' values. It gets what it names (all, with **kwargs), and returns a number for each completion, or
+    None for no opinion. It may be async; its process is its own."""
     timeout_seconds: Seconds = 60.0
-    """One call may take this long; then its process is ended and begun anew, and the batch has no score."""
+    """Longest call; after that its process is begun anew, and the batch has no score."""
     settings: Annotated[
         dict[str, Any], WithJsonSchema({"type": "object", "x-kubernetes-preserve-unknown-fields": True})
     ] = Field(default_factory=dict)
@@ -70,14 +70,14 @@ class MetricReward(Contract):
     """How near an answer comes to the one in the data."""
 
     kind: MetricKind
-    """`exact-match` is 1 for the same text, white space at the ends aside, else 0. `numeric-answer` is 1 when
-    the last number of both is the same. `token-f1` (as SQuAD counts words), `rouge-l` and `bleu` (of one sentence) are
-    0 to 1. `regex` is 1 when the pattern occurs in the answer."""
+    """`exact-match`: 1 for the same text, white space at the ends aside. `numeric-answer`: 1 for the same last
+    number. `token-f1` (as SQuAD counts words), `rouge-l`, `bleu` (of one sentence): 0 to 1. `regex`: 1 when the pattern
+    occurs in the answer."""
     column: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    """Column with the right answer, or with a list of right answers of which the nearest counts. Left out: answer."""
+    """Column with the right answer, or a list of those, of which the nearest counts. Left out: answer."""
     pattern: Annotated[str, AfterValidator(_regular_expression), Field(min_length=1, max_length=1024)] | None = None
-    """A regular expression of Python. For the other kinds it takes what is compared from the answer: the first group
-    of its last match, or all of it; an answer without one scores 0."""
+    """A regular expression of Python. The other kinds compare what it takes of the answer: the first group of its last
+    match, or all of it; an answer without one scores 0."""
 
     rules = (
         Rule(
@@ -104,25 +104,25 @@ class HttpReward(Contract):
     timeout_seconds: Seconds = 60.0
     """One request may take this long."""
     retries: Annotated[int, Field(ge=0, le=20)] = 3
-    """Further tries of a request without an answer, or with status 429 or 5xx, after longer and longer waits."""
+    """Further tries without an answer, or after status 429 or 5xx, with growing waits."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Answers in one request."""
     headers_from_env: Annotated[dict[HeaderName, EnvName], Field(max_length=16)] = Field(default_factory=dict)
     """Headers of the request by the environment variables that hold their values, such as Authorization:
-    JUDGE_AUTHORIZATION; take those from a Secret in cluster.pods.env."""
+    JUDGE_AUTHORIZATION, from a Secret in cluster.pods.env."""
 
 
 class ModelReward(Contract):
     """A reward model, such as method.reward trains: a sequence classifier with one label, or an adapter of one."""
 
     source: ModelUri
-    """A model or adapter folder, hf://org/name, or job://name of the job that trains it, which is then waited for. It
-    reads text by its own tokenizer and chat template."""
+    """A model or adapter folder, hf://org/name, or job://name, which is waited for. It reads text by its own tokenizer
+    and chat template."""
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Branch, tag or commit of an hf:// source."""
     calibrated: bool | None = None
-    """Use (score - mean) / scale as method.reward measured them, from 0 to 1 if trained with squash. Left out:
-    where the folder has a calibration.json."""
+    """Use (score - mean) / scale as method.reward measured them, 0 to 1 with squash. Left out: where calibration.json
+    is there."""
 
     rules = (only_for_hub("revision", "remove it"),)
 

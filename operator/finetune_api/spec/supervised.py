@@ -25,8 +25,8 @@ class Supervised(Contract):
     loss_on: Literal["assistant", "all"] = "assistant"
     """`assistant` trains on the answers only, end-of-turn token included; `all` trains on every token."""
     long_rows: LongRows = "error"
-    """A row longer than maxSeqLength: `error` stops before training and names the rows. Rows of
-    format `text` are never refused; they are cut into consecutive sequences."""
+    """A row longer than maxSeqLength: `error` stops before training and names the rows. Those of
+    format `text` are cut into consecutive sequences."""
 
 
 class Sft(Supervised):
@@ -80,10 +80,9 @@ class Distill(Supervised):
     """Weight of the cross-entropy of the answers themselves; 0 learns from the teacher's probabilities alone, 1, beside
     teacherAnswers, from the answers that it wrote alone."""
     teacher_answers: TeacherAnswers | None = None
-    """The teacher writes the last answer of each training row anew, once and before the first step, and that is
-    learned from: with alpha 1, sequence-level distillation (Kim and Rush 2016, arXiv 1606.07947). It is asked in
-    the model's own chat template. packing must be false: steps are counted before. Left out: the data's answers,
-    which evaluation always has."""
+    """The teacher writes the last answer of each training row anew, once, before the first step, and that is learned
+    from: with alpha 1, sequence-level distillation (Kim and Rush 2016, arXiv 1606.07947). It is asked in the model's
+    own chat template. Needs packing false: steps are counted before. Left out: the data's answers, as in evaluation."""
 
     rules = (
         Rule(

@@ -61,12 +61,13 @@ class Training(Contract):
     max_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Optimizer steps. Set this or epochs."""
     global_batch_size: Annotated[int, Field(ge=1, le=1_048_576)] = 32
-    """Sequences per optimizer step over all workers. It stays the same whatever the number of workers."""
+    """Sequences, pairs, answers or rollouts, as the method learns, per optimizer step over all workers, however
+    many."""
     micro_batch_size: MicroBatchSize = "auto"
-    """Sequences in one forward pass on one device; `auto` picks one by sequence length."""
+    """How many of those in one forward pass on one device; `auto` picks by sequence length."""
     learning_rate: LearningRate = "auto"
     """Peak learning rate, such as 0.0002, or `auto`: a tenth of the pre-training rate of models of this size for full
-    tuning, ten times that for LoRA."""
+    tuning, ten times that for LoRA; for dpo, kto, orpo, ppo and grpo a tenth of either."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.03

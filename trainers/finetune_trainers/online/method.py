@@ -112,6 +112,7 @@ class Online(Method):
             temperature=settings.sampling.temperature,
             top_p=settings.sampling.top_p,
             top_k=settings.sampling.top_k,
+            num_beams=settings.sampling.num_beams,
         )
         self._iteration: _Iteration | None = None
         self._cursor = 0
@@ -306,7 +307,7 @@ class Online(Method):
     def _requests(self, asked: Sequence[Asking]) -> list[Request]:
         """This rank's."""
         return [
-            Request(question.ids, seed_of(self._parts.seed, place, sample))
+            Request(question.ids, seed_of(self._parts.seed, place, sample), place=sample)
             for question, place, sample in asked[self._context.rank :: self._context.world_size]
         ]
 

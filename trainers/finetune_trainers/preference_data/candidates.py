@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from blake3 import blake3
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.answers import Step
 from finetune_api.failures import Problem
@@ -164,54 +164,27 @@ class _Model:
 
     def samples(self, questions: Sequence[_Question]) -> Iterator[list[_Answer]]:
         asked = self._asked
+        sampling = Sampling(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k)
+        yield from self._written(questions, sampling)
+
+    def beams(self, questions: Sequence[_Question]) -> Iterator[list[_Answer]]:
+        asked, beams = self._asked, self._asked.num_beams or self._asked.num
+        sampling = Sampling(asked.max_new_tokens, temperature=0.0, num_beams=beams, length_penalty=asked.length_penalty)
+        yield from self._written(questions, sampling)
+
+    def _written(self, questions: Sequence[_Question], sampling: Sampling) -> Iterator[list[_Answer]]:
+        asked = self._asked
         engine = InProcessEngine(
             self._model, self._pad_id, self._end_ids, _Alone(self._device), batch_size=asked.batch_size
         )
-        sampling = Sampling(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k)
         requests = [
-            Request(question.ids, seed_of(asked.seed, question.number, number))
+            Request(question.ids, seed_of(asked.seed, question.number, number), place=number)
             for question in questions
             for number in range(asked.num)
         ]
         completions = engine.generate(requests, sampling)
         for start in range(0, len(completions), asked.num):
             yield [_Answer(self._text(one.ids), one.ended) for one in completions[start : start + asked.num]]
-
-    def beams(self, questions: Sequence[_Question]) -> Iterator[list[_Answer]]:
-        asked = self._asked
-        settings = GenerationConfig(
-            max_new_tokens=asked.max_new_tokens,
-            num_beams=asked.num_beams or asked.num,
-            num_return_sequences=asked.num,
-            length_penalty=asked.length_penalty,
-            do_sample=False,
-            early_stopping=True,
-            eos_token_id=self._end_ids or None,
-            pad_token_id=self._pad_id,
-            temperature=1.0,
-            top_k=50,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            use_cache=True,
-        )
-        longest = max(len(question.ids) for question in questions)
-        padding = [longest - len(question.ids) for question in questions]
-        ids = [[self._pad_id] * pad + question.ids for pad, question in zip(padding, questions, strict=True)]
-        mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
-        with torch.inference_mode():
-            found = self._model.generate(
-                input_ids=torch.tensor(ids, device=self._device),
-                attention_mask=torch.tensor(mask, device=self._device),
-                generation_config=settings,
-            )
-        answers = [self._beam(row[longest:].tolist()) for row in found]
-        for start in range(0, len(answers), asked.num):
-            yield answers[start : start + asked.num]
-
-    def _beam(self, ids: list[int]) -> _Answer:
-        end = next((place for place, token in enumerate(ids) if token in self._end_ids), None)
-        return _Answer(self._text(ids if end is None else ids[:end]), end is not None)
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

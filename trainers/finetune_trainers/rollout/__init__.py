@@ -2,6 +2,7 @@
 
 in_process    the policy's weights, in the process that trains them
 sampling      from logits to a token, pure
+beams         the likeliest answers, by a search
 row_cache     keys and values of a batch whose rows come and go
 zero3         parameters that ZeRO-3 keeps in parts, whole for a while
 vllm_engine   vLLM, in a process and an environment of its own beside each trainer
@@ -33,6 +34,10 @@ class Sampling:
     """Only the likeliest tokens that together have this probability; 1 is all."""
     top_k: int = 0
     """Only so many of the likeliest tokens, before `top_p`; 0 is all."""
+    num_beams: int = 1
+    """Above 1: nothing is drawn, and answers are the likeliest that a search over so many beginnings finds."""
+    length_penalty: float = 1.0
+    """Of that search: answers are compared by log-probability / length ** length_penalty."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Request:
     seed: int
     """At least 0, of this very sample: equal seeds give equal answers for equal weights, whatever shares the batch
     (up to rounding, which in half precision may differ with the size of the batch)."""
+    place: int = 0
+    """Where the answer stands among those that a search with beams finds: below `num_beams`, 0 the best."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Completion:
     """With the end token where there is one."""
     log_probs: list[float]
     """Of each of `ids`, nats: in the distribution at the sampling temperature, before top-p and top-k; at temperature
-    1 where the likeliest token is taken."""
+    1 where the likeliest token is taken. With beams too: what the policy says, whoever chose."""
     ended: bool
     """False: cut at max_new_tokens."""
 

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.evaluation import evaluating
 from finetune_trainers.rollout import Completion, OnProgress, Request, Sampling
-from finetune_trainers.rollout.row_cache import RowCache
+from finetune_trainers.rollout.beams import BeamSearch, Forward
+from finetune_trainers.rollout.row_cache import PROMPT_TOKENS, RowCache
 from finetune_trainers.rollout.sampling import draw, uniforms
 from finetune_trainers.rollout.zero3 import fits_whole, gathered, inside, is_split, parameters_but
 
 __all__ = ["InProcessEngine"]
 
-PROMPT_TOKENS = 1 << 14
-"""Tokens of prompts that enter in one forward pass, padding included: what its activations take stays small."""
 LEAVING = 4
 """Rows leave, and others enter, when one in so many has ended: moving keys and values takes time too."""
 
@@ -73,7 +72,8 @@ class InProcessEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress | None = None
     ) -> list[Completion]:
-        writing = _Writing(self._forward, requests, sampling, self._pad_id, self._end_ids, self._batch_size)
+        kind = BeamSearch if sampling.num_beams > 1 else _Writing
+        writing = kind(self._forward, requests, sampling, self._pad_id, self._end_ids, self._batch_size)
         device = self._context.device
         cast = torch.autocast(device.type, self._autocast, enabled=self._autocast is not None)
         with evaluating(self._module), torch.no_grad(), cast, self._parameters() as in_step:
@@ -161,7 +161,7 @@ class _Writing:
 
     def __init__(
         self,
-        forward: Any,
+        forward: Forward,
         requests: Sequence[Request],
         sampling: Sampling,
         pad_id: int,

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-__all__ = ["RowCache"]
+__all__ = ["PROMPT_TOKENS", "RowCache"]
 
+PROMPT_TOKENS = 1 << 14
+"""Tokens of prompts that enter in one forward pass, padding included: what its activations take stays small."""
 ROOM = 64
 """Columns of room for tokens to come."""
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from finetune_api.failures import Problem
 from finetune_api.plan import RunPlan
-from finetune_api.spec import Quantization
 from finetune_trainers.errors import OutOfMemoryError, TrainerError, UserError
 
 __all__ = ["IN_IMAGE", "VARIABLE", "VllmProcess", "VllmRefused", "check_vllm", "find_python", "vllm_command"]
@@ -48,10 +47,6 @@ def check_vllm(plan: RunPlan) -> list[Problem]:
     if settings is None or settings.vllm is None:
         return []
     path = f"spec.method.{plan.method.chosen}.vllm"
-    lora = plan.tuning.lora
-    if lora is not None and lora.quantization is not Quantization.NONE:
-        message = "needs whole weights, which a quantized base has not; remove it, or tuning.lora.quantization"
-        return [Problem(path=path, message=message)]
     try:
         find_python(path)
     except UserError as error:
