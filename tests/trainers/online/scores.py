@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["many_letters"]
+import time
+
+__all__ = ["many_letters", "never_comes_back"]
 
 
 def many_letters(prompts: list[str], completions: list[str], letter: str) -> list[float]:
     """The share of `letter` in each answer: something that a model of a few thousand weights can learn."""
     return [completion.count(letter) / max(len(completion), 1) for completion in completions]
+
+
+def never_comes_back(completions: list[str]) -> list[float]:
+    time.sleep(3600)
+    return [0.0] * len(completions)

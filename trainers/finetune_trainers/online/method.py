@@ -149,6 +149,7 @@ class Online(Method):
             self._iteration = self._iterate(number)
         part, mini_batch = divmod(within, self._settings.mini_batches)
         give_back()
+        self._phase = None  # told anew: the loop has reported the step before, and of no part
         self._enter("train")
         self._train_began = time.perf_counter()
         if within and self._is_to_stop():
