@@ -29,8 +29,8 @@ MEMORY_GOAL = 0.7
 SIDES = ("ours", "trl")
 TRL = "1.12.0"
 """The last that has PPO."""
-KL_HORIZON = 250
-"""Episodes: short, as the runs are."""
+KL_HORIZON = 1000
+"""Episodes: about a run's. A price that moves faster than the policy can follow overshoots."""
 ROOT = Path(__file__).parents[2]
 
 

@@ -56,6 +56,8 @@ _HOME = "opt/finetune"
 _LIBRARY = f"{_HOME}/lib/{_PYTHON}/site-packages"
 _LEFT_OUT = ("dev", "var/cache/apt", "var/lib/apt/lists", "var/log", "usr/share/doc", "usr/share/man", "debootstrap")
 _LAYERS = "layers.json"
+_USED = ("DEBIAN", "PACKAGES", "ACCOUNT", "EXTRAS", "CYCLONEDX")
+"""Arguments of the Dockerfiles that are followed here; the others choose what only Docker makes."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,7 @@ def _packages_key() -> str:
         pinned = _uv(
             "export", "--quiet", "--locked", "--no-header", "--no-dev", "--no-emit-project", *read.words("EXTRAS")
         )
-        parts += [json.dumps(read.arguments, sort_keys=True), pinned]
+        parts += [*(read.arguments[name] for name in _USED), pinned]
     return _key(parts)
 
 

@@ -5,7 +5,6 @@ Each test runs against a stand-in by transformers, and in a lane of their own ag
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finetune_trainers.lean_peft import peft
 from finetune_trainers.online.critic import CRITIC_PARTS
-from finetune_trainers.rollout import Completion, Request, Sampling
+from finetune_trainers.rollout import Request, Sampling
 from finetune_trainers.rollout.vllm_engine import VllmEngine
 from finetune_trainers.rollout.vllm_process import VARIABLE, vllm_command
 from finetune_trainers.rollout.vllm_weights import policy_weights
 from finetune_trainers.tuning import peft_warnings_off
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.online.online_world import LORA, METHODS, OnlineWorld
+from tests.trainers.rollout.vllm_compared import differing_weights, log_probs_of_trainer
 from tests.trainers.rollout.vllm_environments import real_python, stand_in_python
 from tests.trainers.rollout.writers import PAD, PROMPTS, Alone, engine_for, policy, requests_for
 
@@ -31,8 +31,6 @@ pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
 END_IDS = [7, 8, 9]
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0)
-FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-"""What vLLM keeps as one weight."""
 TOLERANCE = 1e-3
 """Nats, of log-probabilities in fp32."""
 BOTH = ["stand-in", pytest.param("vllm", marks=pytest.mark.vllm)]
@@ -99,25 +97,12 @@ def writer(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wr
     writer.engine.close()
 
 
-def digest(tensor: Tensor) -> tuple[str, list[int], str]:
-    content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape), hashlib.sha256(content).hexdigest()
-
-
-def as_vllm_has_it(name: str, weights: dict[str, Tensor]) -> Tensor:
-    """The trainer's weight of vLLM's `name`: its own, or several, row under row."""
-    for fused, parts in FUSED.items():
-        if f".{fused}." in name:
-            return torch.cat([weights[name.replace(fused, part)] for part in parts])
-    return weights[name]
-
-
 @pytest.mark.parametrize("which", ["full", "lora"])
 def test_after_a_sync_every_weight_is_the_trainers_to_the_bit(which: str, writer: Writer) -> None:
     module = writer.follow(which)
     weights = {name: tensor.clone() for name, tensor in policy_weights(module, torch.float32, CRITIC_PARTS)}
     found = writer.engine.digests()
-    assert found == {name: digest(as_vllm_has_it(name, weights)) for name in found}
+    assert not differing_weights(found, weights)
     assert sum(torch.Size(shape).numel() for _, shape, _ in found.values()) == sum(
         one.numel() for one in weights.values()
     )
@@ -152,18 +137,11 @@ def test_probabilities_are_those_at_the_temperature_and_before_anything_is_left_
     answers = writer.engine.generate(requests_for(PROMPTS), sampling)
     gaps = []
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        said = of_trainer(module, prompt, answer, sampling.temperature)
+        said = log_probs_of_trainer(module, prompt, answer, sampling.temperature)
         gaps.append((said - torch.tensor(answer.log_probs)).abs())
         assert answer.ended == (answer.ids[-1] in END_IDS)
         assert not set(answer.ids[:-1]) & set(END_IDS)
     assert torch.cat(gaps).mean() < TOLERANCE
-
-
-def of_trainer(module: Any, prompt: list[int], answer: Completion, temperature: float) -> Tensor:
-    with torch.no_grad():
-        logits = module(input_ids=torch.tensor([[*prompt, *answer.ids]])).logits[0, len(prompt) - 1 : -1]
-    said: Tensor = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
-    return said
 
 
 def test_an_answer_follows_from_its_seed_whatever_shares_the_batch(writer: Writer) -> None:
