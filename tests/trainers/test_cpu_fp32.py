@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from finetune_trainers import cpu_fp32, cpu_products
 from finetune_trainers.cpu_fp32 import OneDnnLinear, linear
 from finetune_trainers.cpu_products import use_fast_products
-from finetune_trainers.rl.logprobs import stats_from_hidden
 
 CPU = torch.device("cpu")
 IN, OUT = 40, 24
@@ -86,19 +85,6 @@ def test_autocast_decides_on_the_type() -> None:
     _, quick = layers()
     with torch.autocast("cpu", torch.bfloat16):
         assert quick(drawn(8, IN)).dtype is torch.bfloat16
-
-
-def test_log_probs_of_an_output_head_are_the_same_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = torch.randint(OUT, (9,), generator=torch.Generator().manual_seed(1))
-    found = []
-    for few in (1, 1 << 40):
-        monkeypatch.setattr(cpu_fp32, "FEW_PRODUCTS", few)
-        hidden, weight = drawn(9, IN).requires_grad_(), drawn(OUT, IN, seed=2).requires_grad_()
-        stats = stats_from_hidden(hidden, weight, tokens)
-        (stats.log_probs.sum() + stats.entropy.sum()).backward()  # type: ignore[no-untyped-call]
-        found.append((stats.log_probs.detach(), hidden.grad, weight.grad))
-    for quick, plain in zip(*found, strict=True):
-        torch.testing.assert_close(quick, plain)
 
 
 def test_layers_that_compute_in_fp32_on_a_cpu_are_made_quick() -> None:

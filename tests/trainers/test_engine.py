@@ -129,7 +129,7 @@ def test_unfreezing_makes_the_same_steps_in_every_engine(engine: str, trained: A
 
 
 def test_the_loss_is_the_plain_cross_entropy_and_so_is_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune_trainers.methods.log_probs.CHUNK_ELEMENTS", 3 * 11)  # rows in three chunks
+    monkeypatch.setattr("finetune_trainers.rl.logprobs.CHUNK_ELEMENTS", 3 * 11)  # rows in three chunks
     logits = torch.randn(7, 11, dtype=torch.float64).float().requires_grad_()
     labels = torch.randint(0, 11, (7,))
     wanted = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -2,7 +2,7 @@
 
 MKL uses the 512 bits of AVX-512 on Intel's processors alone; on AMD's it takes half as wide instructions. oneDNN, which
 PyTorch has on board for other types, looks at what the processor can do: twice as many products a second on Zen 5.
-Both add up in fp32, in another order. Applied by `cpu_products`, and by `rl.logprobs` to its own products.
+Both add up in fp32, in another order. Applied by `cpu_products`.
 
 Shapes: x [..., in], weight [out, in], the product [..., out].
 """

@@ -17,7 +17,7 @@ from finetune_trainers.context import WorkerContext
 from finetune_trainers.data.batches import IGNORED, Batch, StepBatches, TrainBatches
 from finetune_trainers.evaluation import evaluate
 from finetune_trainers.methods import BatchLoss, Method
-from finetune_trainers.methods.log_probs import token_log_probs
+from finetune_trainers.rl.logprobs import token_log_probs
 
 __all__ = ["Sft", "sum_nll"]
 

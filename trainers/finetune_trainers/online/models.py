@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from finetune_trainers.attention import forward_kwargs
 from finetune_trainers.data.batches import IGNORED, Batch
-from finetune_trainers.methods.log_probs import TokenStats, token_stats
 from finetune_trainers.online.adapters import Adapters
 from finetune_trainers.resting import RestingWeights
+from finetune_trainers.rl.logprobs import TokenStats, token_stats
 
 __all__ = ["Models"]
 
