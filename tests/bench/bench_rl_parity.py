@@ -2,9 +2,10 @@
 
     python -m tests.bench.bench_rl_parity [--draws 5]
 
-Each case is a loss as a method of training would put it together from `finetune_trainers.rl`, beside the trainer of
-TRL's that has it, over random tensors drawn anew for each draw. For PPO, which this TRL no longer has, see
-bench_ppo_parity. `tests/trainers/rl` holds the same functions against numbers worked by hand.
+Each case is a loss beside the trainer of TRL's that has it, over random tensors drawn anew for each draw: that of GRPO
+and its relatives by the method itself, in micro-batches, the others put together from `finetune_trainers.rl` as their
+methods do. For PPO, which this TRL no longer has, see bench_ppo_parity. `tests/trainers/rl` holds the same functions
+against numbers worked by hand.
 """
 
 from __future__ import annotations
@@ -24,15 +25,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune_trainers.online.method import Judged
 from finetune_trainers.rl.advantages import group_advantages, mask_of_lengths
-from finetune_trainers.rl.aggregation import Aggregation, aggregate, divisor
 from finetune_trainers.rl.distillation import divergence
-from finetune_trainers.rl.kl import kl_estimate
-from finetune_trainers.rl.logprobs import stats_from_logits
-from finetune_trainers.rl.policy_losses import ppo_policy_loss
+from finetune_trainers.rl.logprobs import token_log_probs, token_stats
 from finetune_trainers.rl.preference_losses import dpo_loss, kto_kl, kto_loss, orpo_loss, reward_loss
 from finetune_trainers.rl.statistics import masked_sum
 from tests.bench.common import timed_process, write_results
+from tests.bench.online_losses import ToldModels, experience, grpo, ppo, rollouts
 
 GOAL = 1e-5
 HERE = Path(__file__).parent
@@ -80,7 +80,9 @@ def cases() -> list[Case]:
         Case("grpo", "grpo", clipped | {"trl": "grpo", "aggregation": "sequence"}, learn),
         Case("dr-grpo", "grpo", clipped | {"trl": "dr_grpo", "aggregation": "constant", "beta": 0.0}, learn),
         Case("dapo", "grpo", clipped | {"trl": "dapo", "aggregation": "token", "clip_high": 0.28}, learn),
-        Case("dapo-dual-clip", "grpo", clipped | {"trl": "dapo", "aggregation": "token", "dual_clip": 1.5}, learn),
+        Case(
+            "dual-clip", "grpo", clipped | {"trl": "dapo", "aggregation": "token", "beta": 0.0, "dual_clip": 1.5}, learn
+        ),
         Case("dapo-weighted", "grpo", clipped | {"trl": "dapo", "aggregation": "token", "weighted": True}, learn),
         *(
             Case(f"{peer}-{beta}", "divergence", {"trl": peer, "beta": beta, "temperature": 1.5}, ("student",))
@@ -125,9 +127,10 @@ def draw(case: Case, generator: torch.Generator) -> Tensors:
 
 
 def ours_log_probs(given: Tensors, settings: Settings) -> Tensors:
-    found = stats_from_logits(given["logits"], given["tokens"], temperature=settings["temperature"], chunk_elements=500)
-    loss = (found.log_probs * given["pull"]).sum() + found.entropy.sum()
-    return {"loss": loss, "log_probs": found.log_probs, "entropy": found.entropy}
+    tokens = given["tokens"]
+    found = token_stats(1.0 * given["logits"].flatten(0, 1), tokens.flatten(), settings["temperature"])
+    log_probs, entropy = (value.view(tokens.shape) for value in found)
+    return {"loss": (log_probs * given["pull"]).sum(), "log_probs": log_probs, "entropy": entropy}
 
 
 def ours_dpo(given: Tensors, settings: Settings) -> Tensors:
@@ -152,8 +155,9 @@ def ours_kto(given: Tensors, settings: Settings) -> Tensors:
 
 
 def ours_orpo(given: Tensors, settings: Settings) -> Tensors:
-    found = stats_from_logits(given["logits"], given["tokens"], temperature=1.0, chunk_elements=500)
-    chosen, rejected = (masked_sum(found.log_probs, given["mask"], dim=1) / given["mask"].sum(1)).chunk(2)
+    tokens = given["tokens"]
+    log_probs = token_log_probs(1.0 * given["logits"].flatten(0, 1), tokens.flatten()).view(tokens.shape)
+    chosen, rejected = (masked_sum(log_probs, given["mask"], dim=1) / given["mask"].sum(1)).chunk(2)
     return {"loss": orpo_loss(chosen, rejected, -chosen, **settings).mean()}
 
 
@@ -169,27 +173,35 @@ def ours_advantages(given: Tensors, settings: Settings) -> Tensors:
 
 
 def ours_grpo(given: Tensors, settings: Settings) -> Tensors:
-    mask, aggregation = given["mask"], settings["aggregation"]
-    found = ppo_policy_loss(
-        given["log_probs"],
-        given["old"],
-        given["advantages"],
-        mask,
-        clip_low=settings["clip_low"],
-        clip_high=settings["clip_high"],
-        dual_clip=settings.get("dual_clip"),
-        weights=given["weights"] if settings["weighted"] else None,
+    """By the method's own loss, of micro-batches of whole responses; that of PPO where a bound is PPO's alone."""
+    lengths = given["mask"].sum(1)
+    made = rollouts(given["advantages"], lengths)
+    bounds = {"clipLow": settings["clip_low"], "clipHigh": settings["clip_high"]}
+    weighing = {"aggregation": settings["aggregation"], "sampling": {"maxNewTokens": settings["max_length"]}}
+    of_grpo = bounds | weighing | {"klCoefficient": settings["beta"], "groupSize": 2, "passes": 2}
+    said, _ = grpo(ToldModels(), **of_grpo)._weigh(made, [Judged(None, None, None)] * len(made))
+    token_weights = [one.weights for one in said]
+    totals, clipped, num_tokens = [], 0.0, int(lengths.sum())
+    for rows in torch.split(torch.arange(len(made)), PAIRS - 2):
+        held = given["mask"][rows]
+        models = ToldModels(given["log_probs"][rows][held])
+        batch = experience(
+            advantages=given["advantages"][rows, None].expand(held.shape)[held],
+            weights=torch.cat([token_weights[row] for row in rows]),
+            old_log_probs=given["old"][rows][held],
+            ref_log_probs=given["ref"][rows][held],
+            importance=given["weights"][rows][held] if settings["weighted"] else None,
+        )
+        if settings.get("dual_clip"):
+            found = ppo(models, dualClip=settings["dual_clip"], **bounds)._loss_of_policy(batch)
+        else:
+            found = grpo(models, **of_grpo).loss(torch.nn.Identity(), batch)
+        totals.append(found.total)
+        clipped += float(found.sums[0])
+    loss = torch.stack(totals).sum() / (num_tokens if settings["aggregation"] == "token" else len(made))
+    return (
+        {"loss": loss} if settings.get("dual_clip") else {"loss": loss, "clipfrac": torch.tensor(clipped / num_tokens)}
     )
-    losses = found.losses + settings["beta"] * kl_estimate(given["log_probs"], given["ref"], "k3")
-    loss = _total(losses, mask, aggregation, settings["max_length"])
-    return {"loss": loss} if settings.get("dual_clip") else {"loss": loss, "clipfrac": found.clipfrac}
-
-
-def _total(losses: Tensor, mask: Tensor, aggregation: Aggregation, max_length: int) -> Tensor:
-    """In three micro-batches, as a step would."""
-    parts = list(zip(torch.split(losses, PAIRS - 2), torch.split(mask, PAIRS - 2), strict=True))
-    total = sum(divisor(held, aggregation, max_length=max_length) for _, held in parts)
-    return torch.stack([aggregate(part, held, aggregation, total) for part, held in parts]).sum()
 
 
 def ours_divergence(given: Tensors, settings: Settings) -> Tensors:

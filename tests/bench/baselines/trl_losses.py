@@ -66,7 +66,7 @@ def log_probs(given, settings):
     logits = given["logits"]
     found = selective_log_softmax(logits, given["tokens"], temperature=settings["temperature"])
     entropy = entropy_from_logits(logits / settings["temperature"])
-    return {"loss": (found * given["pull"]).sum() + entropy.sum(), "log_probs": found, "entropy": entropy}
+    return {"loss": (found * given["pull"]).sum(), "log_probs": found, "entropy": entropy}
 
 
 def dpo(given, settings):

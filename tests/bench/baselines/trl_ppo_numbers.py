@@ -4,13 +4,13 @@ last that has it.
     python trl_ppo_numbers.py SETTINGS.json RESULT.safetensors
 
 Its formulas stand in one long method. So it trains, in float64, and each time that it calls for whitened advantages or
-for gradients its variables are written down. Settings: draws, kl, and cases {name: {kl_estimator, whiten_rewards}}.
+for gradients its variables are written down. Settings: draws, kl.
 
-Result, by "case/draw/": of an iteration's rollouts [B, T] log_probs, ref_log_probs, values, ended (bool, up to the end
-token), paid (bool, one token more where there is one: there TRL puts the score), kl, rewards (before they are
-whitened), whitened_rewards, advantages (before), returns, whitened; scores [B]. By "case/draw/step/": log_probs, old,
-advantages, values, old_values, returns, ended, paid; policy_loss, value_loss, value_clipfrac; and the gradient of
-their weighted sum, grad_log_probs, grad_values. Called by bench_ppo_parity.
+Result, by "draw/": of an iteration's rollouts [B, T] log_probs, ref_log_probs, values, ended (bool, up to the end
+token), paid (bool, one token more where there is one: there TRL puts the score), kl, rewards, advantages (before they
+are whitened), returns, whitened; scores [B]. By "draw/step/": log_probs, old, advantages, values, old_values, returns,
+ended, paid; policy_loss, value_loss; and the gradient of their weighted sum, grad_log_probs, grad_values. Called by
+bench_ppo_parity.
 """
 
 import json
@@ -74,13 +74,14 @@ def watched(prefix):
     def masked_whiten(values, mask, shift_mean=True):
         white = whiten(values, mask, shift_mean)
         seen = sys._getframe(1).f_locals
-        if not shift_mean:
-            keep(prefix, rewards=values, whitened_rewards=white.masked_fill(~mask, 0))
-            return white
-        if not SETTINGS["cases"][prefix.split("/")[0]]["whiten_rewards"]:
-            keep(prefix, rewards=seen["rewards"])
         held, paid = ~seen["padding_mask"], ~seen["padding_mask_p1"]
-        keep(prefix, log_probs=seen["logprobs"], ref_log_probs=seen["ref_logprobs"], values=seen["values"])
+        keep(
+            prefix,
+            rewards=seen["rewards"],
+            log_probs=seen["logprobs"],
+            ref_log_probs=seen["ref_logprobs"],
+            values=seen["values"],
+        )
         keep(prefix, ended=held, paid=paid, kl=seen["kl"], scores=seen["scores"], returns=seen["returns"])
         keep(prefix, advantages=values, whitened=white.masked_fill(~held, 0))
         return white
@@ -99,14 +100,15 @@ def backward_of(trainer, prefix):
         keep(step, log_probs=seen["new_logprobs"], old=seen["mb_logprobs"], advantages=seen["mb_advantage"])
         keep(step, values=seen["vpred"], old_values=seen["mb_values"], returns=seen["mb_return"])
         keep(step, ended=~seen["padding_mask"][rows], paid=~seen["padding_mask_p1"][rows])
-        keep(step, policy_loss=seen["pg_loss"], value_loss=seen["vf_loss"], value_clipfrac=seen["vf_clipfrac"])
+        keep(step, policy_loss=seen["pg_loss"], value_loss=seen["vf_loss"])
         keep(step, grad_log_probs=pulls[0], grad_values=pulls[1])
         return backward(loss, **kwargs)
 
     return noted
 
 
-def train(prefix, draw, folder, kl_estimator, whiten_rewards):
+def train(draw, folder):
+    prefix = str(draw)
     torch.manual_seed(draw)
     rows = [{"input_ids": torch.randint(2, len(WORDS), (PROMPT,)).tolist()} for _ in range(BATCH)]
     trainer = PPOTrainer(
@@ -123,8 +125,8 @@ def train(prefix, draw, folder, kl_estimator, whiten_rewards):
             learning_rate=3e-3,
             lr_scheduler_type="constant",
             kl_coef=SETTINGS["kl"],
-            kl_estimator=kl_estimator,
-            whiten_rewards=whiten_rewards,
+            kl_estimator="k1",
+            whiten_rewards=False,
             gamma=0.97,
             lam=0.9,
             num_sample_generations=0,
@@ -150,9 +152,8 @@ def train(prefix, draw, folder, kl_estimator, whiten_rewards):
 def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        for case, settings in SETTINGS["cases"].items():
-            for draw in range(SETTINGS["draws"]):
-                train(f"{case}/{draw}", draw, folder, **settings)
+        for draw in range(SETTINGS["draws"]):
+            train(draw, folder)
     save_file(FOUND, sys.argv[2])
 
 

@@ -59,6 +59,22 @@ def test_what_is_masked_cannot_reach_the_gradient() -> None:
     assert log_probs.grad[0].tolist() == [-1, 0, 0]
 
 
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@pytest.mark.parametrize("gain", [1.0, 0.0, -1.0])
+def test_a_token_that_became_likelier_beyond_measure_spoils_neither_loss_nor_gradient(
+    gain: float, dual_clip: float | None
+) -> None:
+    """e^100 is infinite in float32, and 0 times that no number."""
+    log_probs = torch.tensor([[100.0, 0.1]], requires_grad=True)
+    gains = torch.tensor([[gain, 1.0]])
+    found = ppo_policy_loss(log_probs, torch.zeros(1, 2), gains, torch.ones(1, 2), dual_clip=dual_clip)
+    found.losses.sum().backward()  # type: ignore[no-untyped-call]
+    assert found.losses.isfinite().all()
+    assert found.approx_kl.isfinite()
+    assert log_probs.grad is not None
+    assert log_probs.grad[0].tolist() == pytest.approx([0, -math.exp(0.1)])
+
+
 def test_one_advantage_may_serve_all_tokens_of_a_response() -> None:
     log_probs, mask = torch.zeros(2, 3), torch.ones(2, 3)
     found = ppo_policy_loss(log_probs, log_probs, torch.tensor([1.0, -2.0]), mask)

@@ -26,18 +26,13 @@ def test_scores_are_held_within_the_limit() -> None:
         clip_scores(torch.zeros(1), 0)
 
 
-def test_scores_are_measured_by_all_scores_so_far() -> None:
-    scores, seen = normalise_scores(torch.tensor([1.0, 2.0, 3.0]), Moments(), eps=0)
-    assert scores.tolist() == pytest.approx([-1, 0, 1])
-    # 1, 2, 3 and 6: mean 3, variance (4 + 1 + 0 + 9) / 3
-    scores, seen = normalise_scores(torch.tensor([6.0]), seen, eps=0)
-    assert scores.item() == pytest.approx(3 / math.sqrt(14 / 3))
-    assert seen.mean == pytest.approx(3)
-
-
-def test_scores_that_are_not_centred_keep_their_sign() -> None:
-    scores, _ = normalise_scores(torch.tensor([1.0, 2.0, 3.0]), Moments(), centre=False, eps=0)
-    assert scores.tolist() == pytest.approx([1, 2, 3])
+def test_scores_are_measured_by_all_scores_so_far_and_keep_their_sign() -> None:
+    scores, seen = normalise_scores(torch.tensor([-1.0, 1.0, 3.0]), Moments())
+    assert scores.tolist() == pytest.approx([-0.5, 0.5, 1.5])
+    # -1, 1, 3 and 5: mean 2, variance (9 + 1 + 1 + 9) / 3
+    scores, seen = normalise_scores(torch.tensor([5.0]), seen)
+    assert scores.item() == pytest.approx(5 / math.sqrt(20 / 3))
+    assert seen.mean == pytest.approx(2)
 
 
 def test_the_first_score_of_all_passes_unchanged() -> None:
@@ -46,11 +41,11 @@ def test_the_first_score_of_all_passes_unchanged() -> None:
     assert seen == Moments(1, 4, 0)
 
 
-def test_a_rank_uses_the_moments_of_all_ranks() -> None:
-    everything = Moments(4, 3, 14)
-    scores, seen = normalise_scores(torch.tensor([6.0]), Moments(), batch=everything, eps=0)
-    assert seen == everything
-    assert scores.item() == pytest.approx(3 / math.sqrt(14 / 3))
+@pytest.mark.parametrize("scores", [[1.0] * 4, [-1.0] * 8, [0.0, 0.0], [100.0, 100.5]])
+def test_scores_that_are_as_good_as_equal_pass_unchanged(scores: list[float]) -> None:
+    found, seen = normalise_scores(torch.tensor(scores), Moments())
+    assert found.tolist() == scores
+    assert seen.count == len(scores)
 
 
 @settings(max_examples=50)

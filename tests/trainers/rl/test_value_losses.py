@@ -74,3 +74,7 @@ def test_explained_variance(values: list[float], wanted: float) -> None:
 
 def test_equal_returns_leave_nothing_to_explain() -> None:
     assert explained_variance(torch.tensor([[1.0, 2.0]]), torch.ones(1, 2), torch.ones(1, 2)).isnan()
+
+
+def test_a_single_return_leaves_nothing_to_explain() -> None:
+    assert explained_variance(torch.tensor([[1.0, 2.0]]), torch.ones(1, 2), torch.tensor([[1, 0]])).isnan()

@@ -5,7 +5,6 @@ Dr. GRPO, RLOO and DAPO are settings of it. `K` are the tokens of a micro-batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +16,7 @@ from finetune_trainers.methods import BatchLoss
 from finetune_trainers.online.episodes import Experience, Rollout, Said
 from finetune_trainers.online.method import Asked, Judged, Online, Parts
 from finetune_trainers.rl.advantages import group_advantages, informative_groups
+from finetune_trainers.rl.aggregation import counts_tokens, token_weights
 from finetune_trainers.rl.kl import kl_estimate
 from finetune_trainers.rl.policy_losses import ppo_policy_loss
 from finetune_trainers.rl.rewards import overlong_penalty
@@ -34,7 +34,7 @@ class Grpo(Online):
         asks_policy = settings.steps_per_iteration > 1 or settings.max_kl > 0 or not parts.engine.is_policy
         super().__init__(settings, parts, Asked(asks_policy, settings.needs_reference, critic=False))
         self._grpo = settings
-        self._counts_tokens = settings.aggregation == "token"
+        self._counts_tokens = counts_tokens(settings.aggregation)
         self._more_rounds = settings.dynamic_sampling
 
     def loss(self, module: nn.Module, batch: Batch) -> BatchLoss:
@@ -74,14 +74,16 @@ class Grpo(Online):
         rewards = self._shaped(rollouts)
         size = self._grpo.group_size
         advantages = group_advantages(rewards, size, self._grpo.baseline)
+        lengths = torch.tensor([len(rollout.ids) for rollout in rollouts])
+        weights = token_weights(lengths, self._grpo.aggregation, max_length=self._grpo.sampling.max_new_tokens)
         said = [
             Said(
                 advantages=advantage.float().expand(len(rollout.ids)),
-                weights=torch.full((len(rollout.ids),), self._weight(rollout)),
+                weights=weight.expand(len(rollout.ids)),
                 log_probs=one.log_probs,
                 reference=one.reference,
             )
-            for rollout, advantage, one in zip(rollouts, advantages, judged, strict=True)
+            for rollout, advantage, weight, one in zip(rollouts, advantages, weights, judged, strict=True)
         ]
         return said, {"informative_groups": float(informative_groups(rewards, size).double().mean())}
 
@@ -93,15 +95,6 @@ class Grpo(Online):
         longest = self._grpo.sampling.max_new_tokens
         return rewards + overlong_penalty(lengths, max_length=longest, buffer=self._grpo.overlong_buffer)
 
-    def _weight(self, rollout: Rollout) -> float:
-        match self._grpo.aggregation:
-            case "token":
-                return 1.0
-            case "sequence":
-                return 1.0 / max(len(rollout.ids), 1)
-            case "constant":
-                return 1.0 / self._grpo.sampling.max_new_tokens
-
     def _is_worth_learning(self, group: Sequence[Rollout]) -> bool:
-        rewards = [rollout.reward for rollout in group if not math.isnan(rollout.reward)]
-        return not self._more_rounds or (len(rewards) > 1 and max(rewards) - min(rewards) > 1e-8)
+        rewards = torch.tensor([rollout.reward for rollout in group], dtype=torch.float64)
+        return not self._more_rounds or bool(informative_groups(rewards, len(group)).all())

@@ -6,6 +6,7 @@ and a critic that says which tokens earned it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -121,11 +122,10 @@ class Ppo(Online):
         rewards = token_rewards(scores, mask, kl, self._kl.coefficient)
         found = gae(rewards, values, mask, gamma=self._ppo.gamma, lam=self._ppo.gae_lambda)
         advantages = whiten(found.advantages, mask) if self._ppo.whiten_advantages else found.advantages
-        figures = {
-            "kl_coefficient": self._kl.coefficient,
-            "values": float(masked_mean(values, mask)),
-            "explained_variance": float(explained_variance(values, found.returns, mask)),
-        }
+        figures = {"kl_coefficient": self._kl.coefficient, "values": float(masked_mean(values, mask))}
+        explained = float(explained_variance(values, found.returns, mask))
+        if math.isfinite(explained):
+            figures["explained_variance"] = explained
         self._kl = self._kl.updated(float(kl.sum(1).mean()), len(rollouts))
         self._strayed = False
         said = [
@@ -147,7 +147,7 @@ class Ppo(Online):
         unknown = scores.isnan()
         scores = torch.where(unknown, scores[~unknown].mean(), scores)
         if self._ppo.normalize_rewards:
-            scores, self._seen = normalise_scores(scores, self._seen, centre=False)
+            scores, self._seen = normalise_scores(scores, self._seen)
         return scores if self._ppo.reward_clip is None else clip_scores(scores, self._ppo.reward_clip)
 
     def state(self) -> dict[str, Any]:

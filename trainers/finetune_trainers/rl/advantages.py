@@ -30,19 +30,17 @@ def mask_of_lengths(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, bootstrap: Tensor | None = None
-) -> Advantages:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Advantages:
     """Generalised advantage estimation (Schulman et al., arXiv 1506.02438, eq. 16), backwards over time:
 
         delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
 
-    rewards, values, mask [B, T]; V after the last token is `bootstrap` [B], the value of where a response was cut
-    off; 0 (left out) says that it had ended. Positions outside `mask` are stepped over, wherever they stand: padding
-    on either side, or what a tool said between two parts of a response, whose next token is then the next held one.
+    rewards, values, mask [B, T]; V after the last token is 0: a response is judged by what is there of it, also one
+    that was cut off. Positions outside `mask` are stepped over, wherever they stand: padding on either side, or what a
+    tool said between two parts of a response, whose next token is then the next held one.
     """
     rewards, values, held = rewards.detach(), values.detach(), mask.bool()
-    next_value = values.new_zeros(values.shape[0]) if bootstrap is None else bootstrap.detach().to(values.dtype)
+    next_value = values.new_zeros(values.shape[0])
     carried = torch.zeros_like(next_value)
     advantages = torch.zeros_like(values)
     for position in reversed(range(values.shape[1])):

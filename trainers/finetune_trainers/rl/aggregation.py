@@ -1,9 +1,9 @@
 """From losses per token to the loss of a step, so that micro-batches and ranks add up to the global batch's.
 
-    B  responses of a micro-batch      T  positions      mask [B, T] holds on the tokens that the policy chose
+    loss of a step = sum over its tokens of weight · loss / divisor
 
-The divisor is always one of the whole global batch, known before its first micro-batch: the sum of what is returned
-for every micro-batch on every rank is then the loss, however the batch was cut. Called by the loops of PPO and GRPO.
+Weights follow from a response's own length and the divisor from the whole global batch, so it does not matter how that
+is cut. Called by GRPO; for PPO all tokens are alike.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor
 
-from finetune_trainers.rl.statistics import masked_mean, masked_sum
-
-__all__ = ["Aggregation", "aggregate", "divisor"]
+__all__ = ["Aggregation", "counts_tokens", "token_weights"]
 
 Aggregation = Literal["token", "sequence", "constant"]
 """How tokens are weighed.
@@ -27,33 +25,19 @@ Aggregation = Literal["token", "sequence", "constant"]
 """
 
 
-def divisor(mask: Tensor, aggregation: Aggregation, *, max_length: int | None = None) -> float:
-    """What this part of a global batch adds to its divisor; sum it over micro-batches and ranks. mask [B, T].
-
-    `max_length`, in tokens, is for "constant" alone. ValueError: it is missing there.
-    """
+def token_weights(lengths: Tensor, aggregation: Aggregation, *, max_length: int) -> Tensor:
+    """float32 [B]: the weight of each token of responses of `lengths` [B] tokens, of which `max_length` are allowed."""
     match aggregation:
         case "token":
-            return float(mask.bool().sum())
+            return torch.ones(lengths.shape)
         case "sequence":
-            return float(mask.shape[0])
+            return 1.0 / lengths.clamp(min=1)
         case "constant":
-            if max_length is None or max_length < 1:
-                raise ValueError(f"max_length: {max_length} is no length, and 'constant' divides by it")
-            return float(mask.shape[0] * max_length)
+            return torch.full(lengths.shape, 1.0 / max_length)
         case _:
             assert_never(aggregation)
 
 
-def aggregate(losses: Tensor, mask: Tensor, aggregation: Aggregation, total: float) -> Tensor:
-    """This part's share of the global loss; no dimensions. losses, mask [B, T]; `total` is the summed `divisor`.
-
-    Sums are float32, or float64 for float64 losses. A response without a token adds nothing. ValueError: `total` is 0,
-    that is, nowhere in the global batch is there anything to learn.
-    """
-    if not total > 0:
-        raise ValueError(f"total: {total} is not above 0; no token of the global batch is trained on")
-    wide = losses if losses.dtype == torch.float64 else losses.float()
-    if aggregation == "sequence":
-        return masked_mean(wide, mask, dim=1).sum() / total
-    return masked_sum(wide, mask) / total
+def counts_tokens(aggregation: Aggregation) -> bool:
+    """Whether the divisor is the number of tokens of the global batch; otherwise it is that of its responses."""
+    return aggregation == "token"

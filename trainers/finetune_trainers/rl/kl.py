@@ -1,6 +1,7 @@
 """The distance between policy and reference: estimators from samples, and controllers of what that distance costs.
 
-Called by the losses of PPO and GRPO, by `rewards.token_rewards` and by the loop once an iteration.
+PPO takes k1 for the price of each token, and asks a controller once an iteration; GRPO has k3 in its loss. k2 is for
+whoever compares them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor
+
+from finetune_trainers.rl.policy_losses import MAX_LOG_RATIO
 
 __all__ = ["AdaptiveKl", "FixedKl", "KlController", "KlEstimator", "controller_from_state", "kl_estimate"]
 
@@ -28,7 +31,8 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: KlEstimator
         k1 = -r             unbiased, of large variance, of either sign; its gradient as a loss says nothing, so it
                             belongs in the reward
         k2 = r² / 2         biased, never negative
-        k3 = exp(r) - 1 - r unbiased and never negative; the penalty in GRPO's loss (arXiv 2402.03300, eq. 4)
+        k3 = exp(r) - 1 - r unbiased and never negative; the penalty in GRPO's loss (arXiv 2402.03300, eq. 4); from
+                            r = `MAX_LOG_RATIO` on it stays what it is there, or exp would overflow
     """
     log_ratio = ref_log_probs - log_probs
     match estimator:
@@ -38,7 +42,8 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: KlEstimator
             return log_ratio.square() / 2
         case "k3":
             # expm1 keeps the digits that exp(r) - 1 loses where the two policies are still close.
-            return torch.expm1(log_ratio) - log_ratio
+            bounded = log_ratio.clamp(max=MAX_LOG_RATIO)
+            return torch.expm1(bounded) - bounded
         case _:
             assert_never(estimator)
 
@@ -68,9 +73,10 @@ class AdaptiveKl:
     Ziegler et al., "Fine-tuning language models from human preferences", arXiv 1909.08593, as their code
     has it: after n episodes with mean distance kl,
 
-        error = clip(kl / target - 1, -0.2, 0.2)        coefficient *= 1 + error n / horizon
+        error = clip(kl / target - 1, -0.2, 0.2)        coefficient *= 1 + error min(n / horizon, 1)
 
-    `horizon` is in episodes: about so many it takes to multiply the price by e^0.2.
+    `horizon` is in episodes: about so many it takes to multiply the price by e^0.2. Theirs has no minimum: one
+    measurement, however many episodes it is of, says no more than that the price should rise or fall by a fifth.
     """
 
     coefficient: float
@@ -85,13 +91,11 @@ class AdaptiveKl:
     def updated(self, kl: float, num_episodes: int) -> AdaptiveKl:
         """The controller after `num_episodes` more, whose mean distance per response was `kl`.
 
-        ValueError: `kl` is not finite, or so many episodes at once that the price could become negative.
+        ValueError: `kl` is not finite.
         """
         _require(math.isfinite(kl), "kl", kl, "finite")
-        most = int(self.horizon / MAX_ERROR)
-        _require(0 <= num_episodes < most, "num_episodes", num_episodes, f"from 0 to below {most}, five horizons")
         error = min(max(kl / self.target - 1, -MAX_ERROR), MAX_ERROR)
-        return replace(self, coefficient=self.coefficient * (1 + error * num_episodes / self.horizon))
+        return replace(self, coefficient=self.coefficient * (1 + error * min(num_episodes / self.horizon, 1.0)))
 
     def state(self) -> dict[str, float | str]:
         return {"kind": "adaptive", **asdict(self)}

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from finetune_trainers.rl.statistics import masked_mean
 
-__all__ = ["PolicyLoss", "log_prob_gap", "ppo_policy_loss", "truncated_importance"]
+__all__ = ["MAX_LOG_RATIO", "PolicyLoss", "log_prob_gap", "ppo_policy_loss", "truncated_importance"]
+
+MAX_LOG_RATIO = 20.0
+"""Nats. A token that became e^20 = 5e8 times as likely lies beyond every bound, and where none holds, one such token
+would be the whole gradient; beyond it there is none. exp of more than 88 is infinite in float32, and the gradient NaN
+even of a token that was clipped, or that has no advantage: 0 times infinity."""
 
 
 class PolicyLoss(NamedTuple):
@@ -45,13 +50,14 @@ def ppo_policy_loss(
 
     clip_high > clip_low leaves rare tokens room to grow (DAPO's clip-higher, arXiv 2503.14476, eq. 10). `dual_clip` c
     bounds the loss at -c A where A < 0, so that one token of an enormous ratio cannot ruin an update (Ye et al., arXiv
-    1912.09729, eq. 5). log_probs, old_log_probs [B, T]; advantages [B, T], or [B] where all tokens share one; weights
-    [B, T] multiply the loss: those of `truncated_importance`. ValueError: bounds that leave no room, or cross.
+    1912.09729, eq. 5). No ratio is above e^`MAX_LOG_RATIO`. log_probs, old_log_probs [B, T]; advantages [B, T], or [B]
+    where all tokens share one; weights [B, T] multiply the loss: those of `truncated_importance`. ValueError: bounds
+    that leave no room, or cross.
     """
     _check_bounds(clip_low, clip_high, dual_clip)
     held = mask.bool()
-    # Outside the mask anything may stand; a ratio of 1 there keeps exp from overflowing into the gradient.
-    log_ratio = torch.where(held, log_probs - old_log_probs, 0.0)
+    # Outside the mask anything may stand; a ratio of 1 there keeps it out of the gradient.
+    log_ratio = torch.where(held, log_probs - old_log_probs, 0.0).clamp(max=MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     shared = advantages[:, None] if advantages.ndim == 1 else advantages
     gain = torch.where(held, shared.detach(), 0.0)  # [B, T]

@@ -22,25 +22,16 @@ def clip_scores(scores: Tensor, limit: float) -> Tensor:
     return scores.clamp(-limit, limit)
 
 
-def normalise_scores(
-    scores: Tensor,
-    seen: Moments,
-    *,
-    batch: Moments | None = None,
-    centre: bool = True,
-    eps: float = 1e-8,
-) -> tuple[Tensor, Moments]:
-    """`scores` [B] by the running mean and deviation of all scores so far, these included; and the moments after them.
+def normalise_scores(scores: Tensor, seen: Moments) -> tuple[Tensor, Moments]:
+    """`scores` [B] over the deviation of all scores so far, these included; and the moments after them.
 
-    (score - mean) / sqrt(var + eps), as in Zheng et al., "Secrets of RLHF", arXiv 2307.04964; without `centre` the mean
-    stays and a score keeps its sign. `seen` is what came before (a checkpoint keeps it), `batch` the moments over all
-    ranks where there are several. Fewer than two scores so far pass unchanged: there is no deviation yet.
+    As in Zheng et al., "Secrets of RLHF", arXiv 2307.04964, but for the mean, which stays: a score keeps its sign.
+    `seen` is what came before (a checkpoint keeps it). While the deviation is below a hundredth of the mean, scores
+    pass unchanged: they are as good as equal, and dividing would make them hundreds or millions.
     """
-    after = merge([seen, moments_of(scores) if batch is None else batch])
-    if after.count < 2:
-        return scores, after
-    shift = after.mean if centre else 0.0
-    return (scores - shift) / math.sqrt(after.var() + eps), after
+    after = merge([seen, moments_of(scores)])
+    deviation = math.sqrt(after.var()) if after.count > 1 else 0.0
+    return (scores if deviation <= 0.01 * abs(after.mean) else scores / deviation), after
 
 
 def penalise_missing_eos(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:

@@ -3,7 +3,7 @@
     values, mask  [...] of one shape; a mask is bool, or 0 and 1
 
 What the mask leaves out is never read: not even a NaN there reaches a result. Called by `advantages`, `rewards`, the
-losses, and the loop that merges the moments of all ranks.
+losses, and PPO, in which each rank knows all rollouts.
 """
 
 from __future__ import annotations
@@ -92,17 +92,11 @@ def merge(parts: Iterable[Moments]) -> Moments:
     return whole
 
 
-def whiten(
-    values: Tensor, mask: Tensor, *, moments: Moments | None = None, shift_mean: bool = True, eps: float = 1e-8
-) -> Tensor:
+def whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     """(values - mean) / sqrt(var + eps) where `mask` holds, 0 elsewhere; [...] as given.
 
-    `moments` are those of the global batch; left out, those of what is given. The variance is the unbiased one, as TRL
-    takes it. `shift_mean=False` scales around the mean and leaves it: rewards
-    keep their sign that way. ValueError: fewer than two values.
+    The variance is the unbiased one, as TRL takes it. A value that is the only one has none, and stays as it is.
     """
-    found = moments_of(values, mask) if moments is None else moments
-    white = (values - found.mean) / math.sqrt(found.var() + eps)
-    if not shift_mean:
-        white = white + found.mean
+    found = moments_of(values, mask)
+    white = (values - found.mean) / math.sqrt(found.var() + eps) if found.count > 1 else values
     return torch.where(mask.bool(), white, torch.zeros_like(white))

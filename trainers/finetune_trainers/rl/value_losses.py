@@ -48,9 +48,11 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(R - V) / Var(R) over the tokens of `mask` [B, T]: 1 is a perfect critic, 0 one that says nothing.
 
-    NaN where all returns are equal: there is nothing to explain. ValueError: fewer than two tokens.
+    NaN where all returns are equal, or there is one only: there is nothing to explain.
     """
     values, returns = values.detach(), returns.detach()
+    if int(mask.bool().sum()) < 2:
+        return values.new_tensor(torch.nan)
     spread = masked_var(returns, mask)
     unexplained = masked_var(returns - values, mask)
     return torch.where(spread > 0, 1 - unexplained / spread, torch.nan)
