@@ -303,7 +303,9 @@ class Loop:
         except NonFiniteLossError as error:
             raise NonFiniteLossError(_non_finite(error.message, step), step=step) from error
         self._num_trained_tokens += batches.num_trained_tokens
-        figures = {"loss": loss, "learning_rate": rate, "num_tokens": float(self._num_trained_tokens)}
+        figures = {"learning_rate": rate, "num_tokens": float(self._num_trained_tokens)}
+        if not batches.is_left_out:
+            figures = {"loss": loss} | figures
         if grad_norm is not None:
             figures["grad_norm"] = grad_norm
         return figures | self._method.figures(counted), batches.num_tokens

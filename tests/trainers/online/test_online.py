@@ -27,10 +27,10 @@ from finetune_trainers.data.batches import IGNORED, Batch
 from finetune_trainers.engine import Engine
 from finetune_trainers.methods import Method
 from finetune_trainers.methods.building import build_method
-from finetune_trainers.methods.log_probs import TokenStats
 from finetune_trainers.online.episodes import Experience
 from finetune_trainers.online.models import Models
 from finetune_trainers.ray_workers import RayWorkers
+from finetune_trainers.rl.logprobs import TokenStats
 from finetune_trainers.worker import load
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.judged_world import zero
@@ -272,8 +272,28 @@ def test_a_checkpoint_of_ppo_is_exported_as_the_policy_alone(
 
 def test_steps_beyond_the_stop_of_an_iteration_change_nothing(online: OnlineWorld, tmp_path: Path) -> None:
     settings = METHODS["ppo"]["ppo"] | {"passes": 4, "miniBatches": 1, "stopKl": 1e-9}
-    steps = {"training.maxSteps": 4, "training.learningRate": 0.01}
-    online.train(online.plan("ppo", {"method": {"ppo": settings}} | steps), tmp_path / "run")
-    norms = [figures.get("grad_norm") for figures in online.figures(tmp_path / "run") if "loss" in figures]
-    assert norms[0] is not None
-    assert norms[2:] == [None, None]
+    changes = {"method": {"ppo": settings}, "training.maxSteps": 4, "training.learningRate": 0.01}
+    online.train(online.plan("ppo", changes), tmp_path / "run")
+    steps = [figures for figures in online.figures(tmp_path / "run") if "learning_rate" in figures]
+    learned = {"loss", "grad_norm", "approx_kl", "clip_fraction", "entropy", "value_loss", "policy_loss"}
+    assert [learned & step.keys() for step in steps] == [learned, learned, set(), set()], "no zeros that nobody counted"
+    assert [step["steps_left_out"] for step in steps] == [0, 0, 1, 2]
+
+
+def test_a_step_may_be_of_one_answer_of_one_token(online: OnlineWorld, tmp_path: Path) -> None:
+    one = {"passes": 1, "miniBatches": 1, "sampling": {"maxNewTokens": 1}, "kl": {"target": 6, "horizon": 10}}
+    sizes = {"training.globalBatchSize": 1, "training.microBatchSize": 1, "training.maxSteps": 2}
+    plan = online.plan("ppo", {"method": {"ppo": METHODS["ppo"]["ppo"] | one}} | sizes, evaluated=False)
+    online.train(plan, tmp_path / "run")
+    assert len(online.curve(tmp_path / "run", "loss")) == 2
+    assert online.curve(tmp_path / "run", "explained_variance") == []
+
+
+def test_an_iteration_may_be_of_more_rollouts_than_the_horizon_of_the_price(
+    online: OnlineWorld, tmp_path: Path
+) -> None:
+    settings = METHODS["ppo"]["ppo"] | {"passes": 1, "miniBatches": 4, "kl": {"target": 6, "horizon": 10}}
+    plan = online.plan("ppo", {"method": {"ppo": settings}, "training.maxSteps": 8}, evaluated=False)
+    online.train(plan, tmp_path / "run")
+    prices = online.curve(tmp_path / "run", "kl_coefficient")
+    assert prices[4] == pytest.approx(0.8 * prices[0]), "no distance yet: a fifth less"

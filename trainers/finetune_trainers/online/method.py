@@ -125,6 +125,10 @@ class Online(Method):
         self._is_writing_ahead = False
         self._written_ahead: list[Completion] | None = None
         """This rank's answers to the next prompts of the stream, by weights of one iteration before."""
+        self._is_left_out = False
+        """Nothing is learned in this step."""
+        self._num_left_out = 0
+        """Such steps of this iteration so far."""
         self._seconds: dict[str, float] = {}
         self._train_began: float | None = None
         self._phase: str | None = None
@@ -152,7 +156,9 @@ class Online(Method):
         self._phase = None  # told anew: the loop has reported the step before, and of no part
         self._enter("train")
         self._train_began = time.perf_counter()
-        if within and self._is_to_stop():
+        self._is_left_out = bool(within) and self._is_to_stop()
+        self._num_left_out = self._num_left_out + self._is_left_out if within else 0
+        if self._is_left_out:
             return StepBatches([], num_trained_tokens=0, num_tokens=0, is_left_out=True)
         return self._batches(self._iteration, part, mini_batch)
 
@@ -173,8 +179,10 @@ class Online(Method):
 
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
         of_iteration = self._iteration.figures if self._iteration is not None else {}
+        of_step = {} if self._is_left_out else self._figures(sums)
+        left_out = {"steps_left_out": float(self._num_left_out)}
         seconds = {} if self._train_began is None else {"seconds/train": time.perf_counter() - self._train_began}
-        return {**of_iteration, **self._figures(sums), **seconds}
+        return {**of_iteration, **of_step, **left_out, **seconds}
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         greedy = Sampling(max_new_tokens=self._sampling.max_new_tokens, temperature=0.0)
