@@ -201,7 +201,7 @@ class World:
         total_steps: int,
         changes: dict[str, Any] | None = None,
         losses: Mapping[int, float] | None = None,
-        eval_losses: list[float] | None = None,
+        eval_losses: Sequence[float | None] | None = None,
         saved: Saved | None = None,
     ) -> None:
         self.plan = plan_of(changes)
@@ -211,7 +211,8 @@ class World:
 
         def evaluate(step: int) -> dict[str, float]:
             self.evaluated_at.append(step)
-            return {"eval_loss": self._eval_losses.pop(0) if self._eval_losses else 1.0}
+            loss = self._eval_losses.pop(0) if self._eval_losses else 1.0
+            return {} if loss is None else {"eval_loss": loss}
 
         self.loop = Loop(
             self.plan,
@@ -333,6 +334,20 @@ def test_without_improvement_training_stops_and_the_best_is_kept() -> None:
     assert world.kept.steps == [1, 2]
     assert result.eval is not None
     assert (result.eval.loss_before, result.eval.loss_after) == (9.0, 4.0)
+
+
+def test_an_evaluation_without_a_figure_is_neither_the_best_nor_a_disappointment() -> None:
+    world = World(10, EARLY, eval_losses=[9.0, 5.0, None, 5.5, None, 4.0, 4.1, 4.2])
+    result = world.run()
+    assert (result.step, result.best_step, world.kept.steps) == (7, 5, [1, 5])
+
+
+def test_a_figure_that_the_last_evaluation_could_not_give_is_not_told() -> None:
+    world = World(2, {"training.evalEverySteps": 1}, eval_losses=[3.0, 1.0, None])
+    result = world.run()
+    assert result.eval is not None
+    assert (result.eval.loss_before, result.eval.loss_after) == (3.0, None)
+    assert "eval_loss" not in result.metrics
 
 
 def test_a_fall_below_min_delta_does_not_count() -> None:

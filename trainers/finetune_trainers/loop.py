@@ -45,7 +45,7 @@ _SAVING = "Saving"
 """Beside the stages' seconds: for which training stood still because of checkpoints."""
 
 Evaluator = Callable[[int], dict[str, float]]
-"""Called with the number of steps done; returns figures, eval_loss among them. Collective."""
+"""Called with the number of steps done; returns figures, eval_loss among them where it could be had. Collective."""
 
 
 class KeepsBest(Protocol):
@@ -377,14 +377,15 @@ class Loop:
         seconds = self._clock() - start
         self._pace.evaluation_seconds = seconds
         self.result.seconds[Stage.EVALUATING] += seconds
-        self.result.metrics.update(figures)
+        trained = {name: value for name, value in self.result.metrics.items() if not name.startswith("eval_")}
+        self.result.metrics = trained | figures
         self._evaluated = True
         if self._trackers is not None:
             self._trackers.log(step, figures)
         self._report(Stage.TRAINING, urgent=True)
-        return self._judge(step, figures["eval_loss"], figures.get("eval_reward"))
+        return self._judge(step, figures.get("eval_loss"), figures.get("eval_reward"))
 
-    def _judge(self, step: int, loss: float, reward: float | None) -> bool:
+    def _judge(self, step: int, loss: float | None, reward: float | None) -> bool:
         if step == 0:
             self.result.eval = EvalSummary(loss_before=loss, reward_before=reward)
             return False
@@ -392,6 +393,8 @@ class Loop:
         after = before.model_copy(update={"loss_after": loss, "reward_after": reward})
         if self._early_stop is None or self._best is None:
             self.result.eval = after
+            return False
+        if loss is None:
             return False
         verdict = self._early_stop.update(loss)
         if verdict.improved:

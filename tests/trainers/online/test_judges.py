@@ -298,9 +298,9 @@ def test_in_a_split_policy_all_ranks_make_as_many_passes_also_one_without_answer
         return read(**inputs)
 
     monkeypatch.setattr(one, "_read", counted)
-    rewards = WeightedRewards([NamedScorer("model", FIELD, 1.0, one, in_this_thread=True)], alone=False)
-    assert len(rewards.score(episodes()).totals) == 5
+    rewards = WeightedRewards([NamedScorer("model", FIELD, 1.0, one, in_this_thread=True)])
+    assert len(rewards.score(episodes())) == 5
     assert len(passes) == 3
-    assert rewards.score([]).totals == []
+    assert rewards.score([]) == []
     assert passes[1:] == [1] * 5
     engine.close()

@@ -63,6 +63,10 @@ def raises_for_short(completions: list[str], least: int) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
+def no_opinion_of_short(completions: list[str], least: int) -> list[float | None]:
+    return [None if len(text) < least else 1.0 for text in completions]
+
+
 def hangs_once(completions: list[str], folder: str) -> list[float]:
     """Over the lives of its processes."""
     if not Path(folder, "hung").exists():

@@ -67,18 +67,28 @@ def test_a_function_that_hangs_once_costs_one_iteration_its_lesson(
     with caplog.at_level(logging.WARNING):
         online.train(grpo(online, hangs), tmp_path / "run")
     rewards = online.curve(tmp_path / "run", "reward")
-    assert rewards[0] == 0.0
-    assert all(math.isfinite(reward) and reward > 0 for reward in rewards[1:])
-    assert online.curve(tmp_path / "run", "reward_missing/hangs_once") == [1.0]
+    assert len(rewards) == 2
+    assert all(math.isfinite(reward) and reward > 0 for reward in rewards)
+    assert online.curve(tmp_path / "run", "steps_left_out") == [1, 0, 0]
+    assert len(online.curve(tmp_path / "run", "grad_norm")) == 2, "nothing is learned from answers without any reward"
+    assert online.curve(tmp_path / "run", "reward_errors/hangs_once") == [1, 0, 0]
     assert "Reward hangs_once: 8 of 8 answers have no score: it took longer than 10 s" in caplog.messages
 
 
 def test_a_function_that_fails_for_some_answers_ends_nothing(online: OnlineWorld, tmp_path: Path) -> None:
     online.train(grpo(online, function("raises_for_short", settings={"least": 12})), tmp_path / "run")
     assert all(math.isfinite(loss) for loss in online.curve(tmp_path / "run", "loss"))
-    missing = online.curve(tmp_path / "run", "reward_missing/raises_for_short")
-    assert missing
-    assert all(0 < share < 1 for share in missing)
+    failed = online.curve(tmp_path / "run", "reward_errors/raises_for_short")
+    assert failed
+    assert all(0 < share < 1 for share in failed)
+
+
+def test_having_no_opinion_is_no_failure(online: OnlineWorld, tmp_path: Path) -> None:
+    online.train(grpo(online, function("length"), function("no_opinion_of_short", settings={"least": 12})), tmp_path)
+    silent = online.curve(tmp_path, "reward_no_opinion/no_opinion_of_short")
+    assert silent
+    assert all(0 < share < 1 for share in silent)
+    assert online.curve(tmp_path, "reward_errors/no_opinion_of_short") == []
 
 
 def test_a_function_that_always_fails_ends_the_run_as_the_users_mistake(online: OnlineWorld, tmp_path: Path) -> None:

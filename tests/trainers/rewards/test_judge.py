@@ -250,11 +250,12 @@ def test_a_reward_model_is_one_reward_among_others(full: Trained) -> None:
     context = SingleProcessContext(full.plan, full.folder / "policy")
     rewards = build_rewards(sources, full.plan, full.prepared, context)
     episodes = [Episode(one.prompt, one.completion, {"answer": one.completion}) for one in full.episodes("chosen")]
-    scores = rewards.score(episodes)
+    opinions = rewards.score(episodes)
+    totals = rewards.totals(episodes, opinions)
     rewards.close()
     alone = values(full.judge(), full.episodes("chosen"))
-    assert scores.by_name == {"model": alone, "exact_match": [1.0] * len(alone)}
-    assert scores.totals == pytest.approx([2 * value + 1 for value in alone])
+    assert opinions == [{"model": value, "exact_match": 1.0} for value in alone]
+    assert totals == pytest.approx([2 * value + 1 for value in alone])
 
 
 def refused(source: str, **fields: Any) -> tuple[str | None, str]:

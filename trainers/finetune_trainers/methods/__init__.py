@@ -45,7 +45,8 @@ class Method(Protocol):
         ...
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """Figures of the evaluation data, eval_loss among them. Collective, the same on every rank."""
+        """Figures of the evaluation data, eval_loss among them where it could be had. Collective, the same on every
+        rank."""
         ...
 
     def samples(self) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from finetune_api.plan import BatchPlan
 from finetune_trainers.data.batches import IGNORED, Batch, dummy_batch
 from finetune_trainers.data.questions import Question
+from finetune_trainers.rewards import Episode, Opinions
 
 __all__ = ["Experience", "Rollout", "Said", "in_forward_passes", "own_parts", "packed", "shuffled"]
 
@@ -36,11 +37,17 @@ class Rollout:
     text: str
     reward: float
     """Of all rewards, weighted; NaN where none could be had."""
-    by_name: dict[str, float | None]
+    opinions: Opinions
+    """Of each reward."""
     engine_log_probs: list[float] | None = None
     """Of `ids`, as the engine that drew them computed them. None: it was the policy itself."""
     policy_log_probs: list[float] | None = None
     """Of `ids`, as the policy computed them when it drew them. None: it has to be asked."""
+
+    @property
+    def episode(self) -> Episode:
+        """As rewards see it."""
+        return Episode(self.question.messages, self.text, self.question.fields, len(self.ids), self.ended)
 
     @property
     def num_tokens(self) -> int:

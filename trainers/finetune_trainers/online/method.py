@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +41,8 @@ from finetune_trainers.online.correction import GAP, corrections
 from finetune_trainers.online.episodes import Rollout, Said, in_forward_passes, own_parts, packed, shuffled
 from finetune_trainers.online.memory import give_back
 from finetune_trainers.online.models import Models
-from finetune_trainers.rewards import Episode, Rewards
+from finetune_trainers.rewards import Fault, Rewards
+from finetune_trainers.rl.rewards import penalise_missing_eos
 from finetune_trainers.rollout import AheadEngine, Completion, Request, RolloutEngine, Sampling
 from finetune_trainers.rollout.sampling import seed_of
 
@@ -97,6 +99,7 @@ Asking = tuple[Question, int, int]
 class _Iteration:
     number: int
     rollouts: list[Rollout]
+    """None: no answer could be given a reward, and there is nothing to learn."""
     said: list[Said]
     figures: dict[str, float]
 
@@ -134,6 +137,8 @@ class Online(Method):
         self._phase: str | None = None
         self._stage = Stage.TRAINING
         self._roles = _roles(settings, asked)
+        self._troubles: set[str] = set()
+        """Figures of rewards that failed or had no opinion, once they did."""
         self._samples: list[dict[str, Any]] = []
         self._gap: RolloutGap | None = None
         """Of the newest iteration, where another engine writes."""
@@ -156,8 +161,8 @@ class Online(Method):
         self._phase = None  # told anew: the loop has reported the step before, and of no part
         self._enter("train")
         self._train_began = time.perf_counter()
-        self._is_left_out = bool(within) and self._is_to_stop()
-        self._num_left_out = self._num_left_out + self._is_left_out if within else 0
+        self._is_left_out = not self._iteration.rollouts or (within > 0 and self._is_to_stop())
+        self._num_left_out = (self._num_left_out if within else 0) + self._is_left_out
         if self._is_left_out:
             return StepBatches([], num_trained_tokens=0, num_tokens=0, is_left_out=True)
         return self._batches(self._iteration, part, mini_batch)
@@ -192,8 +197,9 @@ class Online(Method):
         with self._during(Stage.EVALUATING), self._writing():
             rollouts = self._rollouts(asked, greedy)
         self._samples = [_for_people(rollout) for rollout in rollouts[:_SAMPLES]]
-        found = _reward_figures(rollouts)
-        return {"eval_loss": -found["reward"], **{f"eval_{name}": value for name, value in found.items()}}
+        figures = {f"eval_{name}": value for name, value in self._reward_figures(rollouts).items()}
+        reward = figures.get("eval_reward")
+        return figures if reward is None else {"eval_loss": -reward, **figures}
 
     def samples(self) -> list[dict[str, Any]]:
         return self._samples
@@ -245,16 +251,45 @@ class Online(Method):
         if self._ahead is not None and number + 1 < self._parts.num_iterations:
             self._ahead.start(self._requests(self._next_prompts()), self._sampling)
             self._is_writing_ahead = True
+        figures = {**self._reward_figures(rollouts), **kept, **staleness}
+        if "reward" not in figures:
+            return _Iteration(number, [], [], figures | self._phase_seconds())
         with self._timed("judge"):
             judged = self._judged(rollouts)
         weights, gap = corrections(rollouts, [one.log_probs for one in judged])
-        figures = {**_reward_figures(rollouts), **_distance(rollouts, judged), **gap}
+        figures |= {**_distance(rollouts, judged), **gap}
         self._check_distance(figures)
         self._tell_of_gap(figures)
         said, of_method = self._weigh(rollouts, judged)
         said = [replace(one, importance=weight) for one, weight in zip(said, weights, strict=True)]
-        seconds = {f"seconds/{phase}": value for phase, value in self._seconds.items()}
-        return _Iteration(number, rollouts, said, {**figures, **kept, **staleness, **of_method, **seconds})
+        return _Iteration(number, rollouts, said, {**figures, **of_method, **self._phase_seconds()})
+
+    def _reward_figures(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Means over `rollouts`, of the rewards that could be had; and the share of those that could not, from the
+        first one on: a failure is seen in a curve."""
+        figures: dict[str, float] = {}
+        known = [rollout.reward for rollout in rollouts if not math.isnan(rollout.reward)]
+        if known:
+            figures = {"reward": statistics.fmean(known), "reward_std": statistics.stdev(known) if known[1:] else 0.0}
+        figures |= {
+            "response_length": statistics.fmean(len(rollout.ids) for rollout in rollouts),
+            "cut_off": statistics.fmean(not rollout.ended for rollout in rollouts),
+        }
+        names = rollouts[0].opinions
+        for name in names:
+            said = [rollout.opinions[name] for rollout in rollouts]
+            values = [one for one in said if isinstance(one, float)]
+            if values and len(names) > 1:
+                figures[f"reward/{name}"] = statistics.fmean(values)
+            failed, silent = sum(isinstance(one, Fault) for one in said), said.count(None)
+            for trouble, num in ((f"reward_errors/{name}", failed), (f"reward_no_opinion/{name}", silent)):
+                if num or trouble in self._troubles:
+                    self._troubles.add(trouble)
+                    figures[trouble] = num / len(said)
+        return figures
+
+    def _phase_seconds(self) -> dict[str, float]:
+        return {f"seconds/{phase}": value for phase, value in self._seconds.items()}
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -331,31 +366,38 @@ class Online(Method):
             with self._timed("generate"):
                 completions = self._parts.engine.generate(self._requests(asked), sampling, self._tell_of_writing)
         texts = [str(self._parts.tokenizer.decode(one.ids, skip_special_tokens=True)) for one in completions]
-        with self._timed("score"):
-            scores = self._parts.rewards.score(
-                [
-                    Episode(asked[index][0].messages, text, asked[index][0].fields, len(one.ids), one.ended)
-                    for index, one, text in zip(mine, completions, texts, strict=True)
-                ]
-            )
-        found = [
+        written_here = [
             Rollout(
                 question=asked[index][0],
                 group=asked[index][1],
                 ids=one.ids,
                 ended=one.ended,
-                text=texts[place],
-                reward=scores.totals[place] - (0.0 if one.ended else self._settings.missing_eos_penalty),
-                by_name={name: values[place] for name, values in scores.by_name.items()},
+                text=text,
+                reward=math.nan,  # until all are known
+                opinions={},
                 engine_log_probs=None if self._parts.engine.is_policy else one.log_probs,
                 policy_log_probs=one.log_probs if self._parts.is_exact else None,
             )
-            for place, (index, one) in enumerate(zip(mine, completions, strict=True))
+            for index, one, text in zip(mine, completions, texts, strict=True)
         ]
+        with self._timed("score"):
+            opinions = self._parts.rewards.score([rollout.episode for rollout in written_here])
         if self._context.world_size > 1:
             self._enter("score", _OTHERS)
-        everybodys = self._context.all_gather_object(found)
-        return [everybodys[index % world][index // world] for index in range(len(asked))]
+        everybodys = self._context.all_gather_object(
+            [replace(rollout, opinions=said) for rollout, said in zip(written_here, opinions, strict=True)]
+        )
+        return self._rewarded([everybodys[index % world][index // world] for index in range(len(asked))])
+
+    def _rewarded(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """Those of all ranks, so that the same follows from the same rewards whatever the number of ranks."""
+        totals = self._parts.rewards.totals(
+            [rollout.episode for rollout in rollouts], [rollout.opinions for rollout in rollouts]
+        )
+        ended = torch.tensor([rollout.ended for rollout in rollouts])
+        scores = torch.tensor(totals, dtype=torch.float64)
+        rewards = penalise_missing_eos(scores, ended, self._settings.missing_eos_penalty).tolist()
+        return [replace(rollout, reward=reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
 
     def _judged(self, rollouts: list[Rollout]) -> list[Judged]:
         """What the models say of every token. Each rank asks about its part."""
@@ -456,28 +498,6 @@ def _split(said: Tensor | None, lengths: list[int]) -> Sequence[Tensor | None]:
     return [None] * len(lengths) if said is None else torch.split(said.float().cpu(), lengths)
 
 
-def _reward_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Means over `rollouts`, of the rewards that could be had, and how many could not: a failure is seen in a curve."""
-    totals = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
-    known = totals[~totals.isnan()]
-    if not len(known):
-        raise DataError("no rollout could be given a reward")
-    figures = {
-        "reward": float(known.mean()),
-        "reward_std": float(known.std()) if len(known) > 1 else 0.0,
-        "response_length": sum(len(rollout.ids) for rollout in rollouts) / len(rollouts),
-        "cut_off": sum(not rollout.ended for rollout in rollouts) / len(rollouts),
-    }
-    names = dict.fromkeys(name for rollout in rollouts for name in rollout.by_name)
-    for name in names:
-        values = [value for rollout in rollouts if (value := rollout.by_name[name]) is not None]
-        if values and len(names) > 1:
-            figures[f"reward/{name}"] = math.fsum(values) / len(values)
-        if len(values) < len(rollouts):
-            figures[f"reward_missing/{name}"] = 1 - len(values) / len(rollouts)
-    return figures
-
-
 def _distance(rollouts: Sequence[Rollout], judged: Sequence[Judged]) -> dict[str, float]:
     """Mean of log p - log p_ref over all tokens, where both were asked: an estimate of the KL divergence."""
     totals = [
@@ -490,4 +510,5 @@ def _distance(rollouts: Sequence[Rollout], judged: Sequence[Judged]) -> dict[str
 
 def _for_people(rollout: Rollout) -> dict[str, Any]:
     prompt = "\n".join(f"{message['role']}: {message['content']}" for message in rollout.question.messages)
-    return {"prompt": prompt, "answer": rollout.text, "reward": rollout.reward, "ended": rollout.ended}
+    reward = None if math.isnan(rollout.reward) else rollout.reward
+    return {"prompt": prompt, "answer": rollout.text, "reward": reward, "ended": rollout.ended}

@@ -8,10 +8,10 @@
     judge       a reward model
 
 A reward that fails for an answer does not end the run. The answer has no score by that reward's name, and the failure
-is counted. In the total the mean of that reward over the other answers of the call stands in its place, where another
-reward could score the answer; where none could, the total is NaN, and the answer is left out or taken as an average one
-by whoever learns. So whoever makes a reward fail wins nothing by it. A reward may also have no opinion; then it adds
-nothing.
+is counted. In the total the mean of that reward over the other answers stands in its place, where another reward could
+score the answer; where none could, the total is NaN, and the answer is left out or taken as an average one by whoever
+learns. So whoever makes a reward fail wins nothing by it. A reward may also have no opinion; then it adds nothing.
+Each rank asks about its own answers; what follows is decided of those of all ranks, so it is the same for any number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-__all__ = ["Episode", "Message", "Rewards", "Scored", "Scorer", "Scores"]
+__all__ = ["Episode", "Fault", "Message", "Opinions", "Rewards", "Scored", "Scorer"]
 
 Message = dict[str, str]
 """`role` and `content`."""
@@ -41,24 +41,31 @@ class Episode:
     """False: it was cut off."""
 
 
-class Scores(NamedTuple):
-    """What all rewards say of some episodes, in their order."""
+@dataclass(frozen=True)
+class Fault:
+    """In the place of a score: the reward failed."""
 
-    totals: list[float]
-    """The sum of the rewards, each times its weight. NaN where every reward failed; but 0 for all where that would be
-    all that a run knows of its answers, until `WeightedRewards` loses its patience."""
-    by_name: dict[str, list[float | None]]
-    """None where the reward failed, or had no opinion."""
-    num_errors: dict[str, int]
-    """Episodes for which the reward failed, by its name."""
+    why: str
+
+
+Opinions = dict[str, float | Fault | None]
+"""What each reward says of an episode, by its name: finite, or None where it has no opinion."""
 
 
 class Rewards(Protocol):
     """All rewards of a run."""
 
-    def score(self, episodes: Sequence[Episode]) -> Scores:
-        """This rank's own episodes, possibly none; only with a reward model that is part of a split policy do ranks
+    def score(self, episodes: Sequence[Episode]) -> list[Opinions]:
+        """Of this rank's own episodes, possibly none; only with a reward model that is part of a split policy do ranks
         wait for one another. Raises UserError when a reward cannot be had."""
+        ...
+
+    def totals(self, episodes: Sequence[Episode], opinions: Sequence[Opinions]) -> list[float]:
+        """The sum of the rewards, each times its weight; NaN where every reward failed.
+
+        Given the episodes of all ranks, in the same order on each, and so with the same result on each. Raises
+        UserError when a reward has failed too often.
+        """
         ...
 
     def close(self) -> None: ...

@@ -77,7 +77,7 @@ def build_rewards(
             with suppress(Exception):  # what is told is why there are no rewards
                 one.scorer.close()
         raise
-    return WeightedRewards(built, alone=context.world_size == 1)
+    return WeightedRewards(built, tells=context.rank == 0)
 
 
 def _scorer(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from finetune_api.failures import Problem
 from finetune_trainers.data.faults import shorten
 from finetune_trainers.errors import UserError
-from finetune_trainers.rewards import Episode, Scored, Scorer, Scores
+from finetune_trainers.rewards import Episode, Fault, Opinions, Scored, Scorer
 
 __all__ = ["MAX_BAD_CALLS", "NamedScorer", "WeightedRewards"]
 
@@ -42,38 +42,65 @@ class NamedScorer:
 class WeightedRewards:
     """The `Rewards` of a run."""
 
-    def __init__(self, rewards: Sequence[NamedScorer], alone: bool = True) -> None:
-        """`alone`: no other rank has answers that a reward may know something of."""
+    def __init__(self, rewards: Sequence[NamedScorer], tells: bool = True) -> None:
+        """`tells`: failures are logged by this rank."""
         self._rewards = list(rewards)
-        self._alone = alone
+        self._tells = tells
         num_elsewhere = sum(not reward.in_this_thread for reward in rewards)
         self._pool = ThreadPoolExecutor(max(num_elsewhere, 1), thread_name_prefix="rewards")
 
-    def score(self, episodes: Sequence[Episode]) -> Scores:
+    def score(self, episodes: Sequence[Episode]) -> list[Opinions]:
         """See `Rewards`."""
         if not episodes:
             for reward in self._rewards:
                 if reward.in_this_thread:  # other ranks may wait for this one
                     reward.scorer.score(episodes)
-            return Scores([], {one.name: [] for one in self._rewards}, {one.name: 0 for one in self._rewards})
+            return []
         asked = [
             None if reward.in_this_thread else self._pool.submit(reward.scorer.score, episodes)
             for reward in self._rewards
         ]
-        found = [
-            future.result() if future is not None else reward.scorer.score(episodes)
+        found = {
+            reward.name: future.result() if future is not None else reward.scorer.score(episodes)
             for reward, future in zip(self._rewards, asked, strict=True)
+        }
+        return [{name: _opinion(scored, place) for name, scored in found.items()} for place in range(len(episodes))]
+
+    def totals(self, episodes: Sequence[Episode], opinions: Sequence[Opinions]) -> list[float]:
+        """See `Rewards`."""
+        totals = [0.0] * len(opinions)
+        for reward in self._rewards:
+            said = [one[reward.name] for one in opinions]
+            faults = {place: one.why for place, one in enumerate(said) if isinstance(one, Fault)}
+            self._look_after(reward, faults, episodes)
+            totals = [total + reward.weight * value for total, value in zip(totals, _counted(said), strict=True)]
+        return [
+            math.nan if all(isinstance(value, Fault) for value in one.values()) else total
+            for one, total in zip(opinions, totals, strict=True)
         ]
-        for reward, scored in zip(self._rewards, found, strict=True):
-            _judge(reward, scored, episodes)
-        totals = _totals([reward.weight for reward in self._rewards], found)
-        if self._alone and all(map(math.isnan, totals)):
-            totals = [0.0] * len(totals)
-        return Scores(
-            totals,
-            {reward.name: scored.values for reward, scored in zip(self._rewards, found, strict=True)},
-            {reward.name: len(scored.faults) for reward, scored in zip(self._rewards, found, strict=True)},
+
+    def _look_after(self, reward: NamedScorer, faults: Mapping[int, str], episodes: Sequence[Episode]) -> None:
+        """Tell of failures, each kind once; too many of them end the run."""
+        if not faults:
+            reward.num_bad_calls = 0
+            return
+        place, fault = next(iter(faults.items()))
+        if self._tells and fault not in reward.logged and len(reward.logged) < _MAX_LOGGED:
+            reward.logged.add(fault)
+            logger.warning(
+                "Reward %s: %d of %d answers have no score: %s", reward.name, len(faults), len(episodes), fault
+            )
+        reward.num_bad_calls = reward.num_bad_calls + 1 if 2 * len(faults) > len(episodes) else 0
+        if reward.num_bad_calls < MAX_BAD_CALLS:
+            return
+        sample = episodes[place]
+        message = (
+            f"gave no score to {len(faults)} of {len(episodes)} answers, and to most in {MAX_BAD_CALLS} calls in a"
+            f" row: {fault}; for example for the answer {shorten(sample.completion)} to"
+            f" {shorten(sample.prompt[-1]['content'] if sample.prompt else '')}"
         )
+        problem = Problem(path=reward.path, value=reward.name, message=message)
+        raise UserError(str(problem), [problem])
 
     def close(self) -> None:
         """End the processes of functions. Calls that are still waited for end with them."""
@@ -82,46 +109,15 @@ class WeightedRewards:
         self._pool.shutdown()
 
 
-def _totals(weights: Sequence[float], found: Sequence[Scored]) -> list[float]:
-    """The weighted sum for each episode; NaN where every reward failed."""
-    counted = [_counted(scored) for scored in found]
-    return [
-        math.nan
-        if all(index in scored.faults for scored in found)
-        else sum(weight * values[index] for weight, values in zip(weights, counted, strict=True))
-        for index in range(len(counted[0]))
-    ]
+def _opinion(scored: Scored, place: int) -> float | Fault | None:
+    value = scored.values[place]
+    if place in scored.faults:
+        return Fault(scored.faults[place])
+    return None if value is None else float(value)
 
 
-def _counted(scored: Scored) -> list[float]:
+def _counted(said: Sequence[float | Fault | None]) -> list[float]:
     """What each episode gets: its score, 0 without an opinion, after a failure the mean of those that have a score."""
-    known = [value for value in scored.values if value is not None]
-    mean = sum(known) / len(known) if known else 0.0
-    return [
-        value if value is not None else mean if index in scored.faults else 0.0
-        for index, value in enumerate(scored.values)
-    ]
-
-
-def _judge(reward: NamedScorer, scored: Scored, episodes: Sequence[Episode]) -> None:
-    """Tell of failures, each kind once; too many of them end the run."""
-    if not scored.faults:
-        reward.num_bad_calls = 0
-        return
-    index, fault = next(iter(scored.faults.items()))
-    if fault not in reward.logged and len(reward.logged) < _MAX_LOGGED:
-        reward.logged.add(fault)
-        logger.warning(
-            "Reward %s: %d of %d answers have no score: %s", reward.name, len(scored.faults), len(episodes), fault
-        )
-    reward.num_bad_calls = reward.num_bad_calls + 1 if 2 * len(scored.faults) > len(episodes) else 0
-    if reward.num_bad_calls < MAX_BAD_CALLS:
-        return
-    sample = episodes[index]
-    message = (
-        f"gave no score to {len(scored.faults)} of {len(episodes)} answers, and to most in {MAX_BAD_CALLS} calls in a"
-        f" row: {fault}; for example for the answer {shorten(sample.completion)} to"
-        f" {shorten(sample.prompt[-1]['content'] if sample.prompt else '')}"
-    )
-    problem = Problem(path=reward.path, value=reward.name, message=message)
-    raise UserError(str(problem), [problem])
+    known = [value for value in said if isinstance(value, float)]
+    mean = math.fsum(known) / len(known) if known else 0.0
+    return [mean if isinstance(value, Fault) else value or 0.0 for value in said]
