@@ -28,6 +28,25 @@ from finetune_operator.times import sane, whole
 __all__ = ["Draft", "clip", "job_progress", "project", "read_status"]
 
 _METRICS_LIMIT = 16
+_FIRST_METRICS = (
+    "loss",
+    "eval_loss",
+    "reward",
+    "eval_reward",
+    "kl",
+    "approx_kl",
+    "clip_fraction",
+    "entropy",
+    "value_loss",
+    "policy_loss",
+    "explained_variance",
+    "rollout_gap",
+    "steps_left_out",
+    "learning_rate",
+    "grad_norm",
+)
+"""What a status holds of more figures than there is room for: what tells whether training goes well. The room that is
+left is for the others, as they were reported."""
 _ARTIFACTS_LIMIT = 8
 _ATTEMPTS_LIMIT = 10
 _REPAIRS = 32
@@ -203,7 +222,8 @@ def _whole(value: float | None) -> int | None:
 
 def _as_text(metrics: Mapping[str, float]) -> dict[str, str]:
     """Figures as strings: the API server would otherwise turn 1.0 into 1 and refuse it as a float."""
-    return {name: f"{value:.6g}" for name, value in islice(metrics.items(), _METRICS_LIMIT)}
+    first = {name: metrics[name] for name in _FIRST_METRICS if name in metrics}
+    return {name: f"{value:.6g}" for name, value in islice((first | metrics).items(), _METRICS_LIMIT)}
 
 
 def _in_order(attempts: list[Attempt]) -> list[Attempt]:

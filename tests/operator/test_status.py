@@ -157,6 +157,20 @@ def test_more_figures_than_a_status_may_hold_are_cut() -> None:
     assert len(shown.metrics) == 16
 
 
+def test_of_many_figures_those_stay_that_tell_how_training_goes() -> None:
+    """PPO's with several rewards, in the order in which a run first has them."""
+    told = ["loss", "learning_rate", "num_tokens", "reward", "reward_std", "response_length", "cut_off"]
+    told += [*(f"reward/{name}" for name in "abcdefgh"), *(f"reward_errors/{name}" for name in "abcdefgh"), "kl"]
+    told += ["values", "explained_variance", "clip_fraction", "approx_kl", "entropy", "value_loss", "policy_loss"]
+    told += ["seconds/train", "grad_norm", "eval_loss", "eval_reward", "eval_reward/a"]
+    shown = project(None, progress(metrics=dict.fromkeys(told, 1.0)), NOON).progress
+    assert shown is not None
+    important = {"loss", "eval_loss", "reward", "eval_reward", "kl", "approx_kl", "clip_fraction", "entropy"}
+    important |= {"value_loss", "policy_loss", "explained_variance", "learning_rate", "grad_norm"}
+    assert important < shown.metrics.keys()
+    assert shown.metrics.keys() - important == {"num_tokens", "reward_std", "response_length"}
+
+
 def test_the_status_names_the_method_and_the_tuning_of_the_plan() -> None:
     status = project(None, None, NOON, plan=plan_run(job()))
     assert (status.method, status.tuning) == ("sft", "lora")
