@@ -132,8 +132,10 @@ def load(plan: RunPlan, prepared: PreparedRun, context: WorkerContext) -> tuple[
 
         tuned = add_critic(tuned, plan.method.ppo, plan, prepared, context.device, zero3_config)
     if plan.method.online is not None:
+        from finetune_trainers.online.dropout import disable_dropout
         from finetune_trainers.online.judges import add_judges
 
+        disable_dropout(tuned.model, tells=context.rank == 0)
         add_judges(tuned.model, plan, prepared.model, context)
     return tuned, build_engine(tuned, plan, context)
 

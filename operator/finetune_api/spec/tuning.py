@@ -33,7 +33,7 @@ class Lora(Contract):
     alpha: Annotated[float, Field(gt=0, le=4096)] = 32
     """Scale of the adapters: their output is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapters' input."""
+    """Dropout on the adapters' input; none in PPO and GRPO."""
     target_modules: Annotated[list[Glob], Field(min_length=1, max_length=64)] = Field(
         default_factory=lambda: ["q_proj", "v_proj"]
     )
