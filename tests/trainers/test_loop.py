@@ -324,6 +324,25 @@ def test_a_stop_request_during_a_step_lets_it_finish() -> None:
     assert (result.cancelled, result.step, world.engine.num_updates) == (True, 3, 3)
 
 
+def test_a_method_that_stops_before_a_step_leaves_the_steps_that_were_done() -> None:
+    saved = Saved()
+    world = World(5, saved=saved)
+    step = world.loop._method.step
+    world.loop._method.step = lambda number: None if number == 3 else step(number)  # type: ignore[method-assign]
+    result = world.run()
+    assert (result.cancelled, result.step, world.engine.num_updates) == (True, 3, 3)
+    assert len(world.engine.rates) == 3
+    assert list(saved.memories) == [3]
+
+
+def test_a_method_that_stops_before_its_first_step_leaves_nothing_to_save() -> None:
+    saved = Saved()
+    world = World(5, saved=saved)
+    world.loop._method.step = lambda number: None  # type: ignore[method-assign]
+    result = world.run()
+    assert (result.cancelled, result.step, saved.memories) == (True, 0, {})
+
+
 EARLY = {"training.earlyStopping": {"patience": 2}, "training.evalEverySteps": 1, "training.maxSteps": 10}
 
 

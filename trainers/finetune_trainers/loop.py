@@ -185,8 +185,14 @@ class Loop:
         if self._stop_was_requested():
             result.cancelled = True
             return result
-        for step in range(result.step, self._total):
+        began_at = result.step
+        for step in range(began_at, self._total):
             figures = self._timed_step(step)
+            if figures is None:
+                result.cancelled = True
+                if step == began_at:  # there is nothing that no checkpoint has
+                    return result
+                break
             result.step, self._evaluated = step + 1, False
             self._log(figures)
             if self._stop_requested and self._is_between_iterations and result.step < self._total:
@@ -269,19 +275,25 @@ class Loop:
         request = torch.tensor(float(self._context.should_stop()), device=self._context.device)
         return self._context.all_reduce_sum(request).item() > 0
 
-    def _timed_step(self, step: int) -> dict[str, float]:
+    def _timed_step(self, step: int) -> dict[str, float] | None:
         start = self._clock()
-        figures, num_tokens = self._step(step)
+        found = self._step(step)
+        if found is None:
+            return None
+        figures, num_tokens = found
         seconds = self._clock() - start
         self.result.seconds[Stage.TRAINING] += seconds
         self._pace.add_step(seconds, num_tokens)
         return figures | {"step_seconds": seconds}
 
-    def _step(self, step: int) -> tuple[dict[str, float], int]:
-        """One optimizer step. Returns its figures and the tokens that went through the model, over all ranks."""
+    def _step(self, step: int) -> tuple[dict[str, float], int] | None:
+        """One optimizer step. Returns its figures and the tokens that went through the model, over all ranks; None
+        where the method was asked to stop before it had something to learn from."""
+        batches = self._method.step(step)
+        if batches is None:
+            return None
         rate = lr_at(step, self._total, self._prepared.learning_rate)
         self._engine.begin_step(rate, step / self._total)
-        batches = self._method.step(step)
         device = self._context.device
         # loss; ranks that saw a stop request; what the method counts; what ranks know of checkpoints
         sums = torch.zeros(2 + self._method.num_sums, dtype=torch.float64, device=device)

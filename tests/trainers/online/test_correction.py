@@ -57,8 +57,10 @@ def test_a_token_of_half_the_weight_has_half_the_loss(method: str, place: int | 
     context = SingleProcessContext(plan, tmp_path / "run")
     _, engine = load(plan, prepared, context)
     built = build_method(plan, prepared, engine.module, context)
-    batch = built.step(0).micro_batches[0]
+    batches = built.step(0)
     built.close()
+    assert batches is not None
+    batch = batches.micro_batches[0]
     assert isinstance(batch, Experience)
     assert batch.advantages is not None
     assert batch.importance is None

@@ -37,7 +37,9 @@ def begun(plan: RunPlan, online: OnlineWorld, workdir: Path, done: float = 0.0) 
     _, engine = load(plan, prepared, context)
     method = build_method(plan, prepared, engine.module, context)
     engine.begin_step(0.0, done)
-    return method, engine, method.step(0).micro_batches[0]
+    batches = method.step(0)
+    assert batches is not None
+    return method, engine, batches.micro_batches[0]
 
 
 def gradients(engine: Engine) -> dict[str, Tensor]:

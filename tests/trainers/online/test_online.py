@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,7 @@ def test_the_first_step_has_the_gradient_of_the_formula(aggregation: str, online
     method, engine = begun(plan, online, tmp_path)
     batches = method.step(0)
     method.close()
+    assert batches is not None
     for batch in batches.micro_batches:
         engine.backward(method.loss(engine.module, batch).total, batches.divisor)
 
@@ -145,6 +148,7 @@ def test_what_the_policy_said_as_it_wrote_is_asked_again_where_it_was_rounded(
     monkeypatch.setattr(Models, "stats", noted)
     batches = method.step(0)
     method.close()
+    assert batches is not None
     assert bool(asked) is (precision == "bf16")
     for batch in batches.micro_batches:
         assert isinstance(batch, Experience)
@@ -152,6 +156,32 @@ def test_what_the_policy_said_as_it_wrote_is_asked_again_where_it_was_rounded(
         with torch.no_grad():
             again = stats(method._parts.models, batch).log_probs  # type: ignore[attr-defined]
         torch.testing.assert_close(batch.old_log_probs, again, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tuning": {"lora": LORA["tuning"]["lora"] | {"dropout": 0.5}}}, {"model.source": "with dropout"}],
+    ids=["of the adapters", "of attention"],
+)
+def test_the_policy_that_learns_is_the_one_that_wrote_whatever_dropout_there_would_be(
+    changes: dict[str, Any], online: OnlineWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if "model.source" in changes:
+        model = AutoModelForCausalLM.from_pretrained(online.world.model, attention_dropout=0.5)
+        shutil.copytree(online.world.model, tmp_path / "model")
+        model.save_pretrained(tmp_path / "model")
+        changes = {"model.source": (tmp_path / "model").as_uri()}
+    with caplog.at_level(logging.INFO):
+        method, engine = begun(online.plan("ppo", changes), online, tmp_path / "run")
+    batches = method.step(0)
+    method.close()
+    assert batches is not None
+    assert engine.module.training
+    for batch in batches.micro_batches:
+        clipped, approx_kl, *_ = method.loss(engine.module, batch).sums.tolist()
+        assert clipped == 0
+        assert approx_kl == pytest.approx(0, abs=1e-6)
+    assert sum("Dropout of up to 0.5 is off" in message for message in caplog.messages) == 1
 
 
 def test_before_the_critic_has_learned_tokens_are_worth_what_the_reward_leaves_them(
@@ -162,6 +192,7 @@ def test_before_the_critic_has_learned_tokens_are_worth_what_the_reward_leaves_t
     tokenizer = AutoTokenizer.from_pretrained(online.world.model)
     batches = method.step(0)
     method.close()
+    assert batches is not None
     for batch in batches.micro_batches:
         assert isinstance(batch, Experience)
         assert batch.old_values is not None

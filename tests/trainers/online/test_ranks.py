@@ -22,7 +22,7 @@ from finetune_trainers.online.grpo import Grpo
 from finetune_trainers.online.method import Parts
 from finetune_trainers.rewards import Episode, Scored
 from finetune_trainers.rewards.weighted import NamedScorer, WeightedRewards
-from finetune_trainers.rollout import Completion, Request
+from finetune_trainers.rollout import Completion, OnProgress, Request, Sampling
 
 Outage = Callable[[str], bool]
 """Of which answers a reward knows nothing."""
@@ -38,6 +38,8 @@ class Ranks:
         self.world_size = world_size
         self._barrier = threading.Barrier(world_size, timeout=60)
         self._boxes: list[Any] = [None] * world_size
+        self.stops: Callable[[], bool] = lambda: False
+        """Whether rank 0 is told to stop."""
 
     def gather(self, rank: int, value: Any) -> list[Any]:
         self._boxes[rank] = value
@@ -57,7 +59,7 @@ class Ranks:
             world_size=self.world_size,
             device=torch.device("cpu"),
             report=lambda *stage, **figures: None,
-            should_stop=lambda: False,
+            should_stop=lambda: rank == 0 and self.stops(),
             all_gather_object=lambda value: self.gather(rank, value),
         )
         parts = Parts(
@@ -88,7 +90,8 @@ class Echo:
 
     is_policy = True
 
-    def generate(self, requests: Sequence[Request], *_: object) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress) -> list[Completion]:
+        on_progress(1, len(requests))
         return [Completion([1 + request.seed % 97], [0.0], True) for request in requests]
 
     def update_weights(self) -> None: ...
@@ -120,6 +123,7 @@ def learned(method: Grpo) -> tuple[list[tuple[int, float]], dict[str, float], bo
     """Of the first step: this rank's tokens with their advantages, figures without durations, and whether it is left
     out."""
     batches = method.step(0)
+    assert batches is not None
     pairs: list[tuple[int, float]] = []
     for batch in batches.micro_batches:
         assert isinstance(batch, Experience)
@@ -160,3 +164,34 @@ def test_as_many_outages_in_a_row_end_the_run_on_every_worker(world_size: int) -
         return math.inf  # type: ignore[return-value]
 
     assert Ranks(world_size).each(calls_until_the_end, ALL) == [2] * world_size
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_stop_while_answers_are_written_leaves_every_worker_as_it_was(world_size: int) -> None:
+    """Only rank 0 hears of it."""
+    ranks = Ranks(world_size)
+
+    def stopped(method: Grpo) -> tuple[Any, ...]:
+        first, state = method.step(0), method.state()
+        ranks.gather(method._context.rank, None)
+        ranks.stops = lambda: True
+        second, after = method.step(1), method.state()
+        ranks.gather(method._context.rank, None)
+        ranks.stops = lambda: False
+        return first is not None, second, state == after, method.step(1) is not None, method.state() == after
+
+    assert ranks.each(stopped, NONE) == [(True, None, True, True, False)] * world_size
+
+
+def test_a_worker_without_others_stops_in_the_middle_of_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(1)
+    ranks.stops = lambda: True
+    monkeypatch.setattr(Numbers, "score", lambda *_: pytest.fail("what is not learned from is not scored"))
+    assert ranks.each(lambda method: method.step(0), NONE) == [None]
+
+
+def test_an_evaluation_is_not_left_before_its_end() -> None:
+    ranks = Ranks(2)
+    ranks.stops = lambda: True
+    for figures in ranks.each(lambda method: method.evaluate(nn.Identity()), NONE):
+        assert figures["eval_reward"] < 0

@@ -46,6 +46,7 @@ class Trained:
     def step(self, number: int) -> None:
         self.engine.begin_step(0.01, 0.0)
         batches = self.method.step(number)
+        assert batches is not None
         for batch in batches.micro_batches:
             self.engine.backward(self.method.loss(self.engine.module, batch).total, batches.divisor)
         self.engine.step()

@@ -26,9 +26,10 @@ class Method(Protocol):
 
     num_sums: int
 
-    def step(self, step: int) -> StepBatches:
+    def step(self, step: int) -> StepBatches | None:
         """This rank's micro-batches of optimizer step `step` (0-based), and the whole step's counts. Collective: called
-        on every rank before the step's first forward pass."""
+        on every rank before the step's first forward pass. None, on all ranks: a stop was asked for while the method
+        made what it learns from; it is as it was before."""
         ...
 
     def loss(self, module: nn.Module, batch: Batch) -> BatchLoss:

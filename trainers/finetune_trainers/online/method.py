@@ -22,7 +22,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +91,14 @@ class Parts:
     context: WorkerContext
 
 
+T = TypeVar("T")
+
 Asking = tuple[Question, int, int]
 """A prompt, its place in the stream, and which of its answers is wanted."""
+
+
+class _StoppedError(Exception):
+    """A stop was asked for before anything of an iteration was learned."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +157,16 @@ class Online(Method):
 
     # ---- the loop's questions
 
-    def step(self, step: int) -> StepBatches:
+    def step(self, step: int) -> StepBatches | None:
         number, within = divmod(step, self._settings.steps_per_iteration)
         if self._iteration is None or self._iteration.number != number:
             self._iteration = None  # its memory is wanted
-            self._iteration = self._iterate(number)
+            cursor = self._cursor
+            try:
+                self._iteration = self._iterate(number)
+            except _StoppedError:
+                self._cursor = cursor
+                return None
         part, mini_batch = divmod(within, self._settings.mini_batches)
         give_back()
         self._phase = None  # told anew: the loop has reported the step before, and of no part
@@ -384,10 +395,17 @@ class Online(Method):
             opinions = self._parts.rewards.score([rollout.episode for rollout in written_here])
         if self._context.world_size > 1:
             self._enter("score", _OTHERS)
-        everybodys = self._context.all_gather_object(
+        everybodys = self._gathered(
             [replace(rollout, opinions=said) for rollout, said in zip(written_here, opinions, strict=True)]
         )
         return self._rewarded([everybodys[index % world][index // world] for index in range(len(asked))])
+
+    def _gathered(self, value: T) -> list[T]:
+        """Every rank's. Raises _StoppedError on all ranks where one was asked to stop while an iteration is made."""
+        found = self._context.all_gather_object((value, self._context.should_stop()))
+        if self._stage is Stage.TRAINING and any(is_to_stop for _, is_to_stop in found):
+            raise _StoppedError
+        return [value for value, _ in found]
 
     def _rewarded(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Those of all ranks, so that the same follows from the same rewards whatever the number of ranks."""
@@ -416,7 +434,7 @@ class Online(Method):
                 of_critic = models.values(batch) if asked.critic else None
                 parts = zip(*(_split(said, lengths) for said in (of_policy, of_reference, of_critic)), strict=True)
                 found.update({index: Judged(*part) for index, part in zip(mine, parts, strict=True)})
-        for others in context.all_gather_object(found):
+        for others in self._gathered(found):
             found.update(others)
         return [self._with_known(found[index], rollout) for index, rollout in enumerate(rollouts)]
 
@@ -451,6 +469,8 @@ class Online(Method):
         self._context.report(Stage.TRAINING, urgent=is_news, message=message, **self.lasting())
 
     def _tell_of_writing(self, num_done: int, num: int) -> None:
+        if self._context.world_size == 1:  # others would wait for this one, and have not been asked
+            self._gathered(None)
         role = _OTHERS if num_done == num and self._context.world_size > 1 else self._roles["generate"]
         message = f"writing rollouts: {num_done} of {num}"
         self._context.report(self._stage, urgent=num_done == num, phase="generate", role=role, message=message)
