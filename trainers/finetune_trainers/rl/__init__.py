@@ -12,6 +12,6 @@
     aggregation       from losses per token to the one number of a step
 
 Nothing here knows a model, a process group or a job; the folder imports torch and the standard library only, and a
-contract of the import linter keeps it so. Losses are returned per token, row or pair: `aggregation` makes them one
-number, so that micro-batches and ranks add up to the loss of the global batch.
+contract of the import linter keeps it so. Losses are returned per token, row or pair: methods make them one number, so
+that micro-batches and ranks add up to the loss of the global batch.
 """
