@@ -1,7 +1,7 @@
 """The maths of learning from preferences, rewards and teachers: pure tensor functions, one formula each.
 
     logprobs          log-probabilities and entropy of tokens, a few rows of the vocabulary at a time
-    statistics        masked means and variances, whitening, moments that add up over ranks and steps
+    statistics        masked means and variances, whitening, moments that add up over iterations
     kl                estimators of the distance to a reference, and who sets its price
     rewards           from scores to the reward of each token
     advantages        from rewards to advantages: GAE, groups, leave-one-out

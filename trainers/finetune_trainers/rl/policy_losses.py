@@ -2,7 +2,7 @@
 
     B  responses      T  positions      mask [B, T] holds on the tokens that the policy chose
 
-Called by the loops of PPO, GRPO and DAPO; `aggregation` makes one number of what is returned.
+Called by PPO and GRPO, which make one number of what is returned (`aggregation`).
 """
 
 from __future__ import annotations

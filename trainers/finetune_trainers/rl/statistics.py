@@ -1,9 +1,9 @@
-"""Means, variances and whitening of what a mask lets count, and moments that add up over ranks and steps.
+"""Means, variances and whitening of what a mask lets count, and moments that add up over iterations.
 
     values, mask  [...] of one shape; a mask is bool, or 0 and 1
 
-What the mask leaves out is never read: not even a NaN there reaches a result. Called by `advantages`, `rewards`, the
-losses, and PPO, in which each rank knows all rollouts.
+What the mask leaves out is never read: not even a NaN there reaches a result. Called by `rewards`, the losses, and PPO,
+of which each rank knows all rollouts.
 """
 
 from __future__ import annotations
