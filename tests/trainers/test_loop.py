@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from finetune_api.plan import RunPlan
 from finetune_api.progress import SavedCheckpoint, Stage
 from finetune_trainers.data.batches import Batch, StepBatches
-from finetune_trainers.errors import NonFiniteLossError
+from finetune_trainers.errors import KLDivergedError, NonFiniteLossError
 from finetune_trainers.loop import Loop, LoopMemory, LoopResult, SaveNews, epoch_ends
 from finetune_trainers.methods import BatchLoss, Method
 from finetune_trainers.prepared import PreparedData, PreparedModel, PreparedRun
@@ -83,6 +83,20 @@ class Losses(Method):
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         raise AssertionError("the loop is given what evaluates")
+
+
+class Doubtful(Losses):
+    """Remembers what it confirmed, and confirms nothing of steps after `last`."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__({})
+        self.asked: list[int] = []
+        self._last = last
+
+    def confirm(self, step: int) -> None:
+        self.asked.append(step)
+        if step > self._last:
+            raise KLDivergedError("too far", step=step)
 
 
 class Alone:
@@ -203,6 +217,7 @@ class World:
         losses: Mapping[int, float] | None = None,
         eval_losses: Sequence[float | None] | None = None,
         saved: Saved | None = None,
+        method: Method | None = None,
     ) -> None:
         self.plan = plan_of(changes)
         self.engine, self.context, self.kept, self.figures = CountingEngine(), Alone(), Kept(), Figures()
@@ -218,7 +233,7 @@ class World:
             self.plan,
             prepared_of(self.plan, total_steps),
             self.engine,
-            Losses(losses or {}),
+            method or Losses(losses or {}),
             self.context,
             trackers=self.figures,
             evaluate=evaluate,
@@ -228,6 +243,16 @@ class World:
 
     def run(self) -> LoopResult:
         return self.loop.run()
+
+
+def stop_in_step(world: World, step: int) -> None:
+    begin = world.engine.begin_step
+
+    def ask(learning_rate: float, done: float) -> None:
+        begin(learning_rate, done)
+        world.context.stop_asked = len(world.engine.rates) == step
+
+    world.engine.begin_step = ask  # type: ignore[method-assign]
 
 
 def test_every_step_passes_its_micro_batches_and_updates_once() -> None:
@@ -313,13 +338,7 @@ def test_a_stop_request_ends_after_the_step_and_says_so() -> None:
 
 def test_a_stop_request_during_a_step_lets_it_finish() -> None:
     world = World(10)
-    begin = world.engine.begin_step
-
-    def ask(learning_rate: float, done: float) -> None:
-        begin(learning_rate, done)
-        world.context.stop_asked = len(world.engine.rates) == 3
-
-    world.engine.begin_step = ask  # type: ignore[method-assign]
+    stop_in_step(world, 3)
     result = world.run()
     assert (result.cancelled, result.step, world.engine.num_updates) == (True, 3, 3)
 
@@ -515,3 +534,46 @@ def test_the_end_of_training_waits_for_what_is_being_written_and_saves_no_more(t
     saved = Saved(every_steps=2)
     World(total_steps, saved=saved).run()
     assert (list(saved.memories), saved.finished_at) == ([2, 4], total_steps)
+
+
+def test_whatever_is_kept_was_confirmed_and_once_is_enough() -> None:
+    method, saved = Doubtful(last=6), Saved(every_steps=3)
+    World(6, {"training.maxSteps": 6}, saved=saved, method=method).run()
+    assert method.asked == [3, 6]
+    assert sorted(saved.memories) == [3, 6]
+
+
+def test_a_checkpoint_is_not_made_of_what_is_not_confirmed() -> None:
+    saved = Saved(every_steps=1)
+    with pytest.raises(KLDivergedError):
+        World(6, {"training.maxSteps": 6}, saved=saved, method=Doubtful(last=2)).run()
+    assert sorted(saved.memories) == [1, 2]
+
+
+def test_a_stop_saves_nothing_that_is_not_confirmed() -> None:
+    saved = Saved()
+    world = World(6, {"training.maxSteps": 6}, saved=saved, method=Doubtful(last=0))
+    stop_in_step(world, 2)
+    with pytest.raises(KLDivergedError):
+        world.run()
+    assert not saved.memories
+
+
+def test_what_is_not_confirmed_is_never_the_best() -> None:
+    world = World(10, EARLY, eval_losses=[9.0, 5.0, 4.0], method=Doubtful(last=1))
+    with pytest.raises(KLDivergedError):
+        world.run()
+    assert world.kept.steps == [1]
+
+
+def test_what_is_not_confirmed_ends_no_training_well() -> None:
+    with pytest.raises(KLDivergedError):
+        World(6, {"training.maxSteps": 6}, method=Doubtful(last=5)).run()
+
+
+def test_what_was_gone_on_from_is_not_confirmed_anew() -> None:
+    method = Doubtful(last=6)
+    world = World(6, {"training.maxSteps": 6}, saved=Saved(), method=method)
+    world.loop.resume(6, LoopMemory(evaluated=True))
+    world.run()
+    assert not method.asked

@@ -7,7 +7,8 @@
         not finite? end here, before the update
         update
         log; evaluate when it is time; stop early when it no longer gets better
-        save a checkpoint when it is time; give way when it is whole and a larger group waits for it
+        save a checkpoint when it is time, of a model that the method confirms; give way when it is whole and a larger
+            group waits for it
     asked to stop? save a checkpoint of the steps that no checkpoint has
 
 Runs on every rank, in step. It decides nothing from a rank's own view: what ranks could see differently (a stop
@@ -171,6 +172,7 @@ class Loop:
         self._told_of_saving = False
         self._lasting: dict[str, Any] = {}  # what every report says
         self._evaluated = False
+        self._confirmed_step: int | None = None
         self._num_trained_tokens = 0
         self._stop_requested = False
         self.result = LoopResult(seconds={Stage.TRAINING: 0.0, Stage.EVALUATING: 0.0})
@@ -204,6 +206,7 @@ class Loop:
             if self._save(ended=False):
                 result.cancelled = result.gives_way = True
                 break
+        self._confirm()
         self._save(ended=True)
         return result
 
@@ -213,6 +216,7 @@ class Loop:
         self.result.best_step, self.result.eval = memory.best_step, memory.eval
         self.result.metrics = dict(memory.metrics)
         self._num_trained_tokens, self._evaluated = memory.num_trained_tokens, memory.evaluated
+        self._confirmed_step = step
         self._method.load_state(memory.method)
         if self._early_stop is not None:
             self._early_stop.num_without_improvement = memory.num_without_improvement
@@ -263,8 +267,16 @@ class Loop:
 
     def _memory_to_save(self) -> LoopMemory:
         """Asked for when a checkpoint is about to be made."""
+        self._confirm()
         self._tell_of_saving()
         return self._memory()
+
+    def _confirm(self) -> None:
+        """Nothing that outlives the process, be it checkpoint, best parameters or artifact, is of weights that the
+        method did not confirm."""
+        if self._confirmed_step != self.result.step:
+            self._method.confirm(self.result.step)
+            self._confirmed_step = self.result.step
 
     def _tell_of_saving(self) -> None:
         self._told_of_saving = True
@@ -410,6 +422,7 @@ class Loop:
             return False
         verdict = self._early_stop.update(loss)
         if verdict.improved:
+            self._confirm()
             self._best.save(step)
             self.result.best_step = step
             self.result.eval = after

@@ -15,6 +15,10 @@ from finetune_api.spec.rewards import UNIQUE_REWARD_NAMES, RewardList
 
 __all__ = ["Critic", "Grpo", "KlPenalty", "OnlineMethod", "Ppo", "Sampling", "Vllm"]
 
+USUAL_KL_LIMIT = 3.0
+"""Nats per token. Runs that learn well were seen at up to 1.2, where an answer has twelve tokens; of one that is 5 away
+nothing is left."""
+
 Clip = Annotated[float, Field(gt=0, le=0.99)]
 Passes = Annotated[int, Field(ge=1, le=64)]
 
@@ -92,9 +96,9 @@ class OnlineMethod(Contract):
     """How far one iteration may make a token likelier: to 1 + clipHigh times. DAPO has 0.28 (arXiv 2503.14476)."""
     missing_eos_penalty: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Taken off the reward of a rollout that was cut off."""
-    max_kl: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Nats per token between model and reference at which the run fails with KLDiverged: such rollouts are not learned
-    from, and checkpoints are from before. 0: no limit."""
+    max_kl: Annotated[float, Field(ge=0, le=1000)] | None = None
+    """Nats per token between model and reference at which the run fails with KLDiverged: such a model is not saved. 0:
+    no limit. Left out: 3 where distance has a price."""
 
     vllm: Vllm | None = None
     """Who writes rollouts, in the place of the trainers."""
@@ -108,9 +112,21 @@ class OnlineMethod(Contract):
         return 1
 
     @property
+    def prices_distance(self) -> bool:
+        """Whether it costs something to stray from the reference, so that it is asked in any case."""
+        raise NotImplementedError
+
+    @property
+    def kl_limit(self) -> float:
+        """Nats per token that the model may be from its reference; 0: no limit."""
+        if self.max_kl is not None:
+            return self.max_kl
+        return USUAL_KL_LIMIT if self.prices_distance else 0.0
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the model before training is asked about rollouts."""
-        return True
+        return self.prices_distance or self.kl_limit > 0
 
     @property
     def steps_per_iteration(self) -> int:
@@ -122,7 +138,8 @@ class KlPenalty(Contract):
     """What it costs to stray from the reference, which is the model before training."""
 
     coefficient: Annotated[float, Field(ge=0, le=100)] = 0.05
-    """Taken off each token's reward, times the difference of its log-probabilities (k1)."""
+    """Taken off each token's reward, times the difference of its log-probabilities (k1). 0 needs no reference, and
+    maxKl is then unset."""
     target: Annotated[float, Field(gt=0, le=10_000)] | None = None
     """Nats per rollout that are wanted: the coefficient rises while the model strays farther, else falls (Ziegler et
     al. 2019, arXiv 1909.08593). Left out: it stays."""
@@ -201,6 +218,10 @@ class Ppo(OnlineMethod):
         *_OF_ALL,
     )
 
+    @property
+    def prices_distance(self) -> bool:
+        return self.kl.coefficient > 0
+
 
 class Grpo(OnlineMethod):
     """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300): several answers to each prompt are
@@ -238,5 +259,5 @@ class Grpo(OnlineMethod):
         return self.group_size
 
     @property
-    def needs_reference(self) -> bool:
-        return self.kl_coefficient > 0 or self.max_kl > 0
+    def prices_distance(self) -> bool:
+        return self.kl_coefficient > 0

@@ -32,7 +32,8 @@ def test_each_part_of_an_iteration_is_told_with_who_does_it_and_what_it_took(
     told = [(one["stage"], one["phase"], one["role"]) for one in reports if one.get("phase") not in (None, "sync")]
     writing = [("generate", "policy"), ("score", "reward many_letters")]
     learning = [("judge", "policy, reference, critic"), ("train", "policy and critic")]
-    iteration = [*writing, *learning, ("save", "the writer of checkpoints")]
+    saving = [("judge", "policy, reference"), ("save", "the writer of checkpoints")]
+    iteration = [*writing, *learning, *saving]
     for stage, order, times in (("Training", iteration, 2), ("Evaluating", writing, 3)):
         assert [key for key, _ in groupby(part for of, *part in told if of == stage)] == [
             list(one) for one in order

@@ -50,6 +50,11 @@ class Method(Protocol):
         rank."""
         ...
 
+    def confirm(self, step: int) -> None:
+        """The model as it is after `step` steps is about to be kept: raises TrainerError where it should not be.
+        Collective."""
+        return
+
     def samples(self) -> list[dict[str, Any]]:
         """What the model wrote in the last evaluation, for people to read: on rank 0, at least."""
         return []

@@ -34,7 +34,7 @@ from finetune_api.spec import OnlineMethod, reward_names
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.data.batches import StepBatches
 from finetune_trainers.data.questions import Question, Questions
-from finetune_trainers.errors import DataError, KLDivergedError
+from finetune_trainers.errors import DataError, KLDivergedError, NonFiniteLossError
 from finetune_trainers.evaluation import evaluating
 from finetune_trainers.methods import Method
 from finetune_trainers.online.correction import GAP, corrections
@@ -51,6 +51,7 @@ __all__ = ["Asked", "Judged", "Online", "Parts"]
 _log = logging.getLogger(__name__)
 _OTHERS = "other workers"
 _LONGEST_ROLE = 200
+_AFTER = "after {} steps. Lower spec.training.learningRate, or set spec.training.precision to bf16 or fp32"
 _SAMPLES = 16
 """Answers of an evaluation that are kept for people to read."""
 
@@ -105,7 +106,7 @@ class _StoppedError(Exception):
 class _Iteration:
     number: int
     rollouts: list[Rollout]
-    """None: no answer could be given a reward, and there is nothing to learn."""
+    """Empty: no answer could be given a reward, and there is nothing to learn."""
     said: list[Said]
     figures: dict[str, float]
 
@@ -124,6 +125,8 @@ class Online(Method):
             num_beams=settings.sampling.num_beams,
         )
         self._iteration: _Iteration | None = None
+        self._learned_from: list[Rollout] = []
+        """The rollouts of the newest iteration that had a step."""
         self._cursor = 0
         """Prompts of the stream that were asked."""
         self._ahead: AheadEngine | None = None
@@ -176,6 +179,7 @@ class Online(Method):
         self._num_left_out = (self._num_left_out if within else 0) + self._is_left_out
         if self._is_left_out:
             return StepBatches([], num_trained_tokens=0, num_tokens=0, is_left_out=True)
+        self._learned_from = self._iteration.rollouts
         return self._batches(self._iteration, part, mini_batch)
 
     def _batches(self, iteration: _Iteration, part: int, mini_batch: int) -> StepBatches:
@@ -199,6 +203,22 @@ class Online(Method):
         left_out = {"steps_left_out": float(self._num_left_out)}
         seconds = {} if self._train_began is None else {"seconds/train": time.perf_counter() - self._train_began}
         return {**of_iteration, **of_step, **left_out, **seconds}
+
+    def confirm(self, step: int) -> None:
+        """By the rollouts that were learned from last. Another policy drew them, so all words are asked about at each
+        token: a ruined model would find the drawn ones unlikely, and by them alone look near to its reference."""
+        if not (self._settings.kl_limit and self._learned_from):
+            return
+        self._enter("judge", "policy, reference")
+        rollouts, models, context = self._learned_from, self._parts.models, self._context
+        size = self._parts.batch.micro_batch_size
+        sums = torch.zeros(2, dtype=torch.float64, device=context.device)  # nats, tokens
+        with evaluating(models.policy), models.reference_at_work(), torch.no_grad():
+            for mine in in_forward_passes(rollouts, context.rank, context.world_size, size):
+                nats = models.distances(packed([rollouts[index] for index in mine]).to(context.device))
+                sums += torch.stack([nats.double().sum(), nats.new_tensor(nats.numel(), dtype=torch.float64)])
+        total, num_tokens = context.all_reduce_sum(sums).tolist()
+        self._check_distance(total / max(num_tokens, 1.0), step)
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         greedy = Sampling(max_new_tokens=self._sampling.max_new_tokens, temperature=0.0)
@@ -267,9 +287,12 @@ class Online(Method):
             return _Iteration(number, [], [], figures | self._phase_seconds())
         with self._timed("judge"):
             judged = self._judged(rollouts)
+        first_step = number * self._settings.steps_per_iteration
+        _check_finite(judged, first_step)
         weights, gap = corrections(rollouts, [one.log_probs for one in judged])
         figures |= {**_distance(rollouts, judged), **gap}
-        self._check_distance(figures)
+        if "kl" in figures:
+            self._check_distance(figures["kl"], first_step)
         self._tell_of_gap(figures)
         said, of_method = self._weigh(rollouts, judged)
         said = [replace(one, importance=weight) for one, weight in zip(said, weights, strict=True)]
@@ -444,13 +467,19 @@ class Online(Method):
             return judged
         return judged._replace(log_probs=torch.tensor(rollout.policy_log_probs))
 
-    def _check_distance(self, figures: Mapping[str, float]) -> None:
-        limit, kl = self._settings.max_kl, figures.get("kl", 0.0)
-        if limit and not kl <= limit:
+    def _check_distance(self, kl: float, step: int) -> None:
+        """Of the model after `step` steps. Before anything is learned from it, and before it is kept."""
+        limit = self._settings.kl_limit
+        if not math.isfinite(kl):
+            raise NonFiniteLossError(
+                f"the model is {kl} nats a token from its reference {_AFTER.format(step)}", step=step
+            )
+        if limit and kl > limit:
             raise KLDivergedError(
-                f"the model is {kl:.4g} nats a token from its reference, and maxKl allows {limit:g}; nothing was"
-                " learned from these rollouts. Lower spec.training.learningRate, raise the coefficient of the"
-                " distance, or raise maxKl"
+                f"the model is {kl:.4g} nats a token from its reference after {step} steps, and maxKl allows"
+                f" {limit:g}; what was saved was within that. Lower spec.training.learningRate, raise the"
+                " coefficient of the distance, or raise maxKl",
+                step=step,
             )
 
     def _tell_of_gap(self, figures: Mapping[str, float]) -> None:
@@ -512,6 +541,15 @@ def _roles(settings: OnlineMethod, asked: Asked) -> dict[str, str]:
         "train": "policy and critic" if asked.critic else "policy",
         "sync": writer,
     }
+
+
+def _check_finite(judged: Sequence[Judged], step: int) -> None:
+    """Numbers that are none would be learned from, or counted, in one place or the other."""
+    for name, said in zip(("policy", "reference", "critic"), zip(*judged, strict=True), strict=True):
+        if any(of is not None and not of.isfinite().all() for of in said):
+            raise NonFiniteLossError(
+                f"what the {name} says of rollouts is no finite number {_AFTER.format(step)}", step=step
+            )
 
 
 def _split(said: Tensor | None, lengths: list[int]) -> Sequence[Tensor | None]:

@@ -14,6 +14,7 @@ from finetune_trainers.attention import forward_kwargs
 from finetune_trainers.data.batches import IGNORED, Batch
 from finetune_trainers.online.adapters import Adapters
 from finetune_trainers.resting import RestingWeights
+from finetune_trainers.rl.distillation import divergence
 from finetune_trainers.rl.logprobs import TokenStats, token_stats
 
 __all__ = ["Models"]
@@ -41,14 +42,17 @@ class Models:
 
     def stats(self, batch: Batch) -> TokenStats:
         """The policy's, with a gradient where one is wanted."""
-        return self._stats(self.policy, batch)
+        return self._stats(self._logits(self.policy, batch), batch)
 
     def reference_stats(self, batch: Batch) -> TokenStats:
         """The reference's. Called without gradient, inside `reference_at_work`."""
-        if self._reference is not None:
-            return self._stats(self._reference, batch)
-        with self._adapters.base_alone():
-            return self._stats(self.policy, batch)
+        return self._stats(self._reference_logits(batch), batch)
+
+    def distances(self, batch: Batch) -> Tensor:
+        """fp32 [K]: KL(policy || reference) over all words, at each token. Called like `reference_stats`."""
+        return divergence(
+            self._logits(self.policy, batch), self._reference_logits(batch), beta=1.0, temperature=self._temperature
+        )
 
     def values(self, batch: Batch) -> Tensor:
         """fp32 [K]: the critic's, before each of the tokens was chosen."""
@@ -56,6 +60,18 @@ class Models:
         found: Tensor = self.policy(input_ids=batch.input_ids, values_at=kwargs.pop("logits_to_keep"), **kwargs)
         return found
 
-    def _stats(self, module: nn.Module, batch: Batch) -> TokenStats:
+    def _reference_logits(self, batch: Batch) -> Tensor:
+        if self._reference is not None:
+            return self._logits(self._reference, batch)
+        with self._adapters.base_alone():
+            return self._logits(self.policy, batch)
+
+    def _stats(self, logits: Tensor, batch: Batch) -> TokenStats:
+        return token_stats(logits, batch.labels[batch.labels != IGNORED], self._temperature)
+
+    @staticmethod
+    def _logits(module: nn.Module, batch: Batch) -> Tensor:
+        """[K, V]: of the trained positions."""
         output: Any = module(input_ids=batch.input_ids, **forward_kwargs(batch))
-        return token_stats(output.logits[0], batch.labels[batch.labels != IGNORED], self._temperature)
+        logits: Tensor = output.logits[0]
+        return logits

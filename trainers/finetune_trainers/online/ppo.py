@@ -36,7 +36,7 @@ class Ppo(Online):
     num_sums = 6
 
     def __init__(self, settings: PpoSettings, parts: Parts) -> None:
-        super().__init__(settings, parts, Asked(policy=True, reference=True, critic=True))
+        super().__init__(settings, parts, Asked(policy=True, reference=settings.needs_reference, critic=True))
         self._ppo = settings
         self._kl = _controller(settings)
         self._seen = Moments()
@@ -112,12 +112,14 @@ class Ppo(Online):
         return self._strayed
 
     def _weigh(self, rollouts: list[Rollout], judged: list[Judged]) -> tuple[list[Said], dict[str, float]]:
-        log_probs, reference, values = (
-            pad_sequence([of for of in said if of is not None], batch_first=True) for said in zip(*judged, strict=True)
-        )  # [N, T]
+        log_probs, reference, values = (_padded(said) for said in zip(*judged, strict=True))  # [N, T]
+        assert log_probs is not None
+        assert values is not None
         lengths = torch.tensor([len(rollout.ids) for rollout in rollouts])
         mask = mask_of_lengths(lengths, log_probs.shape[1])
-        kl = torch.where(mask, kl_estimate(log_probs, reference, "k1"), 0.0)
+        kl = torch.zeros_like(log_probs)
+        if reference is not None:
+            kl = torch.where(mask, kl_estimate(log_probs, reference, "k1"), 0.0)
         scores = self._shaped(rollouts)
         rewards = token_rewards(scores, mask, kl, self._kl.coefficient)
         found = gae(rewards, values, mask, gamma=self._ppo.gamma, lam=self._ppo.gae_lambda)
@@ -133,7 +135,7 @@ class Ppo(Online):
                 advantages=advantages[row, :length],
                 weights=torch.ones(length),
                 log_probs=log_probs[row, :length],
-                reference=reference[row, :length],
+                reference=None if reference is None else reference[row, :length],
                 values=values[row, :length],
                 returns=found.returns[row, :length],
             )
@@ -158,6 +160,12 @@ class Ppo(Online):
         if "kl" in state:
             self._kl = controller_from_state(state["kl"])
             self._seen = Moments(**state["rewards"])
+
+
+def _padded(said: Sequence[Tensor | None]) -> Tensor | None:
+    """[N, T] of N times [n]; None where nobody was asked."""
+    known = [of for of in said if of is not None]
+    return pad_sequence(known, batch_first=True) if known else None
 
 
 def _controller(settings: PpoSettings) -> KlController:
