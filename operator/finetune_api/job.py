@@ -35,8 +35,8 @@ class Condition(Contract):
     """One aspect of the job's state, in Kubernetes' own form."""
 
     type: Annotated[str, Field(max_length=316)]
-    """Valid, Admitted, ClusterReady, Running, RolloutFaithful, Checkpointed, Suspended, ArtifactsPublished, Complete or
-    Failed."""
+    """Valid, Admitted, ClusterReady, Running, RolloutFaithful, RolloutsTeach, Checkpointed, Suspended,
+    ArtifactsPublished, Complete or Failed."""
     status: Literal["True", "False", "Unknown"]
     """Whether it holds."""
     reason: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")]

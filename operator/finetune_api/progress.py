@@ -14,7 +14,17 @@ from pydantic import Field
 from finetune_api.base import Contract
 from finetune_api.failures import Failure
 
-__all__ = ["Artifact", "EvalSummary", "Outcome", "Progress", "Result", "RolloutGap", "SavedCheckpoint", "Stage"]
+__all__ = [
+    "Artifact",
+    "EvalSummary",
+    "Lesson",
+    "Outcome",
+    "Progress",
+    "Result",
+    "RolloutGap",
+    "SavedCheckpoint",
+    "Stage",
+]
 
 
 class Stage(StrEnum):
@@ -70,6 +80,37 @@ class RolloutGap(Contract):
         )
 
 
+class Lesson(StrEnum):
+    """What an online method has found in its newest rollouts, and in some iterations before."""
+
+    REWARDS_DIFFER = "RewardsDiffer"
+    EQUAL_REWARDS = "EqualRewards"
+    ALL_CUT_OFF = "AllCutOff"
+
+    @property
+    def teaches(self) -> bool:
+        """Whether something can be learned from such rollouts."""
+        return self is Lesson.REWARDS_DIFFER
+
+    @property
+    def sentence(self) -> str:
+        """For people: what was found, and what can be done about it."""
+        match self:
+            case Lesson.EQUAL_REWARDS:
+                return (
+                    "For some iterations all answers that are compared with one another have had the same reward, which"
+                    " teaches nothing. Look at some answers: the reward may tell nothing apart, the prompts be too easy"
+                    " or too hard, or sampling.maxNewTokens too small for what is rewarded."
+                )
+            case Lesson.ALL_CUT_OFF:
+                return (
+                    "For some iterations all answers have been cut off at sampling.maxNewTokens, so none teaches how to"
+                    " end. Raise it, or begin with a model that ends its answers."
+                )
+            case Lesson.REWARDS_DIFFER:
+                return "Rewards differ, and answers come to their end."
+
+
 class Progress(Contract):
     """One report of a run."""
 
@@ -105,6 +146,8 @@ class Progress(Contract):
     """Why the last try to save a checkpoint failed; absent once another one has succeeded."""
     rollout_gap: RolloutGap | None = None
     """Of the newest iteration; absent before it and where the policy itself writes."""
+    lesson: Lesson | None = None
+    """Of an online method; absent until there is one to tell of."""
     updated_at: datetime
 
     @property

@@ -27,6 +27,7 @@ __all__ = [
     "ended",
     "find",
     "rollout_faithful",
+    "rollouts_teach",
     "running",
     "updated",
 ]
@@ -38,7 +39,7 @@ JOBS_FAULT = frozenset({FailureClass.USER_ERROR, FailureClass.DATA_ERROR})
 
 _MESSAGE_LIMIT = 4096
 _ORDER = (
-    *("Valid", "Admitted", "ClusterReady", "Running", "RolloutFaithful", "Checkpointed", "Suspended"),
+    *("Valid", "Admitted", "ClusterReady", "Running", "RolloutFaithful", "RolloutsTeach", "Checkpointed", "Suspended"),
     *("ArtifactsPublished", "Complete", "Failed"),
 )
 _PLACES = {name: place for place, name in enumerate(_ORDER)}
@@ -64,7 +65,14 @@ def conditions(
     """All conditions of a run without a cluster. One whose status did not change keeps its transition time."""
     published = artifacts_published(outcome.artifacts if outcome else (), outcome is not None)
     goes_on = running(outcome.result if outcome else None, progress)
-    findings = [_valid(outcome), goes_on, *rollout_faithful(progress), *ended(outcome), published]
+    findings = [
+        _valid(outcome),
+        goes_on,
+        *rollout_faithful(progress),
+        *rollouts_teach(progress),
+        *ended(outcome),
+        published,
+    ]
     before = {condition.type: condition for condition in previous}
     return [_dated(finding, before.get(finding.type), now, generation) for finding in findings]
 
@@ -102,6 +110,14 @@ def rollout_faithful(progress: Progress | None) -> list[Finding]:
     if gap.is_over:
         return [Finding("RolloutFaithful", "False", "GapOverLimit", gap.sentence)]
     return [Finding("RolloutFaithful", "True", "GapWithinLimit", gap.sentence)]
+
+
+def rollouts_teach(progress: Progress | None) -> list[Finding]:
+    """Whether there is something to learn from what the model writes; nothing where that is not known."""
+    lesson = progress.lesson if progress is not None else None
+    if lesson is None:
+        return []
+    return [Finding("RolloutsTeach", "True" if lesson.teaches else "False", lesson, lesson.sentence)]
 
 
 def ended(outcome: Outcome | None) -> list[Finding]:

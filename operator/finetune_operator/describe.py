@@ -11,7 +11,14 @@ from typing import Literal
 
 from finetune_api.job import Attempt, Phase
 from finetune_api.progress import Progress
-from finetune_operator.conditions import Finding, artifacts_published, checkpointed, rollout_faithful, running
+from finetune_operator.conditions import (
+    Finding,
+    artifacts_published,
+    checkpointed,
+    rollout_faithful,
+    rollouts_teach,
+    running,
+)
 from finetune_operator.decision import Event
 from finetune_operator.policies.suspend import Hold
 from finetune_operator.states import PodState, RayJobState
@@ -53,6 +60,7 @@ def describe(draft: Draft, scene: Scene) -> None:
     findings = [
         *(_admitted(draft, scene), _cluster_ready(draft, scene), _running(draft, scene), _suspended(draft, scene)),
         *rollout_faithful(scene.progress),
+        *rollouts_teach(scene.progress),
         checkpointed(draft.checkpoint, scene.wants_checkpoints, scene.save_failure),
     ]
     for finding in findings:
@@ -181,7 +189,7 @@ def _kind(finding: Finding, was: str | None, why: str | None) -> Literal["Normal
         if finding.reason == "SaveFailed":
             return "Warning" if why != "SaveFailed" else None
         return "Normal" if finding.status == "True" and was != "True" else None
-    if finding.type == "RolloutFaithful":
+    if finding.type in ("RolloutFaithful", "RolloutsTeach"):
         if finding.status == "False":
             return "Warning" if was != "False" else None
         return "Normal" if was == "False" else None

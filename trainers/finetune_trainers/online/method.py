@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.plan import BatchPlan
-from finetune_api.progress import RolloutGap, Stage
+from finetune_api.progress import Lesson, RolloutGap, Stage
 from finetune_api.spec import OnlineMethod, reward_names
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.data.batches import StepBatches
@@ -52,6 +52,10 @@ _log = logging.getLogger(__name__)
 _OTHERS = "other workers"
 _LONGEST_ROLE = 200
 _AFTER = "after {} steps. Lower spec.training.learningRate, or set spec.training.precision to bf16 or fp32"
+_POOR_ITERATIONS = 3
+"""That teach nothing, one after the other, before anybody is told: one or two are chance."""
+_SAME = 1e-8
+"""Rewards are no farther apart; rounding may leave a little."""
 _SAMPLES = 16
 """Answers of an evaluation that are kept for people to read."""
 
@@ -152,6 +156,9 @@ class Online(Method):
         self._gap: RolloutGap | None = None
         """Of the newest iteration, where another engine writes."""
         self._told_of_gap = False
+        self._lesson: Lesson | None = None
+        self._num_poor = 0
+        """Iterations in a row that taught nothing, up to the newest."""
 
     @property
     def num_rollouts(self) -> int:
@@ -236,7 +243,8 @@ class Online(Method):
         return self._samples
 
     def lasting(self) -> dict[str, Any]:
-        return {} if self._gap is None else {"rollout_gap": self._gap}
+        lasting = {"rollout_gap": self._gap, "lesson": self._lesson}
+        return {name: said for name, said in lasting.items() if said is not None}
 
     def state(self) -> dict[str, Any]:
         return {"cursor": self._cursor}
@@ -295,6 +303,7 @@ class Online(Method):
             self._check_distance(figures["kl"], first_step)
         self._tell_of_gap(figures)
         said, of_method = self._weigh(rollouts, judged)
+        self._tell_of_lesson(figures | of_method)
         said = [replace(one, importance=weight) for one, weight in zip(said, weights, strict=True)]
         return _Iteration(number, rollouts, said, {**figures, **of_method, **self._phase_seconds()})
 
@@ -496,6 +505,23 @@ class Online(Method):
         is_news = before is None or before.is_over != gap.is_over
         message = gap.sentence if is_first else None
         self._context.report(Stage.TRAINING, urgent=is_news, message=message, **self.lasting())
+
+    def _tell_of_lesson(self, figures: Mapping[str, float]) -> None:
+        """In every report from the time that it is known; by a sentence when nothing more is learned."""
+        lesson = Lesson.REWARDS_DIFFER
+        if figures.get("informative_groups", figures["reward_std"]) < _SAME:
+            lesson = Lesson.EQUAL_REWARDS
+        elif figures["cut_off"] == 1:
+            lesson = Lesson.ALL_CUT_OFF
+        self._num_poor = 0 if lesson.teaches else self._num_poor + 1
+        if 0 < self._num_poor < _POOR_ITERATIONS or lesson is self._lesson:
+            return
+        is_worse = not lesson.teaches and (self._lesson is None or self._lesson.teaches)
+        self._lesson = lesson
+        if is_worse and self._context.rank == 0:
+            _log.warning(lesson.sentence)
+        message = lesson.sentence if is_worse else None
+        self._context.report(Stage.TRAINING, urgent=True, message=message, **self.lasting())
 
     def _tell_of_writing(self, num_done: int, num: int) -> None:
         if self._context.world_size == 1:  # others would wait for this one, and have not been asked
