@@ -28,7 +28,7 @@ from finetune_api.plan import (
 from finetune_api.problems import InvalidManifest, shorten
 from finetune_api.progress import Artifact
 from finetune_api.runtime import FineTuneRuntime, FineTuneRuntimeSpec
-from finetune_api.spec import Distill, FineTuneJobSpec, Grpo, Method, Model, Ppo, Precision, Quantization
+from finetune_api.spec import Distill, FineTuneJobSpec, Grpo, KlPenalty, Method, Model, Ppo, Precision, Quantization
 from finetune_api.spec.fields import memory_bytes
 from finetune_api.uris import Scheme, parse_uri
 from finetune_operator.zero import PARTITION_KEYS, deepspeed_config, reserved_key_problems
@@ -38,6 +38,7 @@ __all__ = ["plan_run", "storage_of"]
 _TOKENS_PER_MICRO_BATCH = {Device.CPU: 2048, Device.CUDA: 16384}
 """What `microBatchSize: auto` fills: enough to keep the device busy, small enough to leave memory for the model."""
 
+_IDLE = "has no effect"
 _INTERVAL = CheckpointInterval(max_overhead=0.01, min_seconds=60, max_seconds=1800)
 _INTERVAL_REASON = (
     "saving stops training for no more than 1 % of the time, as measured; checkpoints are 1 to 30 minutes apart"
@@ -137,10 +138,22 @@ class _Planner:
 
     def _distill(self, distill: Distill, workers: WorkersPlan, precision: Precision) -> Distill:
         field, teacher = "method.distill.teacher", distill.teacher
+        self._tell_of_idle(distill)
         processes = "the process" if workers.world_size == 1 else f"each of {workers.world_size} processes"
         self._decide(field, f"held whole in {precision}", f"{processes} needs its words; zeroStage does not split it")
         source = self._source(f"{field}.source", teacher.source)
         return distill.model_copy(update={"teacher": teacher.model_copy(update={"source": source})})
+
+    def _tell_of_idle(self, distill: Distill) -> None:
+        """Settings without an effect."""
+        usual = Distill.model_fields
+        for name in ("divergence", "beta", "temperature") if distill.alpha == 1 else ():
+            if (value := getattr(distill, name)) != usual[name].default:
+                self._decide(f"method.distill.{name}", value, f"{_IDLE}: alpha 1 learns from the texts alone")
+        answers = distill.teacher_answers
+        if answers is not None and answers.temperature == 0 and answers.top_p < 1:
+            why = f"{_IDLE}: temperature 0 takes the likeliest token"
+            self._decide("method.distill.teacherAnswers.topP", answers.top_p, why)
 
     def _online(self, online: Ppo | Grpo, name: str) -> Ppo | Grpo:
         self._check_sampling(online, f"method.{name}")
@@ -153,6 +166,10 @@ class _Planner:
                 rewards.append(reward.model_copy(update={"model": model}))
             else:
                 rewards.append(reward)
+        if isinstance(online, Ppo) and online.kl.target is None and online.kl.horizon != KlPenalty().horizon:
+            self._decide("method.ppo.kl.horizon", online.kl.horizon, f"{_IDLE}: without kl.target the price stays")
+        if online.max_kl is None and online.kl_limit:
+            self._decide(f"method.{name}.maxKl", f"{online.kl_limit:g}", "nats per token; 0 would be no limit")
         return online.model_copy(update={"rewards": rewards})
 
     def _check_sampling(self, online: Ppo | Grpo, field: str) -> None:

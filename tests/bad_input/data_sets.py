@@ -782,6 +782,16 @@ DATA_SETS = [
     ),
     *(
         bad(
+            f"answers for KTO that are all marked {what}",
+            [RATED | {"label": label}, RATED | {"prompt": "three four", "label": label}],
+            f"has 2 answers whose label is {json.dumps(label)} and none whose label is {json.dumps(not label)}",
+            path="spec.data.train",
+            changes=KTO,
+        )
+        for what, label in (("good", True), ("bad", False))
+    ),
+    *(
+        bad(
             f"a label that is {what}",
             [RATED, RATED | {"label": value}],
             f"{says} must be true for a good answer or false for a bad one",

@@ -594,3 +594,40 @@ class TestCheckpoints:
 @pytest.mark.parametrize(("workers", "cpus"), [({"gpus": 8, "cpus": 96}, 12), ({"gpus": 0, "cpus": 4}, 4), ({}, None)])
 def test_the_processes_of_a_worker_share_its_cores(workers: dict[str, Any], cpus: float | None) -> None:
     assert plan({"cluster.workers": workers}).workers.cpus_per_process == cpus
+
+
+class TestSettingsWithoutEffect:
+    TEACHER: ClassVar[Changes] = {"teacher": {"source": "hf://a/b"}, "packing": False, "teacherAnswers": {}}
+    REWARDS: ClassVar[list[Changes]] = [{"metric": {"kind": "exact-match"}}]
+
+    def idle(self, method: dict[str, Any]) -> set[str]:
+        found = decided(plan({"method": method}))
+        return {field.removeprefix("method.") for field, (_, reason) in found.items() if "has no effect" in reason}
+
+    def test_at_alpha_1_the_distance_to_the_teacher_is_not_asked(self) -> None:
+        settings = {"alpha": 1, "divergence": "jsd", "beta": 0.3, "temperature": 4.0}
+        assert self.idle({"distill": self.TEACHER | settings}) == {
+            "distill.divergence",
+            "distill.beta",
+            "distill.temperature",
+        }
+        assert self.idle({"distill": self.TEACHER | settings | {"alpha": 0.9}}) == set()
+
+    def test_the_likeliest_token_is_in_any_top_p(self) -> None:
+        for temperature, idle in ((0.0, {"distill.teacherAnswers.topP"}), (1.0, set())):
+            answers = {"teacherAnswers": {"topP": 0.5, "temperature": temperature}}
+            assert self.idle({"distill": self.TEACHER | answers}) == idle
+
+    def test_a_horizon_is_for_a_target(self) -> None:
+        for kl, idle in (
+            ({"horizon": 5000}, {"ppo.kl.horizon"}),
+            ({"horizon": 5000, "target": 3.0}, set()),
+            ({}, set()),
+        ):
+            assert self.idle({"ppo": {"rewards": self.REWARDS, "kl": kl}}) == idle
+
+    def test_a_limit_that_nobody_asked_for_is_told(self) -> None:
+        limits = {"ppo": "3", "grpo": None}
+        for method, limit in limits.items():
+            found = decided(plan({"method": {method: {"rewards": self.REWARDS}}})).get(f"method.{method}.maxKl")
+            assert (found and found[0]) == limit

@@ -275,3 +275,15 @@ def test_a_worker_of_ray_that_is_killed_loses_nothing_either(trainer: Trainer, m
     assert seen["skipped"] - 20 not in seen["before"]
     assert seen["skipped"] - 20 in seen["after"]
     assert trainer.newest() >= seen["skipped"] - 20
+
+
+def test_a_metric_that_there_is_none_of_keeps_no_best_and_is_told_once(trainer: Trainer) -> None:
+    best = {"metric": "rewrad", "mode": "max"}
+    plan = trainer.plan({"training.maxSteps": 4}, everySteps=1, whenBehind="wait", keepBest=best)
+    assert trainer.world.train(plan, trainer.folder / "run").result is Result.SUCCEEDED
+    told = "spec.checkpoint.keepBest.metric: rewrad is no figure of this run so far"
+    assert trainer.said().count(told) == 1
+    assert "grad_norm" in trainer.said(), "it names what there is"
+    plan = trainer.plan({"training.maxSteps": 4}, everySteps=1, whenBehind="wait", keepBest=best | {"metric": "loss"})
+    trainer.world.train(plan, trainer.folder / "known")
+    assert "keepBest" not in trainer.said("known")

@@ -198,6 +198,7 @@ class _Launch:
             data = self._prepare_data(model)
             self._check_columns(columns, data)
         prepared = self._settle(model, data, teacher)
+        self._check_warmup(prepared.total_steps)
         (self.workdir / "prepared.json").write_text(prepared.model_dump_json(by_alias=True, indent=2) + "\n")
         return prepared
 
@@ -240,6 +241,18 @@ class _Launch:
             from finetune_trainers.online.critic_beginning import check_beginning
 
             check_beginning(self.plan, model)
+
+    def _check_warmup(self, total_steps: int) -> None:
+        ppo = self.plan.method.ppo
+        if ppo is None or ppo.critic.warmup_iterations * ppo.steps_per_iteration < total_steps:
+            return
+        problem = Problem(
+            path="spec.method.ppo.critic.warmupIterations",
+            value=str(ppo.critic.warmup_iterations),
+            message=f"leaves the model itself none of {-(-total_steps // ppo.steps_per_iteration)} iterations to learn"
+            " in; lower it, or raise spec.training.maxSteps or epochs",
+        )
+        raise UserError(str(problem), [problem])
 
     def _check_teacher(self, model: PreparedModel) -> PreparedModel | None:
         if self.plan.method.distill is None:

@@ -128,6 +128,7 @@ class Checkpoints:
         """The preemption that the last checkpoint was made in the knowledge of."""
         self._resize_at = math.inf
         """When this group of workers may give way to a larger one."""
+        self._told_of_metric = False
         self._told_steps: set[int] = set()
         """Whose failure every rank knows of."""
         self.rejected: list[str] = []
@@ -293,6 +294,7 @@ class Checkpoints:
         if not flushes.wait(lambda: not flushes.is_behind, began + FINISH_SECONDS):
             flushes.failures[step] = f"no earlier one was written within {FINISH_SECONDS:.0f} s"
             return
+        self._tell_of_unknown_metric(memory.metrics)
         memory = memory.model_copy(update={"loss_scale": self._state.loss_scale})
         intent = self._intents.intent(self._fence, step, memory.metrics, self._now())
         aux = {f"{RANDOM}.safetensors": save_tensors(random_state(self._context.device))}
@@ -309,6 +311,18 @@ class Checkpoints:
         self.blocked_seconds += blocked
         self._interval.saved(blocked)
         _log.info("checkpoint of step %d: training stood still for %.3f s", step, blocked)
+
+    def _tell_of_unknown_metric(self, metrics: Collection[str]) -> None:
+        """Once, of a metric by which the best are to be kept and that there is none of."""
+        best = self._settings.keep_best
+        if best is None or best.metric in metrics or self._told_of_metric or self._context.rank != 0:
+            return
+        self._told_of_metric = True
+        self._tell(
+            f"spec.checkpoint.keepBest.metric: {best.metric} is no figure of this run so far, and no checkpoint is kept"
+            f" for it; there are {', '.join(sorted(metrics))}",
+            Stage.TRAINING,
+        )
 
     @property
     def _copiers(self) -> int:
@@ -379,9 +393,9 @@ class Checkpoints:
                 _log.warning(message)
         return SaveNews(published, " ".join(failures) or None, skipped)
 
-    def _tell(self, sentence: str) -> None:
+    def _tell(self, sentence: str, stage: Stage = Stage.LOADING_MODEL) -> None:
         _log.warning(sentence)
-        self._context.report(Stage.LOADING_MODEL, urgent=True, message=sentence)
+        self._context.report(stage, urgent=True, message=sentence)
 
 
 def _failed(step: int, reason: str) -> str:

@@ -17,6 +17,7 @@ from finetune_api.spec import Grpo, Ppo
 from finetune_trainers.checkpoint.listing import listed
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.data.batches import IGNORED, Batch
+from finetune_trainers.launch import check
 from finetune_trainers.online.models import Models
 from finetune_trainers.rollout.in_process import InProcessEngine
 from finetune_trainers.saving import Checkpoints
@@ -116,6 +117,16 @@ def test_without_a_price_ppo_asks_no_reference(
     changes = changed("ppo", kl={"coefficient": 0}) | {"training.maxSteps": 2}
     outcome = online.train(online.plan("ppo", changes, evaluated=False), tmp_path / "run")
     assert "kl" not in outcome.metrics
+
+
+def test_a_critic_that_warms_up_for_the_whole_run_is_refused(online: OnlineWorld, tmp_path: Path) -> None:
+    for warmup, is_refused in ((3, True), (2, False)):
+        changes = changed("ppo", critic={"warmupIterations": warmup}, miniBatches=2) | {"training.maxSteps": 6}
+        outcome = check(online.plan("ppo", changes, evaluated=False), tmp_path / str(warmup), online.world.cache)
+        assert (outcome.failure is not None) is is_refused
+        if outcome.failure is not None:
+            assert outcome.failure.failure_class is FailureClass.USER_ERROR
+            assert "warmupIterations: 3 leaves the model itself none of 3 iterations" in outcome.failure.message
 
 
 def test_distance_has_a_limit_where_it_has_a_price() -> None:

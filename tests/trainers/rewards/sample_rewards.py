@@ -93,6 +93,11 @@ def exits_for_bad(completions: list[str]) -> list[float]:
     return [1.0] * len(completions)
 
 
+def one_mean(completions: list[str]) -> list[float]:
+    """Right for one answer, and wrong for several."""
+    return [sum(map(len, completions)) / len(completions)]
+
+
 def one_too_few(completions: list[str]) -> list[float]:
     return [1.0] * (len(completions) - 1)
 

@@ -103,7 +103,8 @@ def test_one_answer_that_a_function_raises_for_costs_the_others_nothing(make: Ma
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        ("one_too_few", "it returned 0 scores for 1 answers"),
+        ("one_too_few", "it returned 1 scores for 2 answers"),
+        ("one_mean", "it returned 1 scores for 2 answers"),
         ("always_raises", "KeyError: 'never'"),
         ("one_number", "it returned 1.0 (float), not a list of numbers"),
     ],

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_api.failures import Problem
 from finetune_api.plan import RunPlan
 from finetune_api.spec import DataFormat, DataSource, Supervised
-from finetune_trainers.data.cache import SourceManifest, SourceWriter, cache_key, read_manifest
+from finetune_trainers.data.cache import SourceArrays, SourceManifest, SourceWriter, cache_key, read_manifest
 from finetune_trainers.data.encoding import load_encoding
 from finetune_trainers.data.faults import Faults, RowError
 from finetune_trainers.data.formats import Row, RowFormat, choose_format
@@ -88,7 +89,10 @@ class _Preparation:
         def of(places: list[_Place | None]) -> list[PreparedSource]:
             return [source for place in places if place and (source := prepared[place.path])]
 
-        return PreparedData(train=of(train), eval=of(eval_))
+        found_data = PreparedData(train=of(train), eval=of(eval_))
+        if self.method.kto is not None:
+            _demand_both_kinds(found_data.train)
+        return found_data
 
     def _find(self, path: str, source: DataSource) -> _Place | None:
         try:
@@ -300,6 +304,20 @@ def _kinds(form: DataFormat, marks: list[float]) -> list[str]:
         return []
     good = sum(mark > 0.5 for mark in marks)
     return [f"{good} good and {len(marks) - good} bad answers"]
+
+
+def _demand_both_kinds(sources: list[PreparedSource]) -> None:
+    """KTO weighs good answers against bad ones; with one kind it would push all answers the same way."""
+    marks = [mark for source in sources if (mark := SourceArrays(Path(source.folder)).marks) is not None]
+    good = np.concatenate(marks) > 0.5
+    if good.all() or not good.any():
+        there, missing = ("true", "false") if good.all() else ("false", "true")
+        problem = Problem(
+            path="spec.data.train",
+            message=f"has {len(good)} answers whose label is {there} and none whose label is {missing}, and KTO weighs"
+            " one kind against the other; add rows of the other kind, or learn from good ones alone by sft",
+        )
+        raise DataError(str(problem), [problem])
 
 
 def _join(path: str, below: str | None) -> str:

@@ -64,7 +64,7 @@ class FunctionScorer:
         try:
             return _checked(process.ask(arguments, self._reward.timeout_seconds), len(episodes))
         except _CallFailedError as failed:
-            if len(episodes) == 1:
+            if len(episodes) == 1 or isinstance(failed, _WrongLengthError):
                 return _all_failed(episodes, str(failed))
             return self._one_by_one(process, arguments, len(episodes), deadline + self._reward.timeout_seconds)
         except _ProcessLostError as lost:
@@ -150,7 +150,7 @@ def _checked(answer: dict[str, Any], num_episodes: int) -> Scored:
     """The answer of the process as scores. Raises _CallFailedError when it has another length."""
     values = answer["values"]
     if len(values) != num_episodes:
-        raise _CallFailedError(f"it returned {len(values)} scores for {num_episodes} answers")
+        raise _WrongLengthError(f"it returned {len(values)} scores for {num_episodes} answers")
     faults = {int(index): text for index, text in answer["faults"].items()}
     for index, value in enumerate(values):
         if value is not None and not math.isfinite(value):
@@ -160,6 +160,10 @@ def _checked(answer: dict[str, Any], num_episodes: int) -> Scored:
 
 class _CallFailedError(Exception):
     """The function did not do what it should; its process goes on."""
+
+
+class _WrongLengthError(_CallFailedError):
+    """Asked answer by answer, a function that returns one number for all would seem to be in order."""
 
 
 class _ProcessLostError(Exception):
