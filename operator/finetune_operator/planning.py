@@ -91,8 +91,8 @@ class _Planner:
         model = self._model()
         workers = self._workers()
         precision = self._precision(workers)
-        method = self._method(workers, precision)
         zero_stage = self._zero_stage(workers)
+        method = self._method(workers, precision, zero_stage)
         batch = self._batch(workers)
         checkpoint = self._checkpoint()
         self.problems += reserved_key_problems(spec.deepspeed.config)
@@ -127,20 +127,23 @@ class _Planner:
         model = self.spec.model
         return model.model_copy(update={"source": self._source("model.source", model.source)})
 
-    def _method(self, workers: WorkersPlan, precision: Precision) -> Method:
+    def _method(self, workers: WorkersPlan, precision: Precision, zero_stage: int) -> Method:
         """The method's block, with places in the place of other jobs' names."""
         method = self.spec.method
         if method.distill is not None:
-            return method.model_copy(update={"distill": self._distill(method.distill, workers, precision)})
+            return method.model_copy(update={"distill": self._distill(method.distill, workers, precision, zero_stage)})
         if method.online is not None:
             return method.model_copy(update={method.chosen: self._online(method.online, method.chosen)})
         return method
 
-    def _distill(self, distill: Distill, workers: WorkersPlan, precision: Precision) -> Distill:
+    def _distill(self, distill: Distill, workers: WorkersPlan, precision: Precision, zero_stage: int) -> Distill:
         field, teacher = "method.distill.teacher", distill.teacher
         self._tell_of_idle(distill)
-        processes = "the process" if workers.world_size == 1 else f"each of {workers.world_size} processes"
-        self._decide(field, f"held whole in {precision}", f"{processes} needs its words; zeroStage does not split it")
+        if zero_stage == 3:
+            self._decide(field, f"split over the processes in {precision}", "zeroStage 3 splits every model")
+        else:
+            processes = "the process" if workers.world_size == 1 else f"each of {workers.world_size} processes"
+            self._decide(field, f"held whole in {precision}", f"{processes} needs its words; zeroStage 3 splits it")
         source = self._source(f"{field}.source", teacher.source)
         return distill.model_copy(update={"teacher": teacher.model_copy(update={"source": source})})
 
@@ -288,7 +291,8 @@ class _Planner:
             self._refuse("deepspeed.offload.optimizer", "cpu", "needs zeroStage 1, 2 or 3; set deepspeed.zeroStage")
         online = spec.method.online
         if online is not None and online.needs_reference and spec.tuning.lora is None:
-            what = "the model before training is held whole in each training process, beside its part of what learns"
+            where = "split over the training processes" if stage == 3 else "held whole in each training process"
+            what = f"the model before training is {where}, beside its part of what learns"
             self._decide(f"method.{spec.method.chosen}", "reference", what)
 
     def _batch(self, workers: WorkersPlan) -> BatchPlan:

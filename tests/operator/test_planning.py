@@ -493,11 +493,26 @@ def test_a_teacher_must_be_a_whole_model() -> None:
     assert "give first an output with merge: true" in problem.message
 
 
-def test_the_plan_says_that_every_process_holds_the_teacher() -> None:
-    value, reason = decided(plan({**DISTILL, "cluster.workers": {"replicas": 2, "gpus": 4}}))["method.distill.teacher"]
-    assert value == "held whole in bf16"
-    assert "each of 8 processes" in reason
-    assert "zeroStage does not split it" in reason
+@pytest.mark.parametrize(
+    ("stage", "value", "reason"),
+    [
+        (2, "held whole in bf16", "each of 8 processes needs its words; zeroStage 3 splits it"),
+        (3, "split over the processes in bf16", "zeroStage 3 splits every model"),
+    ],
+)
+def test_the_plan_says_how_much_of_the_teacher_a_process_holds(stage: int, value: str, reason: str) -> None:
+    workers = {"cluster.workers": {"replicas": 2, "gpus": 4}}
+    planned = plan({**DISTILL, **workers, "deepspeed.zeroStage": stage})
+    assert decided(planned)["method.distill.teacher"] == (value, reason)
+
+
+@pytest.mark.parametrize(("stage", "where"), [(2, "held whole in each training"), (3, "split over the training")])
+def test_the_plan_says_how_much_of_the_reference_a_process_holds(stage: int, where: str) -> None:
+    ppo = {"method": {"ppo": {"rewards": [{"metric": {"kind": "bleu"}}]}}}
+    workers = {"cluster.workers": {"replicas": 2, "gpus": 4}}
+    value, reason = decided(plan({**ppo, **workers, "deepspeed.zeroStage": stage}))["method.ppo"]
+    assert value == "reference"
+    assert where in reason
 
 
 def test_a_reward_model_may_be_another_jobs_adapter() -> None:

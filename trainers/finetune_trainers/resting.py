@@ -28,7 +28,7 @@ _OF_ADAPTED = "base_model.model."
 
 
 class RestingWeights:
-    """Those of one frozen model. They are there inside `at_work` only."""
+    """Those of one frozen model. They are there inside `at_work` only. Of one that is split over ranks none rest."""
 
     def __init__(self, module: nn.Module, folder: Path) -> None:
         """`folder` is what `module` was loaded from, and nothing trains it. A parameter rests if it is found there

@@ -1,4 +1,4 @@
-"""The teacher of distillation: found and checked on the driver, loaded frozen and whole on every worker.
+"""The teacher of distillation: found and checked on the driver, loaded frozen on every worker.
 
 The launcher calls `prepare_teacher` after the model has been checked; `methods.building` calls `load_teacher`.
 """
@@ -6,18 +6,18 @@ The launcher calls `prepare_teacher` after the model has been checked; `methods.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.integrations import deepspeed as zero3_switch
 
 from finetune_api.failures import Problem
 from finetune_api.plan import RunPlan
-from finetune_api.spec import Full, Lora, Model, Teacher, Tuning
+from finetune_api.spec import Full, Model, Teacher, Tuning
 from finetune_trainers.errors import UserError
+from finetune_trainers.frozen import NEVER_LEARNS, load_frozen
 from finetune_trainers.models import load_model, prepare_model, stored_tokenizer
 from finetune_trainers.prepared import PreparedModel
 
@@ -51,14 +51,10 @@ def prepare_teacher(
 
 
 def load_teacher(teacher: PreparedModel, plan: RunPlan, device: torch.device) -> nn.Module:
-    """The teacher on `device`, in the precision of the training, without gradients. Every process holds all of it."""
+    """The teacher on `device`, in the precision of the training, without gradients. Collective."""
     assert plan.method.distill is not None
-    frozen = Tuning(lora=Lora())  # like the base below adapters: it never learns
-    with _not_split():
-        model = load_model(teacher, _as_model(plan, plan.method.distill.teacher, frozen), device)
-    model.requires_grad_(False)
-    model.eval()
-    return model
+    as_model = _as_model(plan, plan.method.distill.teacher, NEVER_LEARNS)
+    return load_frozen(partial(load_model, teacher, as_model, device), plan)
 
 
 def _as_model(plan: RunPlan, teacher: Teacher, tuning: Tuning) -> RunPlan:
@@ -95,14 +91,3 @@ def _difference(words: dict[str, int], own_words: dict[str, int], own_source: st
         f" is number {first}, which is {there} in the teacher's and {here} in the model's; probabilities can only be"
         " compared token by token, so use a teacher of the model's own family"
     )
-
-
-@contextmanager
-def _not_split() -> Iterator[None]:
-    """transformers splits whatever is loaded over the ranks while a model under ZeRO-3 lives; but not inside this."""
-    kept = zero3_switch._hf_deepspeed_config_weak_ref
-    zero3_switch.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        zero3_switch._hf_deepspeed_config_weak_ref = kept

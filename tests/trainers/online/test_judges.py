@@ -211,8 +211,12 @@ def copied_base(world: World, tmp_path: Path, **config: Any) -> Path:
     ("which", "config", "said"),
     [
         ("lora", {"transformers_version": "0"}, "is held as an adapter on the policy's base"),
-        ("lora", {"rms_norm_eps": 0.5}, "loaded whole beside the policy: it is an adapter of another model than the"),
-        ("full", {}, "is loaded whole beside the policy: it is a whole model"),
+        (
+            "lora",
+            {"rms_norm_eps": 0.5},
+            "is loaded beside the policy: it is an adapter of another model than the policy's",
+        ),
+        ("full", {}, "is loaded beside the policy: it is a whole model"),
     ],
 )
 def test_the_log_says_where_it_is_and_why(

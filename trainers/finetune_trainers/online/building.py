@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from finetune_api.spec import OnlineMethod, Precision
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.data.questions import Questions
 from finetune_trainers.evaluation import end_token_ids
+from finetune_trainers.frozen import NEVER_LEARNS, load_frozen
 from finetune_trainers.methods import Method
 from finetune_trainers.models import load_model, load_tokenizer
 from finetune_trainers.online.critic import CRITIC_PARTS
@@ -27,7 +29,6 @@ from finetune_trainers.resting import RestingWeights
 from finetune_trainers.rewards.building import build_rewards
 from finetune_trainers.rollout import RolloutEngine
 from finetune_trainers.rollout.in_process import InProcessEngine
-from finetune_trainers.whole_models import not_split
 
 __all__ = ["build_online"]
 
@@ -100,9 +101,8 @@ def _reference(
     """The model as it was before training: with LoRA it is in the policy already."""
     if plan.tuning.lora is not None or not settings.needs_reference:
         return None
-    with not_split():
-        frozen: nn.Module = load_model(prepared.model, plan, context.device)
-    return frozen.to(DTYPES[plan.precision]).requires_grad_(False).eval()
+    as_model = plan.model_copy(update={"tuning": NEVER_LEARNS})
+    return load_frozen(partial(load_model, prepared.model, as_model, context.device), plan)
 
 
 def _autocast(plan: RunPlan) -> torch.dtype | None:

@@ -22,6 +22,7 @@ from finetune_trainers.attention import PACKED_ATTENTION
 from finetune_trainers.cpu_products import use_fast_products
 from finetune_trainers.data.encoding import load_encoding
 from finetune_trainers.errors import UserError
+from finetune_trainers.frozen import not_split
 from finetune_trainers.lean_peft import peft
 from finetune_trainers.models import load_dtype, load_model
 from finetune_trainers.online.reward_adapter import adapter_config, fill_adapter, head_weight, misfit
@@ -32,7 +33,6 @@ from finetune_trainers.rewards.judge_checks import JudgeFiles, find_judge
 from finetune_trainers.score_head import HEAD
 from finetune_trainers.tuning import peft_warnings_off
 from finetune_trainers.weights import WeightFiles, read_tensors
-from finetune_trainers.whole_models import not_split
 
 __all__ = ["RewardBeginning", "check_beginning", "reward_beginning"]
 

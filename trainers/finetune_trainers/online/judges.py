@@ -20,6 +20,7 @@ from finetune_api.plan import RunPlan
 from finetune_api.spec import OnlineMethod, Quantization
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.cpu_products import use_fast_products
+from finetune_trainers.frozen import not_split
 from finetune_trainers.online.adapters import Adapters
 from finetune_trainers.online.reward_adapter import (
     adapted_modules,
@@ -32,9 +33,8 @@ from finetune_trainers.precisions import DTYPES
 from finetune_trainers.prepared import PreparedModel
 from finetune_trainers.rewards.judge import OnPolicy
 from finetune_trainers.rewards.judge_checks import JudgeFiles, find_judge
-from finetune_trainers.rollout.zero3 import inside, is_split
+from finetune_trainers.rollout.zero3 import inside
 from finetune_trainers.tuning import peft_warnings_off
-from finetune_trainers.whole_models import not_split
 
 __all__ = ["add_judges", "judge_parts", "judges_of"]
 
@@ -57,7 +57,7 @@ def add_judges(model: nn.Module, plan: RunPlan, prepared: PreparedModel, context
             files = find_judge(reward.model, field)
         fault = _fault(model, files, plan, prepared)
         if context.rank == 0:
-            here, beside = "is held as an adapter on the policy's base", "is loaded whole beside the policy"
+            here, beside = "is held as an adapter on the policy's base", "is loaded beside the policy"
             _log.info("%s %s", field, f"{beside}: it {fault}" if fault else here)
         if fault is None:
             _add(model, f"{_NAME}{index}", files, field, plan, context.device)
@@ -74,7 +74,7 @@ def judge_parts(online: OnlineMethod) -> list[str]:
 def judges_of(module: nn.Module) -> dict[int, OnPolicy]:
     """The reward models that the engine's `module` holds, by their place among the rewards."""
     names = [name for name, _ in inside(module).named_children() if name.startswith(_NAME)]
-    return {int(name.removeprefix(_NAME)): OnPolicy(module, name, is_split(module)) for name in names}
+    return {int(name.removeprefix(_NAME)): OnPolicy(module, name) for name in names}
 
 
 def _fault(model: Any, files: JudgeFiles, plan: RunPlan, prepared: PreparedModel) -> str | None:

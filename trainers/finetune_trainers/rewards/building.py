@@ -63,8 +63,8 @@ def build_rewards(
     context: WorkerContext,
     on_policy: Mapping[int, OnPolicy] = MappingProxyType({}),
 ) -> Rewards:
-    """The plan's `rewards` on this worker: each has its own processes, and reward models whole, but for those that are
-    part of the policy, by their place. Raises UserError."""
+    """The plan's `rewards` on this worker, each with processes and reward models of its own; `on_policy` are those that
+    are part of the policy, by their place. Collective. Raises UserError."""
     path = f"spec.method.{plan.method.chosen}.rewards"
     built: list[NamedScorer] = []
     try:

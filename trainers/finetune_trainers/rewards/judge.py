@@ -1,5 +1,5 @@
-"""A reward that is a reward model: frozen, and reading text by its own tokenizer and template. It is whole on every
-rank, or an adapter on the policy's base, where `online.judges` has put it.
+"""A reward that is a reward model: frozen, and reading text by its own tokenizer and template. It is a model of its
+own, split over the ranks where the policy is, or an adapter on the policy's base, where `online.judges` has put it.
 
     T  tokens of a packed row      D  documents in it
 
@@ -34,16 +34,16 @@ from finetune_trainers.data.encoding import load_encoding
 from finetune_trainers.data.tokenize import RowTokenizer
 from finetune_trainers.data.turns import Conversation
 from finetune_trainers.evaluation import evaluating
+from finetune_trainers.frozen import load_frozen, not_split
 from finetune_trainers.methods.reward import Calibration
 from finetune_trainers.precisions import DTYPES
 from finetune_trainers.prepared import PreparedRun
 from finetune_trainers.resting import RestingWeights
 from finetune_trainers.rewards import Episode, Scored
 from finetune_trainers.rewards.judge_checks import JudgeFiles, find_judge
-from finetune_trainers.rollout.zero3 import inside
+from finetune_trainers.rollout.zero3 import inside, is_split
 from finetune_trainers.score_head import read_packed, scores
 from finetune_trainers.tuning import peft_warnings_off
-from finetune_trainers.whole_models import not_split
 
 __all__ = ["Judge", "OnPolicy", "load_judge", "load_report_off"]
 
@@ -61,8 +61,6 @@ class OnPolicy:
     """The engine's. Called with `judge` and `score_positions` it gives scores."""
     name: str
     """The `judge`."""
-    in_step: bool
-    """The policy's parameters are split, so all ranks make each forward pass together."""
 
 
 def load_judge(
@@ -76,7 +74,10 @@ def load_judge(
     """The reward model that stands at `path` of the job, in the plan's precision. Raises UserError."""
     with not_split():
         files = find_judge(reward, path)
-        module = _load(files, DTYPES[plan.precision], context.device) if on_policy is None else on_policy.module
+    if on_policy is not None:
+        module = on_policy.module
+    else:
+        module = load_frozen(partial(_load, files, DTYPES[plan.precision], context.device), plan)
     if context.rank == 0 and files.encoding.fingerprint != load_encoding(plan, prepared.model).fingerprint:
         logger.info("%s has another tokenizer or template than the model: answers go to it as text", path)
     return Judge(module, files, context, on_policy)
@@ -88,10 +89,10 @@ class Judge:
     def __init__(
         self, module: nn.Module, files: JudgeFiles, context: WorkerContext, on_policy: OnPolicy | None = None
     ) -> None:
-        """`module` reads packed documents on the context's device."""
+        """`module` reads packed documents on the context's device. Where it is split, scoring is collective."""
         self._module = module
         self._context, self._device = context, context.device
-        self._in_step = on_policy is not None and on_policy.in_step
+        self._in_step = is_split(module)
         self._read: Callable[..., Any] = module
         self._at_work: Callable[[], AbstractContextManager[None]] = partial(evaluating, module)
         if on_policy is not None:
@@ -198,7 +199,9 @@ def _batch(documents: Sequence[Sequence[int]]) -> Batch:
     return Batch(ids, nothing, positions, boundaries, int(lengths.max()), 0)
 
 
-def _load(files: JudgeFiles, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _load(
+    files: JudgeFiles, dtype: torch.dtype, device: torch.device, zero3_config: dict[str, Any] | None
+) -> nn.Module:
     with load_report_off() if files.adapter is not None else nullcontext():
         model: Any = AutoModelForSequenceClassification.from_pretrained(
             files.model, dtype=dtype, attn_implementation=PACKED_ATTENTION, local_files_only=True, num_labels=1
@@ -209,10 +212,11 @@ def _load(files: JudgeFiles, dtype: torch.dtype, device: torch.device) -> nn.Mod
 
             with peft_warnings_off():
                 model = peft.PeftModel.from_pretrained(model, str(files.adapter), autocast_adapter_dtype=False)
-    model.to(device)
+    if zero3_config is None:
+        model.to(device)
     use_fast_products(model, dtype, device)
     module: nn.Module = model
-    return module.eval().requires_grad_(False)
+    return module
 
 
 @contextmanager
