@@ -223,7 +223,7 @@ def _whole(value: float | None) -> int | None:
 def _as_text(metrics: Mapping[str, float]) -> dict[str, str]:
     """Figures as strings: the API server would otherwise turn 1.0 into 1 and refuse it as a float."""
     first = {name: metrics[name] for name in _FIRST_METRICS if name in metrics}
-    return {name: f"{value:.6g}" for name, value in islice((first | metrics).items(), _METRICS_LIMIT)}
+    return {name: f"{value:.6g}" for name, value in islice({**first, **metrics}.items(), _METRICS_LIMIT)}
 
 
 def _in_order(attempts: list[Attempt]) -> list[Attempt]:

@@ -47,6 +47,7 @@ class Trained:
         engine: Engine = self.engine
         engine.begin_step(rate, done)
         batches = self.method.step(number)
+        assert batches is not None
         for place, batch in enumerate(batches.micro_batches, start=1):
             loss = self.method.loss(engine.module, batch).total
             if place == len(batches.micro_batches):

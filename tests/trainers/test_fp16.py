@@ -70,6 +70,7 @@ class Stepped:
         """The gradient of each micro-batch is multiplied by `poison`."""
         self.engine.begin_step(0.01, 0.0)
         batches = self.method.step(number)
+        assert batches is not None
         for batch in batches.micro_batches:
             loss = self.method.loss(self.engine.module, batch).total
             loss.register_hook(lambda grad: grad * poison)  # type: ignore[no-untyped-call]

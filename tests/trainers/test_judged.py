@@ -189,6 +189,7 @@ def test_loss_and_gradient_of_a_policy_that_has_moved_are_those_of_plain_transfo
     wanted = loss_by_hand(method, said(), references.detach(), lengths, good)
     wanted.backward()  # type: ignore[no-untyped-call]
     step = learned.step(0)
+    assert step is not None
     assert step.divisor == len(numbers)
     total = torch.zeros(())
     for batch in step.micro_batches:
@@ -388,7 +389,9 @@ def test_the_reference_is_asked_about_what_the_steps_come_by_and_later_about_wha
                 parameter.data.mul_(2)
         learned = build_method(plan, prepared, engine.module, context)
         for step in range(num_steps):
-            for batch in learned.step(step).micro_batches:
+            batches = learned.step(step)
+            assert batches is not None
+            for batch in batches.micro_batches:
                 assert batch.references is not None
                 assert batch.references.isfinite().all()
         engine.close()

@@ -346,8 +346,8 @@ def test_a_stop_request_during_a_step_lets_it_finish() -> None:
 def test_a_method_that_stops_before_a_step_leaves_the_steps_that_were_done() -> None:
     saved = Saved()
     world = World(5, saved=saved)
-    step = world.loop._method.step
-    world.loop._method.step = lambda number: None if number == 3 else step(number)  # type: ignore[method-assign]
+    plain = world.loop._method.step
+    world.loop._method.step = lambda step: None if step == 3 else plain(step)  # type: ignore[method-assign]
     result = world.run()
     assert (result.cancelled, result.step, world.engine.num_updates) == (True, 3, 3)
     assert len(world.engine.rates) == 3
@@ -357,7 +357,7 @@ def test_a_method_that_stops_before_a_step_leaves_the_steps_that_were_done() -> 
 def test_a_method_that_stops_before_its_first_step_leaves_nothing_to_save() -> None:
     saved = Saved()
     world = World(5, saved=saved)
-    world.loop._method.step = lambda number: None  # type: ignore[method-assign]
+    world.loop._method.step = lambda step: None  # type: ignore[method-assign]
     result = world.run()
     assert (result.cancelled, result.step, saved.memories) == (True, 0, {})
 

@@ -75,11 +75,11 @@ def main(folder: Path) -> None:
     prepared = PreparedRun.model_validate_json((folder / "prepared.json").read_bytes())
     judge._TOKENS_PER_PASS["cpu"] = 1  # one answer each: a rank with fewer of them has fewer passes to make
     found: list[dict[str, tuple[int, int]]] = []
-    step = Online.step
+    plain = Online.step
 
-    def noted(method: Online, number: int) -> StepBatches:
-        batches = step(method, number)
-        found.append({name: held(module) for name, module in roles(method).items()})
+    def noted(self: Online, step: int) -> StepBatches | None:
+        batches = plain(self, step)
+        found.append({name: held(module) for name, module in roles(self).items()})
         return batches
 
     Online.step = noted  # type: ignore[method-assign]

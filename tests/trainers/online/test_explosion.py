@@ -126,7 +126,7 @@ def test_a_critic_that_warms_up_for_the_whole_run_is_refused(online: OnlineWorld
         assert (outcome.failure is not None) is is_refused
         if outcome.failure is not None:
             assert outcome.failure.failure_class is FailureClass.USER_ERROR
-            assert "warmupIterations: 3 leaves the model itself none of 3 iterations" in outcome.failure.message
+            assert "warmupIterations: leaves the model itself none of 3 iterations" in outcome.failure.message
 
 
 def test_distance_has_a_limit_where_it_has_a_price() -> None:

@@ -29,7 +29,7 @@ from finetune_trainers.rewards import Episode
 from finetune_trainers.rewards.judge import Judge, OnPolicy, load_judge
 from finetune_trainers.rewards.weighted import NamedScorer, WeightedRewards
 from finetune_trainers.rollout.vllm_weights import policy_weights
-from finetune_trainers.rollout.zero3 import inside
+from finetune_trainers.rollout.zero3 import inside, is_split
 from finetune_trainers.worker import load
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.judged_world import LORA as OF_REWARD
@@ -292,7 +292,7 @@ def test_in_a_split_policy_all_ranks_make_as_many_passes_also_one_without_answer
     plan = world.plan(WAYS["zero 3"])
     engine, prepared, _ = loaded(plan, world, tmp_path)
     [on_policy] = judges_of(engine.module).values()
-    assert on_policy.in_step
+    assert is_split(on_policy.module)
     one = judge(plan, prepared, Among(plan, tmp_path), on=on_policy)
     passes: list[int] = []
     read = one._read

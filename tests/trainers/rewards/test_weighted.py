@@ -63,8 +63,11 @@ def test_where_a_reward_fails_its_mean_over_the_other_answers_counts_beside_the_
     assert rewards.totals(asked, opinions) == [-3.0 + 1.0, -2.0 + 2.0, -1.0 + 3.0]
 
 
+SAID: list[list[float | str | None]] = [[-6.0, "broke"], [-2.0, "broke"]]
+
+
 def test_the_answers_of_other_ranks_are_among_the_others() -> None:
-    ranks = [WeightedRewards([named("one", Told(said))]) for said in ([-6.0, "broke"], [-2.0, "broke"])]
+    ranks = [WeightedRewards([named("one", Told(said))]) for said in SAID]
     asked = episodes(["a", "b"])
     opinions = [one for rank in ranks for one in rank.score(asked)]
     for rank in ranks:
