@@ -25,9 +25,12 @@ HANGS = {"function": {"call": "tests.trainers.online.scores:never_comes_back", "
     ("rewards", "place", "wanted"),
     [
         ([HANGS], None, "Training: score (reward never_comes_back)"),
+        (None, "the policy writes", "Training: generate (policy)"),
+        (None, "models are asked", "Training: judge (policy, reference, critic)"),
         (None, "the critic's loss is known", "Training: train (policy and critic)"),
+        (None, "weights are to be taken over", "Training: sync (policy)"),
     ],
-    ids=["a reward", "the critic"],
+    ids=["a reward", "the policy", "the reference", "the critic", "the engine"],
 )
 def test_a_job_whose_training_hangs_says_in_which_part_and_at_whom(
     rewards: Any, place: str | None, wanted: str, tmp_path: Path

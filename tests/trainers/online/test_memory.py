@@ -13,9 +13,11 @@ from finetune_api.plan import RunPlan
 from finetune_trainers.context import SingleProcessContext
 from finetune_trainers.data.batches import Batch
 from finetune_trainers.engine import Engine
+from finetune_trainers.engine_torch import TorchEngine
 from finetune_trainers.methods import Method
 from finetune_trainers.methods.building import build_method
 from finetune_trainers.online import memory
+from finetune_trainers.online.critic import CRITIC_PARTS
 from finetune_trainers.online.method import Online
 from finetune_trainers.worker import load
 from tests.trainers.foreign_warnings import WHEN_TRAINING
@@ -94,11 +96,26 @@ def test_the_activations_of_one_part_alone_are_kept(online: OnlineWorld, tmp_pat
     method.close()
 
 
-def test_the_critic_warms_up_while_the_policy_has_no_gradient(online: OnlineWorld, tmp_path: Path) -> None:
-    changes = {"method.ppo.critic": {"warmupIterations": 1}, "training.maxSteps": 8}
-    outcome = online.train(online.plan("ppo", changes, evaluated=False), tmp_path / "run")
-    assert outcome.step == 8
-    assert all(norm > 0 for norm in online.curve(tmp_path / "run", "grad_norm"))
+@pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])
+def test_while_the_critic_warms_up_the_policy_does_not_change_by_a_bit(
+    tuning: dict[str, Any], online: OnlineWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed: list[set[str]] = []
+    """By step: who was another one after it."""
+    update = TorchEngine.step
+
+    def noted(engine: TorchEngine) -> float | None:
+        before = {name: tensor.clone() for name, tensor in engine.parameters()}
+        norm = update(engine)
+        others = {name for name, tensor in engine.parameters() if not torch.equal(tensor, before[name])}
+        is_of_critic = {name: bool({*CRITIC_PARTS} & {*name.split(".")}) for name in others}
+        changed.append({"critic" if of_critic else "policy" for of_critic in is_of_critic.values()})
+        return norm
+
+    monkeypatch.setattr(TorchEngine, "step", noted)
+    changes = {"method.ppo.critic": {"warmupIterations": 1}, "training.maxSteps": 8} | tuning
+    online.train(online.plan("ppo", changes, evaluated=False), tmp_path / "run")
+    assert changed == [{"critic"}] * 4 + [{"policy", "critic"}] * 4
 
 
 def test_the_reference_is_in_memory_only_while_it_is_asked(

@@ -40,7 +40,7 @@ def test_each_part_of_an_iteration_is_told_with_who_does_it_and_what_it_took(
         ] * times
     steps = [one["step"] for one in reports if one["stage"] in ("Training", "Evaluating")]
     assert steps == sorted(steps), "a report of a part does not forget how far training has come"
-    for phase in ("generate", "score", "judge", "train"):
+    for phase in ("sync", "generate", "score", "judge", "train"):
         took = world.curve(tmp_path, f"seconds/{phase}")
         assert took
         assert min(took) > 0

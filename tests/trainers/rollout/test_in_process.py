@@ -264,3 +264,45 @@ def test_under_autocast_each_weight_is_rounded_once_and_answers_are_those_of_the
     exact = engine_for(model).generate(requests_for(PROMPTS), DRAWN)
     assert found[0].log_probs[0] != exact[0].log_probs[0]
     assert found[0].log_probs[0] == pytest.approx(exact[0].log_probs[0], abs=0.5)
+
+
+def test_a_device_without_memory_for_so_many_rows_writes_the_same_answers_fewer_at_a_time(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = engine_for(model, batch_size=16).generate(requests_for(PROMPTS), DRAWN)
+    engine, tried = engine_for(model, batch_size=16), []
+    forward = engine._forward
+
+    def limited(ids: Any, paddings: Any, cache: Any) -> torch.Tensor:
+        tried.append(len(ids))
+        if len(ids) > most:
+            raise torch.OutOfMemoryError("no room")
+        return forward(ids, paddings, cache)
+
+    monkeypatch.setattr(engine, "_forward", limited)
+    most = 3
+    assert_same(engine.generate(requests_for(PROMPTS), DRAWN), wanted)
+    tried.clear()
+    assert_same(engine.generate(requests_for(PROMPTS), DRAWN), wanted)
+    assert max(tried) == 2, "what there is no room for is not tried at each call"
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.generate(requests_for(PROMPTS), DRAWN)
+
+
+@pytest.mark.parametrize(("most_tokens", "rows"), [(None, 8), (4 * 50, 4), (4 * 50 - 1, 3), (49, 1)])
+def test_rows_are_as_many_as_there_are_tokens_for(
+    model: Any, most_tokens: int | None, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest prompt has 30, and each answer may have 20."""
+    assert max(map(len, PROMPTS)) + DRAWN.max_new_tokens == 50
+    engine, seen = engine_for(model, batch_size=8, most_tokens=most_tokens), []
+    forward = engine._forward
+
+    def noted(ids: Any, paddings: Any, cache: Any) -> torch.Tensor:
+        seen.append(len(ids))
+        return forward(ids, paddings, cache)
+
+    monkeypatch.setattr(engine, "_forward", noted)
+    engine.generate(requests_for(PROMPTS), DRAWN)
+    assert max(seen) == rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,11 +30,13 @@ from finetune_trainers.resting import RestingWeights
 from finetune_trainers.rewards.building import build_rewards
 from finetune_trainers.rollout import RolloutEngine
 from finetune_trainers.rollout.in_process import InProcessEngine
+from finetune_trainers.rollout.room import memory_of, tokens_that_fit
+from finetune_trainers.rollout.zero3 import inside
 
 __all__ = ["build_online"]
 
 WRITTEN_AT_ONCE = 64
-"""Rollouts that a rank writes together."""
+"""Rollouts that a rank writes together, where they have room."""
 
 
 def build_online(plan: RunPlan, prepared: PreparedRun, module: nn.Module, context: WorkerContext) -> Method:
@@ -84,12 +87,14 @@ def _engine(
 
         length = settings.max_seq_length
         return start_vllm(plan, prepared.model, settings.vllm, length, module, end_ids, context, without)
+    config: Any = inside(module).config
     return InProcessEngine(
         module,
         tokenizer.pad_token_id,
         end_ids,
         context,
         batch_size=WRITTEN_AT_ONCE,
+        most_tokens=tokens_that_fit(config.get_text_config(), DTYPES[plan.precision].itemsize, memory_of(context)),
         autocast=_autocast(plan),
         without=without,
     )

@@ -594,5 +594,5 @@ def _distance(rollouts: Sequence[Rollout], judged: Sequence[Judged]) -> dict[str
 
 def _for_people(rollout: Rollout) -> dict[str, Any]:
     prompt = "\n".join(f"{message['role']}: {message['content']}" for message in rollout.question.messages)
-    reward = None if math.isnan(rollout.reward) else rollout.reward
+    reward = rollout.reward if math.isfinite(rollout.reward) else None  # JSON has no NaN
     return {"prompt": prompt, "answer": rollout.text, "reward": reward, "ended": rollout.ended}

@@ -4,6 +4,7 @@ in_process    the policy's weights, in the process that trains them
 sampling      from logits to a token, pure
 beams         the likeliest answers, by a search
 row_cache     keys and values of a batch whose rows come and go
+room          how much of that has room
 zero3         parameters that ZeRO-3 keeps in parts, whole for a while
 vllm_engine   vLLM, in a process and an environment of its own beside each trainer
 vllm_server   what runs there

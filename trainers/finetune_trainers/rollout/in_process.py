@@ -9,6 +9,7 @@ take their places; equal prompts enter as one. The logits of the last position a
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ __all__ = ["InProcessEngine"]
 
 LEAVING = 4
 """Rows leave, and others enter, when one in so many has ended: moving keys and values takes time too."""
+_log = logging.getLogger(__name__)
 
 
 class InProcessEngine:
@@ -39,6 +41,9 @@ class InProcessEngine:
 
     Under ZeRO-3 parameters are gathered for the time of a call. Where that does not fit, all ranks make forward
     passes together until the last of them is done.
+
+    A device that has no room for so many rows is given half of them from then on, and what had been written is written
+    anew. Not where ranks make passes together: the others are in the middle of one.
     """
 
     is_policy = True
@@ -51,12 +56,14 @@ class InProcessEngine:
         context: WorkerContext,
         *,
         batch_size: int = 32,
+        most_tokens: int | None = None,
         autocast: torch.dtype | None = None,
         gather: bool | None = None,
         without: Collection[str] = (),
     ) -> None:
         """`module`: the causal model, or the DeepSpeed engine around it. `end_ids`: tokens that end an answer.
-        `batch_size`: rows that are written at once. `autocast`: what its forward computes in under autocast, so
+        `batch_size`: rows that are written at once, fewer where they would come to more than `most_tokens`, prompts
+        included. `autocast`: what its forward computes in under autocast, so
         that weights are rounded once for all tokens. `gather`: under ZeRO-3, None for where it fits. `without`: names
         of parts that take no part in writing, such as a critic, and are not gathered."""
         assert batch_size > 0, "somebody must write"
@@ -64,7 +71,7 @@ class InProcessEngine:
         self._pad_id = pad_id
         self._end_ids = frozenset(end_ids)
         self._context = context
-        self._batch_size = batch_size
+        self._batch_size, self._most_tokens = batch_size, most_tokens
         self._autocast = autocast
         self._gather = gather
         self._without = frozenset(without)
@@ -73,19 +80,48 @@ class InProcessEngine:
         self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress | None = None
     ) -> list[Completion]:
         kind = BeamSearch if sampling.num_beams > 1 else _Writing
-        writing = kind(self._forward, requests, sampling, self._pad_id, self._end_ids, self._batch_size)
-        device = self._context.device
-        cast = torch.autocast(device.type, self._autocast, enabled=self._autocast is not None)
+        cast = torch.autocast(self._context.device.type, self._autocast, enabled=self._autocast is not None)
         with evaluating(self._module), torch.no_grad(), cast, self._parameters() as in_step:
-            while self._goes_on(writing.is_over, in_step):
-                if writing.is_over:
-                    self._module(input_ids=torch.tensor([[self._pad_id]], device=device), use_cache=False)
-                    continue
-                num_done = writing.num_done
-                writing.advance()
-                if on_progress is not None and writing.num_done > num_done:
-                    on_progress(writing.num_done, len(requests))
+            while True:
+                rows = self._rows(requests, sampling)
+                writing = kind(self._forward, requests, sampling, self._pad_id, self._end_ids, rows)
+                try:
+                    return self._written(writing, len(requests), on_progress, in_step)
+                except torch.OutOfMemoryError:
+                    if in_step or rows == 1:
+                        raise
+                del writing  # and outside of the except block, whose traceback holds tensors too
+                self._write_fewer(rows)
+
+    def _rows(self, requests: Sequence[Request], sampling: Sampling) -> int:
+        if self._most_tokens is None:
+            return self._batch_size
+        longest = max((len(request.prompt_ids) for request in requests), default=0) + sampling.max_new_tokens
+        return max(1, min(self._batch_size, self._most_tokens // longest))
+
+    def _written(
+        self, writing: _Writing | BeamSearch, num: int, on_progress: OnProgress | None, in_step: bool
+    ) -> list[Completion]:
+        while self._goes_on(writing.is_over, in_step):
+            if writing.is_over:
+                idle = torch.tensor([[self._pad_id]], device=self._context.device)
+                self._module(input_ids=idle, use_cache=False)
+                continue
+            num_done = writing.num_done
+            writing.advance()
+            if on_progress is not None and writing.num_done > num_done:
+                on_progress(writing.num_done, num)
         return writing.completions()
+
+    def _write_fewer(self, than: int) -> None:
+        self._batch_size = than // 2
+        if self._context.device.type == "cuda":
+            torch.cuda.empty_cache()
+        _log.warning(
+            "the device has no memory for %d answers at once; they are written anew, %d at a time",
+            than,
+            self._batch_size,
+        )
 
     def update_weights(self) -> None:
         """The weights are the policy's own."""
