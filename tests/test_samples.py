@@ -94,6 +94,7 @@ def test_the_chain_has_its_data_and_models_where_the_pods_of_a_cluster_reach_the
     for plan in plans_of(CHAIN):
         check_shared_files(plan)
         assert loss_of_model(plan) is None
+        assert parse_uri(plan.model.source).scheme in (Scheme.HF, Scheme.JOB), "the image has no package with a model"
         for source in (*plan.data.train, *plan.data.eval):
             uri = parse_uri(source.source)
             assert (uri.scheme, uri.authority) == (Scheme.PVC, "finetune")

@@ -283,7 +283,7 @@ def test_the_sample_of_a_chain_runs_from_its_folder_by_one_command(
         document = yaml.safe_load(file.read_text())
         if document["kind"] == "FineTuneJob":
             spec = document["spec"]
-            if spec["model"]["source"].startswith("package://"):
+            if not spec["model"]["source"].startswith("job://"):
                 spec["model"]["source"] = (world.folder / "model").as_uri()
             [method] = spec["method"]
             spec["method"][method] |= TINY[method]

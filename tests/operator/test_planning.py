@@ -508,7 +508,7 @@ def test_the_plan_says_how_much_of_the_teacher_a_process_holds(stage: int, value
 
 @pytest.mark.parametrize(("stage", "where"), [(2, "held whole in each training"), (3, "split over the training")])
 def test_the_plan_says_how_much_of_the_reference_a_process_holds(stage: int, where: str) -> None:
-    ppo = {"method": {"ppo": {"rewards": [{"metric": {"kind": "bleu"}}]}}}
+    ppo = {"method": {"ppo": {"rewards": [{"metric": {"kind": "bleu"}}]}}, "tuning": {"full": {}}}
     workers = {"cluster.workers": {"replicas": 2, "gpus": 4}}
     value, reason = decided(plan({**ppo, **workers, "deepspeed.zeroStage": stage}))["method.ppo"]
     assert value == "reference"

@@ -362,6 +362,17 @@ def test_a_method_that_stops_before_its_first_step_leaves_nothing_to_save() -> N
     assert (result.cancelled, result.step, saved.memories) == (True, 0, {})
 
 
+def test_a_step_that_is_left_out_leaves_no_figures_of_the_one_before() -> None:
+    world = World(3)
+    plain = world.loop._method.step
+    left_out = StepBatches([], num_trained_tokens=0, num_tokens=0, is_left_out=True)
+    world.loop._method.step = lambda step: left_out if step == 2 else plain(step)  # type: ignore[method-assign]
+    result = world.run()
+    assert (result.step, world.engine.num_updates) == (3, 2)
+    assert "loss" not in result.metrics
+    assert "learning_rate" in result.metrics
+
+
 EARLY = {"training.earlyStopping": {"patience": 2}, "training.evalEverySteps": 1, "training.maxSteps": 10}
 
 

@@ -349,7 +349,9 @@ class Loop:
         step = self.result.step
         last = step == self._total
         figures = figures | {"tokens_per_second": self._pace.tokens_per_second, "epoch": self._epoch}
-        self.result.metrics.update(figures)
+        # what this step did not give must not pass for its own
+        evaluated = {name: value for name, value in self.result.metrics.items() if name.startswith("eval_")}
+        self.result.metrics = evaluated | figures
         if self._trackers is not None and (step % self._optimization.log_every_steps == 0 or step == 1 or last):
             self._trackers.log(step, figures)
         self._report(Stage.TRAINING, urgent=last or step == 1)

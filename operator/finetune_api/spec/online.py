@@ -138,8 +138,8 @@ class KlPenalty(Contract):
     """What it costs to stray from the reference, which is the model before training."""
 
     coefficient: Annotated[float, Field(ge=0, le=100)] = 0.05
-    """Taken off each token's reward, times the difference of its log-probabilities (k1). 0 needs no reference, and
-    maxKl is then unset."""
+    """Taken off each token's reward, times the difference of its log-probabilities (k1). 0 needs no reference,
+    unless maxKl is set."""
     target: Annotated[float, Field(gt=0, le=10_000)] | None = None
     """Nats per rollout that are wanted: the coefficient rises while the model strays farther, else falls (Ziegler et
     al. 2019, arXiv 1909.08593). Left out: it stays."""

@@ -34,8 +34,8 @@ class Sft(Supervised):
 
 
 class Teacher(Contract):
-    """The model that is learned from. It does not change, and each training process holds it whole, in the precision
-    of the training, beside its part of the model that learns."""
+    """The model that is learned from. It does not change. Each training process holds it, in the precision of the
+    training, beside its part of the model that learns; zeroStage 3 splits it, too."""
 
     source: ModelUri
     """Where the teacher is, in the same ways as spec.model.source, job://name included."""

@@ -144,6 +144,11 @@ def test_an_answer_stands_beside_the_one_before_and_is_marked_as_good_or_bad(wor
     assert any("2 good and 1 bad answers" in message for _, message in workshop.messages)
 
 
+def rated(row: str) -> dict[str, Any]:
+    """`a1`: the answer 1 to the prompt a; every other answer is a good one."""
+    return {"prompt": row[0], "completion": row[1], "label": row[1] in "135"}
+
+
 def answers_beside(workshop: Any) -> list[str]:
     """Prompt, answer, and the answer that stands beside it, of each row: `a1 1 2`."""
     [source] = workshop.prepare(KTO).train
@@ -166,8 +171,7 @@ def answers_beside(workshop: Any) -> list[str]:
 def test_the_answer_beside_is_of_the_nearest_row_with_another_prompt(
     rows: str, expected: list[str], workshop: Any
 ) -> None:
-    prompts = [{"prompt": row[0], "completion": row[1], "label": True} for row in rows.split()]
-    workshop.write("train.jsonl", prompts)
+    workshop.write("train.jsonl", [rated(row) for row in rows.split()])
     assert answers_beside(workshop) == expected
 
 
@@ -175,15 +179,14 @@ def test_another_prompt_is_looked_for_beyond_the_rows_that_are_read_together(
     workshop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune_trainers.data.readers.CHUNK_ROWS", 2)
-    rows = [{"prompt": row[0], "completion": row[1], "label": True} for row in ("a1", "a2", "a3", "b4", "b5")]
-    workshop.write("train.jsonl", rows)
+    workshop.write("train.jsonl", [rated(row) for row in ("a1", "a2", "a3", "b4", "b5")])
     assert answers_beside(workshop) == ["a 1 4", "a 2 4", "a 3 4", "b 4 3", "b 5 3"]
 
 
 @pytest.mark.parametrize("another", [{"system": "Be brief."}, {"prompt": [*EARLIER, QUESTION]}])
 def test_all_that_is_before_the_answer_is_its_prompt(another: dict[str, Any], workshop: Any) -> None:
     row = {"prompt": "one two", "completion": "three", "label": True}
-    workshop.write("train.jsonl", [row, row | another | {"completion": "four"}])
+    workshop.write("train.jsonl", [row, row | another | {"completion": "four", "label": False}])
     [source] = workshop.prepare(KTO).train
     found = [[own for _, own in sequence] for sequence in documents(workshop, source)]
     assert found == [["three</s>", "four</s>"], ["four</s>", "three</s>"]]

@@ -509,7 +509,8 @@ class Online(Method):
     def _tell_of_lesson(self, figures: Mapping[str, float]) -> None:
         """In every report from the time that it is known; by a sentence when nothing more is learned."""
         lesson = Lesson.REWARDS_DIFFER
-        if figures.get("informative_groups", figures["reward_std"]) < _SAME:
+        spread = figures["reward_std"] if self.num_rollouts > 1 else math.inf  # one alone differs from none
+        if figures.get("informative_groups", spread) < _SAME:
             lesson = Lesson.EQUAL_REWARDS
         elif figures["cut_off"] == 1:
             lesson = Lesson.ALL_CUT_OFF

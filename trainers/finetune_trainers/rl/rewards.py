@@ -26,12 +26,12 @@ def normalise_scores(scores: Tensor, seen: Moments) -> tuple[Tensor, Moments]:
     """`scores` [B] over the deviation of all scores so far, these included; and the moments after them.
 
     As in Zheng et al., "Secrets of RLHF", arXiv 2307.04964, but for the mean, which stays: a score keeps its sign.
-    `seen` is what came before (a checkpoint keeps it). While the deviation is below a hundredth of the mean, scores
-    pass unchanged: they are as good as equal, and dividing would make them hundreds or millions.
+    `seen` is what came before (a checkpoint keeps it). While the deviation is below a hundredth of the mean, or 1e-8,
+    scores pass unchanged: they are as good as equal, and dividing would make them hundreds or millions.
     """
     after = merge([seen, moments_of(scores)])
     deviation = math.sqrt(after.var()) if after.count > 1 else 0.0
-    return (scores if deviation <= 0.01 * abs(after.mean) else scores / deviation), after
+    return (scores if deviation <= max(0.01 * abs(after.mean), 1e-8) else scores / deviation), after
 
 
 def penalise_missing_eos(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:
