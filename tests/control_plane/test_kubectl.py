@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,9 @@ def test_explain_gives_the_docstrings_of_the_models(kubectl: Tool) -> None:
 
 def test_get_shows_the_columns(kubectl: Tool, stored_job: Store, api: Client) -> None:
     stored = stored_job(job_document(name="shown"))
-    status = {"method": "sft", "tuning": "lora", "phase": "Running", "progress": {"step": 3, "totalSteps": 9}}
+    status: dict[str, Any] = {"method": "sft", "tuning": "lora", "phase": "Running"}
+    figures = {"loss": "0.125", "reward": "0.75"}
+    status["progress"] = {"step": 3, "totalSteps": 9, "metrics": figures}
     status["checkpoint"] = {
         "uri": "file:///c",
         "step": 2,
@@ -58,8 +61,9 @@ def test_get_shows_the_columns(kubectl: Tool, stored_job: Store, api: Client) ->
     head, row = kubectl("get", "ftj", "shown").splitlines()
     assert head.split() == ["NAME", "METHOD", "TUNING", "GPUS", "PHASE", "STEP", "STEPS", "CKPT", "RESTARTS", "AGE"]
     assert row.split()[:-1] == ["shown", "sft", "lora", "Running", "3", "9", "2", "0"]  # what is unknown stays empty
-    wide = kubectl("get", "ftj", "shown", "-o", "wide").splitlines()[0]
-    assert wide.split() == [*head.split(), "QUEUE", "LOSS", "ETA", "RAYJOB"]
+    wide, row = kubectl("get", "ftj", "shown", "-o", "wide").splitlines()
+    assert wide.split() == [*head.split(), "QUEUE", "LOSS", "REWARD", "ETA", "RAYJOB"]
+    assert row.split()[-2:] == ["0.125", "0.75"]
 
 
 def test_runtimes_have_a_short_name(kubectl: Tool) -> None:

@@ -582,6 +582,20 @@ def test_what_is_not_confirmed_ends_no_training_well() -> None:
         World(6, {"training.maxSteps": 6}, method=Doubtful(last=5)).run()
 
 
+def test_what_comes_after_the_best_is_kept_nowhere_and_not_confirmed() -> None:
+    world = World(10, EARLY, eval_losses=[9.0, 5.0, 6.0, 7.0], method=Doubtful(last=1))
+    result = world.run()
+    assert (result.stopped_early, result.best_step, result.step) == (True, 1, 3)
+
+
+def test_a_stop_without_checkpoints_keeps_nothing_and_asks_nothing() -> None:
+    method = Doubtful(last=0)
+    world = World(6, {"training.maxSteps": 6}, method=method)
+    stop_in_step(world, 2)
+    assert world.run().cancelled
+    assert not method.asked
+
+
 def test_what_was_gone_on_from_is_not_confirmed_anew() -> None:
     method = Doubtful(last=6)
     world = World(6, {"training.maxSteps": 6}, saved=Saved(), method=method)

@@ -171,7 +171,11 @@ def test_any_number_of_ranks_writes_the_same_answers(school: School, tmp_path: P
 
     def by(world_size: int) -> dict[int, NDArray[np.int32]]:
         contexts = [OneOf(plan, tmp_path, rank, world_size) for rank in range(world_size)]
-        parts = [teacher_answers._written(asked, range(12), plan, prepared, teacher, context) for context in contexts]
+        engines = [teacher_answers._engine(plan, prepared, teacher, context) for context in contexts]
+        parts = [
+            teacher_answers._written(asked, range(12), plan, engine, context)
+            for engine, context in zip(engines, contexts, strict=True)
+        ]
         return {answer.place: answer.ids for part in parts for answer in part}
 
     alone, together = by(1), by(3)

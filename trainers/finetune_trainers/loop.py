@@ -206,7 +206,8 @@ class Loop:
             if self._save(ended=False):
                 result.cancelled = result.gives_way = True
                 break
-        self._confirm()
+        if self._keeps_this_step:
+            self._confirm()
         self._save(ended=True)
         return result
 
@@ -264,6 +265,13 @@ class Loop:
         if any(news) or (self._told_of_saving and not ended):
             self._report(Stage.TRAINING, urgent=True, message=news.failure or news.skipped)
         return news.gives_way
+
+    @property
+    def _keeps_this_step(self) -> bool:
+        """Whether the weights as they are at the end go into a checkpoint, or into the artifact."""
+        if self.result.cancelled:
+            return self._checkpoints is not None
+        return self.result.best_step in (None, self.result.step)
 
     def _memory_to_save(self) -> LoopMemory:
         """Asked for when a checkpoint is about to be made."""

@@ -5,7 +5,8 @@
     after_step  all ranks do the same with the sums: copy their state into shared memory, or leave a due one out
     finish      wait until everything that was staged is durable, or has failed
 
-Training stands still for a copy in memory and for nothing else. A writer process of each rank does the rest, and goes
+Training stands still for a copy in memory, and for nothing else but a method's confirming what is to be saved, where it
+does. A writer process of each rank does the rest, and goes
 on when its trainer is killed (`checkpoint/writer`). Nothing is gathered, and ranks exchange nothing while they save: a
 checkpoint is complete when the receipts of all lie in the storage. The world size, the micro-batch and the ZeRO stage
 may be others when a training goes on.
@@ -228,12 +229,12 @@ class Checkpoints:
         self._give_up_the_invisible(nobody_writes=not votes.writing)
         if votes.resize:
             self._may_give_way_later()  # should no checkpoint come of it
-            failures += self._commit(step, memory() if step != self._staged_step else None)
+            failures += self._commit(step, memory)
             published = self._started.published
             is_whole = self._context.broadcast_object(published is not None and published.step == step)
             return self._news(failures)._replace(gives_way=is_whole)
         if votes.preempted and not votes.behind and step != self._staged_step:
-            self._stage(step, memory())
+            self._stage(step, memory)
         elif votes.due and step != self._staged_step:
             if votes.behind and self._settings.when_behind == "skip":
                 skipped = (
@@ -241,14 +242,14 @@ class Checkpoints:
                     " (spec.checkpoint.whenBehind is skip)"
                 )
             else:
-                self._stage(step, memory())
+                self._stage(step, memory)
         return self._news(failures, skipped)
 
     def finish(self, step: int, memory: LoopMemory | None) -> SaveNews:
         """The last call but `close`: save `step` too, unless `memory` is None or it is saved, and wait until everything
         is durable, ten minutes at most. Raises SupersededError."""
         flushes, deadline = self._started, self._clock() + FINISH_SECONDS
-        failures = self._commit(step, memory)
+        failures = self._commit(step, None if memory is None else lambda: memory)
         flushes.wait(lambda: not flushes.publishing, deadline)
         self._forget_told()
         failures += [_failed(step, reason) for step, reason in flushes.failures.items()]
@@ -262,7 +263,7 @@ class Checkpoints:
             raise SupersededError(superseded)
         return self._news(failures)
 
-    def _commit(self, step: int, memory: LoopMemory | None) -> list[str]:
+    def _commit(self, step: int, memory: Callable[[], LoopMemory] | None) -> list[str]:
         """Save `step` too, unless `memory` is None or it is saved, and wait until everything is durable, or given up
         for being invisible to rank 0. Collective -> failures to tell."""
         flushes, deadline = self._started, self._clock() + FINISH_SECONDS
@@ -286,10 +287,11 @@ class Checkpoints:
         assert self._flushes is not None, "resume comes first"
         return self._flushes
 
-    def _stage(self, step: int, memory: LoopMemory) -> None:
-        """Copy this rank's part. What goes wrong is told with the votes of the next step."""
+    def _stage(self, step: int, asked: Callable[[], LoopMemory]) -> None:
+        """Copy this rank's part. What goes wrong is told with the votes of the next step. Collective."""
         assert self._fence is not None
         began, flushes = self._clock(), self._started
+        memory = asked()  # on all ranks, whatever one of them finds below: the method may confirm the weights first
         self._staged_step, self._heeded = step, self._context.preemption()
         if not flushes.wait(lambda: not flushes.is_behind, began + FINISH_SECONDS):
             flushes.failures[step] = f"no earlier one was written within {FINISH_SECONDS:.0f} s"

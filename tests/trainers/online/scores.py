@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-__all__ = ["cannot_judge_long_ones", "many_letters", "never_comes_back"]
+__all__ = ["knows_short_ones", "many_letters", "never_comes_back"]
 
 
 def many_letters(prompts: list[str], completions: list[str], letter: str) -> list[float]:
@@ -12,9 +12,9 @@ def many_letters(prompts: list[str], completions: list[str], letter: str) -> lis
     return [completion.count(letter) / max(len(completion), 1) for completion in completions]
 
 
-def cannot_judge_long_ones(completions: list[str], longest: int) -> list[float]:
-    """No number for answers of more than `longest` characters."""
-    return [1.0 if len(completion) <= longest else float("nan") for completion in completions]
+def knows_short_ones(prompts: list[str], completions: list[str], longest: int) -> list[float]:
+    """No number for answers to prompts of more than `longest` words."""
+    return [1.0 if len(prompt.split()) <= longest else float("nan") for prompt in prompts]
 
 
 def never_comes_back(completions: list[str]) -> list[float]:

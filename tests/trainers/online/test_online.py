@@ -299,11 +299,12 @@ def samples_of(run: Path, step: int) -> list[dict[str, Any]]:
 
 
 def test_an_answer_without_a_reward_has_none_in_what_people_read(online: OnlineWorld, tmp_path: Path) -> None:
-    call = {"call": "tests.trainers.online.scores:cannot_judge_long_ones", "settings": {"longest": 20}}
+    call = {"call": "tests.trainers.online.scores:knows_short_ones", "settings": {"longest": 4}}
     settings = COMMON | {"groupSize": 4, "rewards": [{"function": call}]}
     online.train(online.plan("grpo", {"method": {"grpo": settings}, "training.maxSteps": 1}), tmp_path / "run")
     rows = samples_of(tmp_path / "run", 0)
-    assert [row["reward"] for row in rows] == [1.0 if len(row["answer"]) <= 20 else None for row in rows]
+    num_words = [len(row["prompt"].removeprefix("user: ").split()) for row in rows]
+    assert [row["reward"] for row in rows] == [1.0 if num <= 4 else None for num in num_words]
     assert {row["reward"] for row in rows} == {1.0, None}
 
 

@@ -47,7 +47,7 @@ __all__ = [
     "read_manifest",
 ]
 
-CODE_VERSION = 2
+CODE_VERSION = 1
 """Counts up with every change that makes other tokens, masks or sequences out of the same rows."""
 
 

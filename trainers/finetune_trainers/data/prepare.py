@@ -58,6 +58,10 @@ class _Place:
     files: DataFiles
 
 
+_BESIDE = 2
+"""Counts up with every change of what stands beside KTO's answers."""
+
+
 class _Preparation:
     def __init__(self, plan: RunPlan, model: PreparedModel, cache: Path, on_progress: OnProgress) -> None:
         self.plan = plan
@@ -151,7 +155,8 @@ class _Preparation:
             shape = self.method.supervised.model_dump(mode="json", by_alias=True, include=set(Supervised.model_fields))
             return {**shape, "lossOn": self._loss_on}
         [form] = self.method.formats
-        return {"rows": form, "maxSeqLength": longest_row(self.settings), "longRows": self.settings.long_rows}
+        shape = {"rows": form, "maxSeqLength": longest_row(self.settings), "longRows": self.settings.long_rows}
+        return shape if self.method.kto is None else {**shape, "beside": _BESIDE}
 
     def _make(self, place: _Place, folder: Path) -> SourceManifest | None:
         """Read, tokenize and pack one source into `folder`; None, with faults added, when that cannot be."""

@@ -118,19 +118,27 @@ def _all_written(
     context: WorkerContext,
 ) -> list[_Answer]:
     """In order; what is written is kept in `files`, one for each block, and what is there is not written again."""
+    engine = _engine(plan, prepared, teacher, context)
     answers: list[_Answer] = []
     for start, file in zip(_blocks(asked), files, strict=True):
         kept = context.broadcast_object(read_kept(file) if context.rank == 0 else None)
         if kept is None:
             block = range(start, min(start + KEPT_AT_ONCE, len(asked)))
-            parts = context.all_gather_object(_written(asked, block, plan, prepared, teacher, context))
+            parts = context.all_gather_object(_written(asked, block, plan, engine, context))
             found = sorted((answer for part in parts for answer in part), key=lambda answer: answer.place)
             if context.rank == 0:
                 keep(file, _as_array(found))
         else:
             found = _of_array(kept, start)
         answers += found
+    engine.close()
     return answers
+
+
+def _engine(plan: RunPlan, prepared: PreparedRun, teacher: nn.Module, context: WorkerContext) -> InProcessEngine:
+    tokenizer = load_tokenizer(prepared.model, plan.model.trust_remote_code)
+    end_ids = end_token_ids(teacher, tokenizer)
+    return InProcessEngine(teacher, tokenizer.pad_token_id, end_ids, context, batch_size=WRITTEN_AT_ONCE)
 
 
 def _as_array(answers: Sequence[_Answer]) -> NDArray[np.int32]:
@@ -153,18 +161,13 @@ def _written(
     asked: Sequence[_Question],
     block: range,
     plan: RunPlan,
-    prepared: PreparedRun,
-    teacher: nn.Module,
+    engine: InProcessEngine,
     context: WorkerContext,
 ) -> list[_Answer]:
     """This rank's part of the answers to the questions of `block`: it takes turns with the others."""
     assert plan.method.distill is not None
     settings = plan.method.distill.teacher_answers
     assert settings is not None
-    tokenizer = load_tokenizer(prepared.model, plan.model.trust_remote_code)
-    engine = InProcessEngine(
-        teacher, tokenizer.pad_token_id, end_token_ids(teacher, tokenizer), context, batch_size=WRITTEN_AT_ONCE
-    )
     places = block[context.rank :: context.world_size]
     requests = [
         Request(asked[place].ids.tolist(), seed_of(plan.optimization.seed, asked[place].row)) for place in places
@@ -177,7 +180,6 @@ def _written(
         context.report(Stage.LOADING_MODEL, percent=100.0 * there / len(asked), message=message)
 
     completions = engine.generate(requests, sampling, tell)
-    engine.close()
     return [
         _Answer(place, np.array(one.ids, dtype=np.int32), one.ended)
         for place, one in zip(places, completions, strict=True)

@@ -31,7 +31,7 @@ class Grpo(Online):
 
     def __init__(self, settings: GrpoSettings, parts: Parts) -> None:
         # In the only step of an iteration the policy is still the one that wrote: its ratio to itself is 1.
-        asks_policy = settings.steps_per_iteration > 1 or settings.kl_limit > 0 or not parts.engine.is_policy
+        asks_policy = settings.steps_per_iteration > 1 or bool(settings.max_kl) or not parts.engine.is_policy
         super().__init__(settings, parts, Asked(asks_policy, settings.needs_reference, critic=False))
         self._grpo = settings
         self._counts_tokens = counts_tokens(settings.aggregation)

@@ -222,8 +222,7 @@ def _load(folder: Path, adapter: Path | None, device: torch.device) -> Any:
 
 
 def _digest(folder: Path) -> str:
-    """Of the weights: another training may leave others at the same path. Of safetensors it is the digest by which
-    artifacts name their base."""
+    """Of all files of weights: another training may leave others at the same path."""
     whole = blake3()
     for file in sorted(path for path in folder.iterdir() if path.name.endswith(_WEIGHTS)):
         whole.update(f"{file.name}\0{file_digest(file)}\n".encode())

@@ -88,7 +88,7 @@ class InProcessEngine:
                 try:
                     return self._written(writing, len(requests), on_progress, in_step)
                 except torch.OutOfMemoryError:
-                    if in_step or rows == 1:
+                    if in_step or rows < 2 * sampling.num_beams:
                         raise
                 del writing  # and outside of the except block, whose traceback holds tensors too
                 self._write_fewer(rows)

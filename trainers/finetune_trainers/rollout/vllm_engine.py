@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -124,7 +123,10 @@ class VllmEngine:
             "prompts": [list(request.prompt_ids) for request in requests],
             "seeds": [request.seed for request in requests],
             "end_ids": self._end_ids,
-            **asdict(sampling),
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
         }
         self._process.tell(asked)
 
