@@ -89,9 +89,22 @@ def load_all(file: Path, runtimes: Sequence[Path] = (), overrides: Sequence[Over
     loaded = load([file], runtimes, overrides)
     if not loaded.problems and not loaded.planned:
         loaded.problems.append(Problem(file=str(file), message="holds no FineTuneJob"))
+    loaded.problems += _of_one_name(loaded.planned)
     if loaded.problems:
         raise InvalidManifest(loaded.problems)
     return loaded.planned
+
+
+def _of_one_name(planned: Sequence[PlannedJob]) -> list[Problem]:
+    """Jobs that would share the folder of their run."""
+    first: dict[str, PlannedJob] = {}
+    problems = []
+    for one in planned:
+        other = first.setdefault(one.plan.name, one)
+        if other is not one:
+            message = f"is the name of a job in {other.file}, too, and each run has a folder of its name; change one"
+            problems.append(Problem(file=one.file, path="metadata.name", value=one.plan.name, message=message))
+    return problems
 
 
 def missing_jobs(planned: Sequence[PlannedJob]) -> list[Problem]:

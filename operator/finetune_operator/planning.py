@@ -171,6 +171,9 @@ class _Planner:
                 rewards.append(reward)
         if isinstance(online, Ppo) and online.kl.target is None and online.kl.horizon != KlPenalty().horizon:
             self._decide("method.ppo.kl.horizon", online.kl.horizon, f"{_IDLE}: without kl.target the price stays")
+        lora = self.spec.tuning.lora
+        if lora is not None and lora.dropout:
+            self._decide("tuning.lora.dropout", lora.dropout, f"{_IDLE}: what learns must be what wrote the rollouts")
         if online.max_kl is None and online.kl_limit:
             self._decide(f"method.{name}.maxKl", f"{online.kl_limit:g}", "nats per token; 0 would be no limit")
         return online.model_copy(update={"rewards": rewards})

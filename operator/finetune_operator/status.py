@@ -46,7 +46,7 @@ _FIRST_METRICS = (
     "grad_norm",
 )
 """What a status holds of more figures than there is room for: what tells whether training goes well. The room that is
-left is for the others, as they were reported."""
+left is for rewards that fail, and then for the others as they were reported."""
 _ARTIFACTS_LIMIT = 8
 _ATTEMPTS_LIMIT = 10
 _REPAIRS = 32
@@ -222,7 +222,8 @@ def _whole(value: float | None) -> int | None:
 
 def _as_text(metrics: Mapping[str, float]) -> dict[str, str]:
     """Figures as strings: the API server would otherwise turn 1.0 into 1 and refuse it as a float."""
-    first = {name: metrics[name] for name in _FIRST_METRICS if name in metrics}
+    failing = [name for name in metrics if name.startswith("reward_errors/")]
+    first = {name: metrics[name] for name in (*_FIRST_METRICS, *failing) if name in metrics}
     return {name: f"{value:.6g}" for name, value in islice({**first, **metrics}.items(), _METRICS_LIMIT)}
 
 

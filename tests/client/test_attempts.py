@@ -254,6 +254,18 @@ def test_all_jobs_of_a_folder_run_as_those_of_a_file(finetune: Any, tmp_path: Pa
     assert plan.model.source == (tmp_path / "run" / "first" / "artifact").as_uri()
 
 
+def test_two_jobs_of_one_name_are_refused_before_either_runs(finetune: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    for file in ("1.yaml", "2.yaml"):
+        write_jobs(folder, ("same", {})).rename(folder / file)
+    done = finetune("run", "-f", folder, "--workdir", tmp_path / "run", "-o", "json")
+    assert done.code == 2, done.stderr
+    assert "metadata.name" in done.stderr
+    assert "is the name of a job in" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_first_job_that_fails_gives_the_exit_code(finetune: Any, tmp_path: Path) -> None:
     file = write_jobs(tmp_path, ("first", {}), ("second", {"spec.model.source": "job://first"}))
     done = finetune("run", file, "--all", "--workdir", tmp_path / "run", "-o", "json", fake="data-error")

@@ -641,6 +641,13 @@ class TestSettingsWithoutEffect:
         ):
             assert self.idle({"ppo": {"rewards": self.REWARDS, "kl": kl}}) == idle
 
+    def test_dropout_where_the_policy_writes(self) -> None:
+        lora = {"tuning": {"lora": {"dropout": 0.1}}}
+        method = {"method": {"grpo": {"rewards": self.REWARDS}}}
+        _, reason = decided(plan(method | lora))["tuning.lora.dropout"]
+        assert "has no effect" in reason
+        assert "tuning.lora.dropout" not in decided(plan(lora))
+
     def test_a_limit_that_nobody_asked_for_is_told(self) -> None:
         limits = {"ppo": "3", "grpo": None}
         for method, limit in limits.items():

@@ -1,7 +1,8 @@
 """Models beside the one that learns: a reference, a reward model, a teacher.
 
-Where ZeRO-3 splits the model that learns over the ranks, it splits these too: no rank ever holds all of one, and a
-forward pass is a collective, which gathers a layer, computes it and lets go of it. Otherwise each rank holds all of it.
+Where ZeRO-3 splits the model that learns over the ranks, it splits these too: no rank keeps all of one, and a forward
+pass is a collective, which gathers a layer, computes it and lets go of it. Otherwise each rank holds all of it. A
+teacher that writes answers is whole for that time, where it fits (`rollout.zero3`).
 Facts about DeepSpeed are those of 0.19.8.
 """
 
