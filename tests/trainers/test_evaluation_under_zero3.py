@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from finetune_trainers.attention import PACKED_ATTENTION
+from tests.trainers.two_ranks import run_two_ranks
 from tests.trainers.zero3_worker import figures
 
 pytestmark = pytest.mark.training
@@ -61,24 +59,7 @@ def test_two_ranks_with_split_parameters_agree_with_one_process(tmp_path: Path) 
     model, tokenizer = save_model(tmp_path), save_tokenizer(tmp_path)
     losses, answers, texts = figures(model, tokenizer, Alone())
     assert len({len(text.split()) for text in texts}) > 1, "answers of one length would not show a rank that waits"
-    group = {"WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "tests.trainers.zero3_worker", str(tmp_path)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    run_two_ranks("tests.trainers.zero3_worker", tmp_path)
     for results in sorted(tmp_path.glob("rank-*.json")):
         their_losses, their_answers, their_texts = json.loads(results.read_text())
         assert their_losses == pytest.approx(losses, rel=1e-4)

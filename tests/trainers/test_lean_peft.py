@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
 import finetune_trainers
+from tests.trainers.needs import NEEDS_BITSANDBYTES
 from tests.trainers.tiny import tiny_model
 
 PROGRAM = """
@@ -29,7 +27,7 @@ print("bitsandbytes" in sys.modules, peft.import_utils.is_bnb_4bit_available(), 
 """
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@NEEDS_BITSANDBYTES
 def test_bitsandbytes_is_imported_when_it_is_asked_for_and_not_with_peft(tmp_path: Path) -> None:
     tiny_model(tmp_path / "model")
     said = subprocess.run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from finetune_trainers.attention import forward_kwargs
 from finetune_trainers.data.batches import Batch
 from finetune_trainers.models import load_model, prepare_model
 from finetune_trainers.tuning import TunedModel, apply_tuning
+from tests.trainers.needs import NEEDS_BITSANDBYTES
 from tests.trainers.tiny import VOCABULARY, packed_inputs, plan_for, tiny_model
 
-pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+pytestmark = NEEDS_BITSANDBYTES
 
 CPU = torch.device("cpu")
 KINDS = [(bits, precision) for bits in ("int8", "nf4") for precision in ("fp32", "bf16")]

@@ -357,12 +357,15 @@ class Loop:
         step = self.result.step
         last = step == self._total
         figures = figures | {"tokens_per_second": self._pace.tokens_per_second, "epoch": self._epoch}
-        # what this step did not give must not pass for its own
-        evaluated = {name: value for name, value in self.result.metrics.items() if name.startswith("eval_")}
-        self.result.metrics = evaluated | figures
+        self._note(figures, of_evaluation=False)
         if self._trackers is not None and (step % self._optimization.log_every_steps == 0 or step == 1 or last):
             self._trackers.log(step, figures)
         self._report(Stage.TRAINING, urgent=last or step == 1)
+
+    def _note(self, figures: Mapping[str, float], of_evaluation: bool) -> None:
+        """`figures` take the place of all of their kind: what was not given this time must not pass for new."""
+        others = {name: of for name, of in self.result.metrics.items() if name.startswith("eval_") != of_evaluation}
+        self.result.metrics = {**others, **figures}
 
     def _report(self, stage: Stage, urgent: bool = False, **figures: object) -> None:
         step = self.result.step
@@ -411,8 +414,7 @@ class Loop:
         seconds = self._clock() - start
         self._pace.evaluation_seconds = seconds
         self.result.seconds[Stage.EVALUATING] += seconds
-        trained = {name: value for name, value in self.result.metrics.items() if not name.startswith("eval_")}
-        self.result.metrics = trained | figures
+        self._note(figures, of_evaluation=True)
         self._evaluated = True
         if self._trackers is not None:
             self._trackers.log(step, figures)

@@ -5,11 +5,10 @@
     after_step  all ranks do the same with the sums: copy their state into shared memory, or leave a due one out
     finish      wait until everything that was staged is durable, or has failed
 
-Training stands still for a copy in memory, and for nothing else but a method's confirming what is to be saved, where it
-does. A writer process of each rank does the rest, and goes
-on when its trainer is killed (`checkpoint/writer`). Nothing is gathered, and ranks exchange nothing while they save: a
-checkpoint is complete when the receipts of all lie in the storage. The world size, the micro-batch and the ZeRO stage
-may be others when a training goes on.
+Training stands still for a copy in memory, and before it where a method confirms what is to be saved. A writer process
+of each rank does the rest, and goes on when its trainer is killed (`checkpoint/writer`). Nothing is gathered, and ranks
+exchange nothing while they save: a checkpoint is complete when the receipts of all lie in the storage. The world size,
+the micro-batch and the ZeRO stage may be others when a training goes on.
 
 A save that fails is told and does not end the training; the next one is tried when it is due.
 """

@@ -6,6 +6,7 @@ rollouts and the optimizer steps that learn from it.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -112,9 +113,9 @@ class OnlineMethod(Contract):
         return 1
 
     @property
+    @abstractmethod
     def prices_distance(self) -> bool:
         """Whether it costs something to stray from the reference, so that it is asked in any case."""
-        raise NotImplementedError
 
     @property
     def kl_limit(self) -> float:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.trainers.foreign_warnings import WHEN_TRAINING
+from tests.trainers.needs import NEEDS_BITSANDBYTES
 from tests.trainers.online.online_world import OnlineWorld
 
 pytestmark = [
     pytest.mark.training,
     *WHEN_TRAINING,
-    pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
+    NEEDS_BITSANDBYTES,
 ]
 
 

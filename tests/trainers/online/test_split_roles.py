@@ -4,9 +4,6 @@ what one process with whole models learns."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.judged_world import LORA as OF_REWARD
 from tests.trainers.judged_world import JudgedWorld
 from tests.trainers.online.online_world import COMMON, OnlineWorld, write_prompts
+from tests.trainers.two_ranks import run_two_ranks
 
 pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
@@ -87,23 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     found = Runs(begin(folder), folder / "one", folder / "two")
     found.online.train(plan(found.online, folder, found.one, {}), found.one)
     found.online.world.prepare(plan(found.online, folder, found.two, TWO_RANKS), found.two)
-    group = {"WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.trainers.online.split_worker", str(found.two)],
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    run_two_ranks("tests.trainers.online.split_worker", found.two)
     return found
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.trainers.rollout.writers import PROMPTS, engine_for, policy, requests_for
 from tests.trainers.rollout.zero3_writer import DRAWN, END_IDS, shares
+from tests.trainers.two_ranks import run_two_ranks
 
 pytestmark = pytest.mark.training
 
@@ -19,23 +17,7 @@ pytestmark = pytest.mark.training
 def test_ranks_with_more_work_less_or_none_write_the_answers_of_one_process(tmp_path: Path) -> None:
     wanted = engine_for(policy(tmp_path / "model"), END_IDS).generate(requests_for(PROMPTS), DRAWN)
     assert len({len(answer.ids) for answer in wanted}) > 2, "answers of one length would not show a rank that waits"
-    group = {"WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.trainers.rollout.zero3_writer", str(tmp_path)],
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    run_two_ranks("tests.trainers.rollout.zero3_writer", tmp_path)
     for number in range(2):
         found = json.loads((tmp_path / f"rank-{number}.json").read_text())
         assert len(found) == 6
