@@ -93,11 +93,17 @@ class _PlainDumper(yaml.SafeDumper):
         return True
 
     def represent_schema(self, data: Schema) -> yaml.Node:
-        """A field without fields of its own, or a rule."""
+        """On one line: a field without fields of its own, or a rule."""
         return self.represent_mapping("tag:yaml.org,2002:map", data.items(), flow_style=_is_flat(data))
+
+    def represent_names(self, data: list[Any]) -> yaml.Node:
+        """On one line where it lists nothing but names."""
+        plain = not any(isinstance(item, dict | list) for item in data)
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=plain)
 
 
 _PlainDumper.add_representer(dict, _PlainDumper.represent_schema)
+_PlainDumper.add_representer(list, _PlainDumper.represent_names)
 
 
 def _is_flat(data: Schema) -> bool:
@@ -105,7 +111,7 @@ def _is_flat(data: Schema) -> bool:
         return False
     lists = [value for value in data.values() if isinstance(value, list)]
     nested = [*data.values(), *(item for items in lists for item in items)]
-    return not any(isinstance(value, dict) for value in nested)
+    return not any(isinstance(value, dict) and value for value in nested)
 
 
 def _crd(kind: str, plural: str, short: list[str], scope: str, schema: Schema) -> Schema:

@@ -38,7 +38,7 @@ class Columns(Contract):
     conversations: ColumnName | None = None
     """sharegpt: the list of {from, value}."""
     prompt: ColumnName | None = None
-    """prompt, prompt-completion and both kinds of preference: what the model is given, text or a list of messages."""
+    """prompt, prompt-completion, both kinds of preference: what the model is given, text or messages."""
     completion: ColumnName | None = None
     """prompt-completion: what the model should answer. unpaired-preference: what it answered."""
     instruction: ColumnName | None = None
@@ -48,8 +48,7 @@ class Columns(Contract):
     output: ColumnName | None = None
     """alpaca: the answer."""
     system: ColumnName | None = None
-    """alpaca, prompt, prompt-completion, sharegpt and both kinds of preference: a system message for the row; may be
-    empty."""
+    """alpaca, prompt, prompt-completion, sharegpt, both kinds of preference: the row's system message; may be empty."""
     text: ColumnName | None = None
     """text: the document."""
     chosen: ColumnName | None = None
@@ -57,7 +56,7 @@ class Columns(Contract):
     rejected: ColumnName | None = None
     """preference: the worse answer, in the same way."""
     margin: ColumnName | None = None
-    """preference: how much better the chosen answer is, at least 0, which method.reward puts between the scores; may be
+    """preference: how much better the chosen answer is, 0 or more, which method.reward puts between scores; may be
     empty."""
     label: ColumnName | None = None
     """unpaired-preference: whether the answer is good, true or false."""
@@ -74,13 +73,12 @@ class DataSource(Contract):
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Branch, tag or commit of an hf:// dataset."""
     format: DataFormat = DataFormat.AUTO
-    """Layout of a row; `auto` reads it from the first one's columns. reward, dpo and orpo learn from `preference`,
-    kto from `unpaired-preference`, ppo and grpo from `prompt`, whose other columns rewards get, the rest from the
-    others."""
+    """Layout of a row; `auto` goes by the first one's columns. reward, dpo and orpo learn from `preference`, kto from
+    `unpaired-preference`, ppo and grpo from `prompt` (rewards get its other columns), the rest from the others."""
     columns: Columns | None = None
     """Column names where they differ from the format's own."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """How often a row is seen per epoch: 3 is three times, 0.5 a random half, and another half in the next."""
+    """How often an epoch has a row: 3 is three times, 0.5 a random half, the next one another half."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Take only the first rows of the source."""
 

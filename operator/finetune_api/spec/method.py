@@ -24,7 +24,7 @@ class Reward(Contract):
     max_seq_length: MaxSeqLength = 2048
     """Tokens of a prompt with one answer."""
     long_rows: LongRows = "error"
-    """A pair longer than maxSeqLength with either answer: `error` stops before training and names the rows, `truncate`
+    """A pair longer than maxSeqLength with either answer: `error` stops before training, naming the rows, `truncate`
     cuts the answer's end, `drop` leaves the pair out."""
     center_coefficient: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Weight of (chosen + rejected)², which keeps scores around zero; 0.01 is usual. Only differences are learned
@@ -41,7 +41,7 @@ class Dpo(Contract):
     max_seq_length: MaxSeqLength = 2048
     """Tokens of a prompt with one answer."""
     long_rows: LongRows = "error"
-    """A pair longer than maxSeqLength with either answer: `error` stops before training and names the rows, `truncate`
+    """A pair longer than maxSeqLength with either answer: `error` stops before training, naming the rows, `truncate`
     cuts the answer's end, `drop` leaves the pair out."""
     beta: Beta = 0.1
     """How strongly the model is held to the reference: more holds it closer."""
@@ -68,8 +68,8 @@ class Kto(Contract):
     max_seq_length: MaxSeqLength = 2048
     """Tokens of a prompt with its answer."""
     long_rows: LongRows = "error"
-    """A row longer than maxSeqLength: `error` stops before training and names the rows, `truncate`
-    cuts the end of the answer, `drop` leaves the row out."""
+    """A row longer than maxSeqLength: `error` stops before training, naming the rows, `truncate` cuts the answer's end,
+    `drop` leaves the row out."""
     beta: Beta = 0.1
     """How strongly the model is held to the reference: more holds it closer."""
     desirable_weight: Annotated[float, Field(gt=0, le=100)] = 1.0
@@ -86,7 +86,7 @@ class Orpo(Contract):
     max_seq_length: MaxSeqLength = 2048
     """Tokens of a prompt with one answer."""
     long_rows: LongRows = "error"
-    """A pair longer than maxSeqLength with either answer: `error` stops before training and names the rows, `truncate`
+    """A pair longer than maxSeqLength with either answer: `error` stops before training, naming the rows, `truncate`
     cuts the answer's end, `drop` leaves the pair out."""
     beta: Beta = 0.1
     """Weight of the odds ratio beside the chosen answer's own loss."""

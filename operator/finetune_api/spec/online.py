@@ -42,8 +42,7 @@ class Sampling(Contract):
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Below 1 the likely tokens become likelier. What is learned is the policy at this temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the likeliest tokens that have this much of the probability. Below 1 rollouts are no samples of the
-    policy."""
+    """Draw from the likeliest tokens of this probability in all. Below 1 rollouts are no samples of the policy."""
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Draw from so many of the likeliest tokens; 0: from all. See topP."""
     num_beams: Annotated[int, Field(ge=1, le=64)] = 1
@@ -88,7 +87,7 @@ class OnlineMethod(Contract):
     max_seq_length: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     """Tokens of a prompt with its answer. Prompts may have maxSeqLength - sampling.maxNewTokens."""
     long_rows: Literal["error", "drop"] = "error"
-    """A longer prompt: `error` stops before training and names the rows, `drop` leaves it out."""
+    """A longer prompt: `error` stops before training, naming the rows, `drop` leaves it out."""
     mini_batches: Annotated[int, Field(ge=1, le=1024)] = 1
     """Optimizer steps that learn from all rollouts of an iteration, miniBatches × globalBatchSize, once."""
     clip_low: Clip = 0.2
@@ -197,8 +196,7 @@ class Ppo(OnlineMethod):
     reward_clip: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Rewards are held between -rewardClip and rewardClip, after normalizeRewards."""
     dual_clip: Annotated[float, Field(gt=1, le=100)] | None = None
-    """Bounds the loss of a token with a negative advantage, however likely it has become (arXiv 1912.09729); above
-    1 + clipHigh."""
+    """Bounds the loss of a token with a negative advantage, however likely it is now (arXiv 1912.09729)."""
     stop_kl: Annotated[float, Field(gt=0, le=100)] | None = None
     """Nats per token between the model and the one that wrote the rollouts, beyond which the rest of an iteration's
     steps is left out."""

@@ -55,11 +55,11 @@ class FunctionReward(Contract):
         str,
         Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*([.][A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$", max_length=256),
     ]
-    """module:function, in the image or on PYTHONPATH: f(prompts, completions, **columns, **settings), lists of texts
-    and of the columns' values. It gets what it names (all, with **kwargs), and returns a number for each completion, or
-    None for no opinion. It may be async; its process is its own."""
+    """module:function, async or not, in the image or on PYTHONPATH: f(prompts, completions, **columns, **settings), the
+    columns as lists. It gets what it names (all, with **kwargs) and returns a number per completion, or None for no
+    opinion. It has its own process."""
     timeout_seconds: Seconds = 60.0
-    """Longest call; after that its process is begun anew, and the batch has no score."""
+    """Longest call; then its process is begun anew, and the batch has no score."""
     settings: Annotated[
         dict[str, Any], WithJsonSchema({"type": "object", "x-kubernetes-preserve-unknown-fields": True})
     ] = Field(default_factory=dict)
@@ -74,10 +74,10 @@ class MetricReward(Contract):
     number. `token-f1` (as SQuAD counts words), `rouge-l`, `bleu` (of one sentence): 0 to 1. `regex`: 1 when the pattern
     occurs in the answer."""
     column: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    """Column with the right answer, or a list of those, of which the nearest counts. Left out: answer."""
+    """Column with the right answer, or a list of them: the nearest counts. Left out: answer."""
     pattern: Annotated[str, AfterValidator(_regular_expression), Field(min_length=1, max_length=1024)] | None = None
-    """A regular expression of Python. The other kinds compare what it takes of the answer: the first group of its last
-    match, or all of it; an answer without one scores 0."""
+    """A regular expression of Python. Other kinds compare the first group of its last match in the answer, or all of
+    the match; without one the score is 0."""
 
     rules = (
         Rule(
@@ -104,20 +104,20 @@ class HttpReward(Contract):
     timeout_seconds: Seconds = 60.0
     """One request may take this long."""
     retries: Annotated[int, Field(ge=0, le=20)] = 3
-    """Further tries without an answer, or after status 429 or 5xx, with growing waits."""
+    """Further tries after no answer, status 429 or 5xx, with growing waits."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Answers in one request."""
     headers_from_env: Annotated[dict[HeaderName, EnvName], Field(max_length=16)] = Field(default_factory=dict)
-    """Headers of the request by the environment variables that hold their values, such as Authorization:
-    JUDGE_AUTHORIZATION, from a Secret in cluster.pods.env."""
+    """Headers by the environment variables that hold their values, such as Authorization: JUDGE_AUTHORIZATION, from a
+    Secret in cluster.pods.env."""
 
 
 class ModelReward(Contract):
     """A reward model, such as method.reward trains: a sequence classifier with one label, or an adapter of one."""
 
     source: ModelUri
-    """A model or adapter folder, hf://org/name, or job://name, which is waited for. It reads text by its own tokenizer
-    and chat template."""
+    """A model or adapter folder, hf://org/name, or job://name, which is waited for. Its own tokenizer and chat template
+    are used."""
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Branch, tag or commit of an hf:// source."""
     calibrated: bool | None = None
@@ -131,7 +131,7 @@ class RewardSource(Choice):
     """One thing that gives answers a number. The reward is the sum of all, each times its weight."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=_MAX_NAME_LENGTH)] | None = None
-    """Its name in figures. Left out: that of the function or metric, or http or model."""
+    """Its name in figures. Left out: the function's or metric's, or http or model."""
     weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
     """What its scores are multiplied with; below 0 it is a penalty."""
     function: FunctionReward | None = None

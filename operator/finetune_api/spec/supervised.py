@@ -23,10 +23,10 @@ class Supervised(Contract):
     packing: bool = True
     """Put several rows into one sequence, best fit first. Rows never attend to one another."""
     loss_on: Literal["assistant", "all"] = "assistant"
-    """`assistant` trains on the answers only, end-of-turn token included; `all` trains on every token."""
+    """`assistant`: the answers only, with the end-of-turn token; `all`: every token."""
     long_rows: LongRows = "error"
-    """A row longer than maxSeqLength: `error` stops before training and names the rows. Those of
-    format `text` are cut into consecutive sequences."""
+    """A row longer than maxSeqLength: `error` stops before training, naming the rows. Those of format `text` are cut
+    into consecutive sequences."""
 
 
 class Sft(Supervised):
@@ -69,20 +69,19 @@ class Distill(Supervised):
     teacher: Teacher
     """The model to learn from. It must have the same tokenizer."""
     divergence: Literal["forward-kl", "reverse-kl", "jsd"] = "forward-kl"
-    """How the distance to the teacher is measured: `forward-kl` covers all that the teacher may say, `reverse-kl`
-    keeps to what it says most (Gu et al. 2023, arXiv 2306.08543), `jsd` lies between the two as `beta` says (Agarwal
-    et al. 2023, arXiv 2306.13649)."""
+    """Distance to the teacher: `forward-kl` covers all that it may say, `reverse-kl` keeps to what it says most (Gu et
+    al. 2023, arXiv 2306.08543), `jsd` lies between them as `beta` says (Agarwal et al. 2023, arXiv 2306.13649)."""
     beta: Annotated[float, Field(gt=0, lt=1)] | None = None
     """For divergence jsd: the teacher's share of the mixture that both are compared with. Left out: 0.5."""
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Both models' logits are divided by it: above 1 unlikely tokens count for more."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Weight of the cross-entropy of the answers themselves; 0 learns from the teacher's probabilities alone, 1, beside
-    teacherAnswers, from the answers that it wrote alone."""
+    """Weight of the answers' own cross-entropy; 0 learns from the teacher's probabilities alone, 1 (with
+    teacherAnswers) from its answers alone."""
     teacher_answers: TeacherAnswers | None = None
-    """The teacher writes the last answer of each training row anew, once, before the first step, and that is learned
-    from: with alpha 1, sequence-level distillation (Kim and Rush 2016, arXiv 1606.07947). It is asked in the model's
-    own chat template. Needs packing false: steps are counted before. Left out: the data's answers, as in evaluation."""
+    """Before the first step the teacher writes the last answer of each training row anew, in the model's own chat
+    template, and that is learned from: with alpha 1, sequence-level distillation (Kim and Rush 2016, arXiv 1606.07947).
+    Needs packing false. Left out: the data's answers, as in evaluation."""
 
     rules = (
         Rule(
