@@ -10,6 +10,7 @@ import pytest
 
 from finetune_api.manifests import load_manifests, read_documents
 from finetune_api.plan import RunPlan
+from finetune_api.runtime import FineTuneRuntimeSpec
 from finetune_api.schema import custom_resource_definitions
 from finetune_api.spec import Method, Tuning
 from finetune_api.uris import Scheme, parse_uri
@@ -36,6 +37,12 @@ def plans_of(file: Path) -> list[RunPlan]:
         reference = loaded.job.spec.runtime_ref
         plans.append(plan_run(loaded.job, manifests.runtimes[reference.name] if reference else None))
     return plans
+
+
+def is_for_a_cluster(plan: RunPlan) -> bool:
+    """Whether all that it reads is where pods reach it, and nothing in this folder or in a package of this machine."""
+    sources = [plan.model.source, *(one.source for one in (*plan.data.train, *plan.data.eval))]
+    return not {parse_uri(source).scheme for source in sources} & {Scheme.FILE, Scheme.PACKAGE}
 
 
 def texts_of(sample: Path) -> list[str]:
@@ -90,10 +97,27 @@ def test_local_data_of_a_sample_is_there(file: Path) -> None:
                 assert Path(uri.path).is_file(), source.source
 
 
-def test_the_chain_has_its_data_and_models_where_the_pods_of_a_cluster_reach_them() -> None:
-    for plan in plans_of(CHAIN):
+def test_the_operator_takes_a_sample_for_a_cluster_and_its_model_outlives_the_pods(file: Path) -> None:
+    for plan in filter(is_for_a_cluster, plans_of(file)):
         check_shared_files(plan)
         assert loss_of_model(plan) is None
+
+
+def test_there_are_samples_for_a_cluster() -> None:
+    found = {plan.name for file in FILES for plan in plans_of(file) if is_for_a_cluster(plan)}
+    assert found >= {"bucket", "checkpoints", "elastic", "full-zero3", "queue", "retries", "rlhf-chain", "vllm"}
+
+
+def test_samples_can_be_applied_together() -> None:
+    """A runtime is the whole cluster's: of two with one name the last one applied would be that of both samples."""
+    specs: dict[str, FineTuneRuntimeSpec] = {}
+    for file in FILES:
+        for name, runtime in load_manifests(file).runtimes.items():
+            assert specs.setdefault(name, runtime.spec) == runtime.spec, name
+
+
+def test_the_chain_has_its_data_and_models_where_the_pods_of_a_cluster_reach_them() -> None:
+    for plan in plans_of(CHAIN):
         assert parse_uri(plan.model.source).scheme in (Scheme.HF, Scheme.JOB), "the image has no package with a model"
         for source in (*plan.data.train, *plan.data.eval):
             uri = parse_uri(source.source)
