@@ -133,7 +133,7 @@ class _Planner:
         if method.distill is not None:
             return method.model_copy(update={"distill": self._distill(method.distill, workers, precision, zero_stage)})
         if method.online is not None:
-            return method.model_copy(update={method.chosen: self._online(method.online, method.chosen)})
+            return method.model_copy(update={method.chosen: self._online(method.online, method.chosen, workers)})
         return method
 
     def _distill(self, distill: Distill, workers: WorkersPlan, precision: Precision, zero_stage: int) -> Distill:
@@ -158,8 +158,9 @@ class _Planner:
             why = f"{_IDLE}: temperature 0 takes the likeliest token"
             self._decide("method.distill.teacherAnswers.topP", answers.top_p, why)
 
-    def _online(self, online: Ppo | Grpo, name: str) -> Ppo | Grpo:
+    def _online(self, online: Ppo | Grpo, name: str, workers: WorkersPlan) -> Ppo | Grpo:
         self._check_sampling(online, f"method.{name}")
+        self._check_vllm(online, f"method.{name}.vllm", workers.processes_per_worker)
         rewards = []
         for index, reward in enumerate(online.rewards):
             if reward.model is not None:
@@ -190,6 +191,13 @@ class _Planner:
         if sampling.bias is not None:
             chosen = f"numBeams {beams}" if beams > 1 else f"topP {sampling.top_p:g}, topK {sampling.top_k}"
             self._decide(f"{field}.sampling", chosen, f"biased: {sampling.bias}")
+
+    def _check_vllm(self, online: Ppo | Grpo, field: str, processes_per_worker: int) -> None:
+        size = online.vllm.tensor_parallel_size if online.vllm is not None else 1
+        if processes_per_worker % size:
+            rest = f"one of {', '.join(map(str, _divisors(processes_per_worker)))}" if processes_per_worker > 1 else "1"
+            what = f"a worker has {processes_per_worker}, of which as many share a vLLM; set it to {rest}"
+            self._refuse(f"{field}.tensorParallelSize", size, f"must divide the training processes of a worker: {what}")
 
     def _source(self, field: str, source: str, whole: bool = True) -> str:
         """Where a model is, if `source` names the job that wrote it. `whole`: an adapter does not do."""

@@ -212,6 +212,13 @@ MANIFESTS = [
         at(what, f"spec.method.grpo.{path}", {"spec.method": {"grpo": {"rewards": [METRIC], **also}}}, value, says)
         for what, path, value, says, also in (
             ("rollouts that are too old", "vllm.maxStaleness", 2, "must be at most 1", {"vllm": {"maxStaleness": 2}}),
+            (
+                "a vLLM of more GPUs than a worker has",
+                "vllm.tensorParallelSize",
+                2,
+                "must divide the training processes of a worker",
+                {"vllm": {"tensorParallelSize": 2}},
+            ),
             ("a search without beams", "sampling.numBeams", 0, "must be at least 1", {"sampling": {"numBeams": 0}}),
             (
                 "a search that gives less than a group",

@@ -29,7 +29,7 @@ from tests.bench.bench_rollout import end_ids_of, prompts
 from tests.bench.common import busy, model_folder, write_results
 from tests.trainers.rollout.vllm_compared import differing_weights, log_probs_of_trainer
 from tests.trainers.rollout.vllm_environments import real_python
-from tests.trainers.rollout.writers import Alone, engine_for
+from tests.trainers.rollout.writers import engine_for
 
 GOAL = 0.01
 """Nats per token, mean of the distances."""
@@ -62,7 +62,6 @@ def measure(num_rows: int, num_tokens: int) -> dict[str, Any]:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     asked, end_ids = prompts(tokenizer, num_rows), end_ids_of(tokenizer)
     requests = [Request(prompt, seed) for seed, prompt in enumerate(asked)]
-    context: Any = Alone()
     settings = {
         "model": str(folder),
         "dtype": "float32",
@@ -70,13 +69,14 @@ def measure(num_rows: int, num_tokens: int) -> dict[str, Any]:
         "batch_size": WRITTEN_AT_ONCE,
         "kv_cache_bytes": 1 << 30,
         "trust_remote_code": False,
+        "tensor_parallel_size": 1,
     }
-    engine = VllmEngine(vllm_command(real_python()), settings, module, end_ids, context, torch.float32)
+    engine = VllmEngine(vllm_command(real_python()), settings, module, end_ids, [], torch.float32)
     try:
         started = time.perf_counter()
         engine.update_weights()
         sync = time.perf_counter() - started
-        seen = engine.digests()
+        [seen] = engine.digests()
         answers, rate = written(engine, requests, num_tokens)
     finally:
         engine.close()

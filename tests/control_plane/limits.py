@@ -92,7 +92,7 @@ _ROLLOUTS: dict[str, Any] = {
     "clipHigh": 0.28,
     "missingEosPenalty": 1.0,
     "maxKl": 1.0,
-    "vllm": {"kvCacheGib": 4, "gapLimit": 0.1, "maxStaleness": 1},
+    "vllm": {"tensorParallelSize": 1, "kvCacheGib": 4, "gapLimit": 0.1, "maxStaleness": 1},
 }
 _ONLINE: dict[str, dict[str, Any]] = {
     "ppo": {

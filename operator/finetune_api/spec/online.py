@@ -66,10 +66,13 @@ class Sampling(Contract):
 
 
 class Vllm(Contract):
-    """vLLM, in an environment of its own beside each trainer."""
+    """vLLM, in an environment of its own beside the trainers."""
 
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=16)] = 1
+    """Processes of a worker that share one vLLM, split over their GPUs: divides the worker's gpus and the model's
+    attention heads."""
     kv_cache_gib: Annotated[int, Field(ge=1, le=1024)] = 2
-    """GiB of each process for keys and values."""
+    """GiB of each GPU, or process, for keys and values."""
     gap_limit: Annotated[float, Field(gt=0, le=100)] = 0.05
     """Mean nats per token between trainer and vLLM, above which condition RolloutFaithful is False."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0

@@ -25,7 +25,7 @@ from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.online.online_world import LORA, METHODS, OnlineWorld
 from tests.trainers.rollout.vllm_compared import differing_weights, log_probs_of_trainer
 from tests.trainers.rollout.vllm_environments import real_python, stand_in_python
-from tests.trainers.rollout.writers import PAD, PROMPTS, Alone, engine_for, policy, requests_for
+from tests.trainers.rollout.writers import PAD, PROMPTS, engine_for, policy, requests_for
 
 pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
@@ -63,7 +63,6 @@ class Writer:
 
     def __init__(self, folder: Path, python: str) -> None:
         self.policies = {"full": head_of_32(folder), "lora": with_adapters(head_of_32(folder))}
-        context: Any = Alone()
         settings = {
             "model": str(folder),
             "dtype": "float32",
@@ -71,13 +70,14 @@ class Writer:
             "batch_size": 8,
             "kv_cache_bytes": 1 << 28,
             "trust_remote_code": False,
+            "tensor_parallel_size": 1,
         }
         self.engine = VllmEngine(
             vllm_command(python),
             settings,
             self.policies["full"],
             END_IDS,
-            context,
+            [],
             torch.float32,
             CRITIC_PARTS,
             piece_bytes=100_000,
@@ -101,7 +101,7 @@ def writer(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wr
 def test_after_a_sync_every_weight_is_the_trainers_to_the_bit(which: str, writer: Writer) -> None:
     module = writer.follow(which)
     weights = {name: tensor.clone() for name, tensor in policy_weights(module, torch.float32, CRITIC_PARTS)}
-    found = writer.engine.digests()
+    [found] = writer.engine.digests()
     assert not differing_weights(found, weights)
     assert sum(torch.Size(shape).numel() for _, shape, _ in found.values()) == sum(
         one.numel() for one in weights.values()

@@ -22,7 +22,7 @@ from finetune_trainers.rollout import Completion, Sampling
 from finetune_trainers.rollout.vllm_engine import VllmEngine
 from finetune_trainers.rollout.vllm_process import VARIABLE, VllmRefused, check_vllm, find_python, vllm_command
 from tests.trainers.factories import tiny_plan
-from tests.trainers.rollout.writers import Alone, requests_for
+from tests.trainers.rollout.writers import requests_for
 
 CANNED = Path(__file__).with_name("vllm_canned.py")
 GRPO = {
@@ -48,8 +48,7 @@ def engine_that(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         if how == "is silent":
             monkeypatch.setattr("finetune_trainers.rollout.vllm_process.SILENT_SECONDS", 0.2)
         command = [sys.executable, "-I", str(CANNED), how]
-        context: Any = Alone()
-        made.append(VllmEngine(command, {}, nn.Linear(3, 2), [1], context, torch.float32))
+        made.append(VllmEngine(command, {}, nn.Linear(3, 2), [1], [], torch.float32))
         return made[-1]
 
     yield make

@@ -7,6 +7,7 @@ row_cache     keys and values of a batch whose rows come and go
 room          how much of that has room
 zero3         parameters that ZeRO-3 keeps in parts, whole for a while
 vllm_engine   vLLM, in a process and an environment of its own beside each trainer
+vllm_team     trainers that share one
 vllm_server   what runs there
 vllm_process  the trainer's end of the pipe to it
 vllm_weights  the policy as vLLM reads it: whole, adapters merged

@@ -1,7 +1,8 @@
-"""Rollout by vLLM: one process of it beside each trainer, given the policy's weights before each iteration.
+"""Rollout by vLLM: one of it beside each trainer, given the policy's weights before each iteration.
 
 Built by online methods where the job says `vllm`. Each rank's vLLM answers that rank's requests, so nothing but the
-gathering of weights is collective. Weights travel through memory without a name, a piece at a time; orders and answers
+gathering of weights is collective; where several ranks share one, which then computes on the devices of all, it is
+`vllm_team` that speaks for them. Weights travel through memory without a name, a piece at a time; orders and answers
 are lines of JSON over a pipe. torch's group of one process, which vLLM wants, listens on loopback and has no members.
 
 vLLM draws by generators of its own: an answer follows from its seed, as everywhere, but is not the one that the
@@ -28,8 +29,9 @@ from finetune_trainers.context import WorkerContext
 from finetune_trainers.errors import TrainerError, UserError
 from finetune_trainers.precisions import DTYPES
 from finetune_trainers.prepared import PreparedModel
-from finetune_trainers.rollout import Completion, OnProgress, Request, Sampling
+from finetune_trainers.rollout import AheadEngine, Completion, OnProgress, Request, Sampling
 from finetune_trainers.rollout.vllm_process import VllmProcess, VllmRefused, find_python, vllm_command
+from finetune_trainers.rollout.vllm_team import Team, TeamEngine, device_name
 from finetune_trainers.rollout.vllm_weights import policy_weights
 from finetune_trainers.rollout.zero3 import inside
 
@@ -51,29 +53,43 @@ def start_vllm(
     end_ids: Collection[int],
     context: WorkerContext,
     without: Collection[str] = (),
-) -> VllmEngine:
-    """vLLM beside this worker, which takes as long as its start takes. `module` is the engine's; `without` names parts
-    of it that are not the policy's. Raises UserError when there is no vLLM, or it cannot run the model."""
-    path = f"spec.method.{plan.method.chosen}.vllm"
+) -> AheadEngine:
+    """vLLM beside this worker, or the one that it shares, which takes as long as its start takes. Collective. `module`
+    is the engine's; `without` names parts of it that are not the policy's. Raises UserError when there is no vLLM, or
+    it cannot run the model."""
+    path, size, dtype = f"spec.method.{plan.method.chosen}.vllm", settings.tensor_parallel_size, DTYPES[plan.precision]
     _refuse_other_names(module, path)
     python = find_python(path)
     context.report(Stage.LOADING_MODEL, message="vLLM starts, which may take minutes")
     asked = {
         "model": model.folder,
-        "dtype": _name(DTYPES[plan.precision]),
+        "dtype": _name(dtype),
         "max_length": max_length,
-        "batch_size": WRITTEN_AT_ONCE,
+        "batch_size": WRITTEN_AT_ONCE * size,
         "kv_cache_bytes": settings.kv_cache_gib * _GIB,
         "trust_remote_code": plan.model.trust_remote_code,
+        "tensor_parallel_size": size,
     }
-    try:
-        engine = VllmEngine(vllm_command(python), asked, module, end_ids, context, DTYPES[plan.precision], without)
-    except VllmRefused as error:
-        problem = Problem(path=path, message=f"{error.message}; the log has more. Mend it, or remove the field")
-        raise UserError(str(problem), [problem]) from error
-    if context.rank == 0 and not engine.about["gives_memory_back"]:
-        _log.info("vLLM %s keeps its memory while the policy learns: on this device it cannot sleep.", engine.about)
-    return engine
+
+    def start(devices: Sequence[str]) -> VllmEngine:
+        try:
+            engine = VllmEngine(vllm_command(python), asked, module, end_ids, devices, dtype, without)
+        except VllmRefused as error:
+            problem = Problem(path=path, message=f"{error.message}; the log has more. Mend it, or remove the field")
+            raise UserError(str(problem), [problem]) from error
+        if context.rank == 0 and not engine.about["gives_memory_back"]:
+            _log.info("vLLM %s keeps its memory while the policy learns: on this device it cannot sleep.", engine.about)
+        return engine
+
+    if size == 1:
+        return start([device_name(context.device)])
+    team = Team(context, size, f"{path}.tensorParallelSize")
+
+    def follow() -> None:
+        for _ in policy_weights(module, dtype, without):
+            pass
+
+    return TeamEngine(team, lambda: start(team.devices), follow)
 
 
 class VllmEngine:
@@ -87,12 +103,13 @@ class VllmEngine:
         settings: dict[str, Any],
         module: nn.Module,
         end_ids: Collection[int],
-        context: WorkerContext,
+        devices: Sequence[str],
         dtype: torch.dtype,
         without: Collection[str] = (),
         piece_bytes: int = PIECE_BYTES,
     ) -> None:
-        """Starts `command`. `settings` are the server's; `dtype` is what it computes in. Raises TrainerError."""
+        """Starts `command`. `settings` are the server's; `devices` those that vLLM is to see, named as
+        CUDA_VISIBLE_DEVICES names them; `dtype` is what it computes in. Raises TrainerError."""
         self._module, self._dtype, self._without = module, dtype, without
         self._end_ids = sorted(end_ids)
         self._piece_bytes = piece_bytes
@@ -100,7 +117,7 @@ class VllmEngine:
         """How many answers are being written, and how."""
         self._buffer = Buffer()
         try:
-            self._process = VllmProcess(command, settings, _variables(context), self._buffer.file)
+            self._process = VllmProcess(command, settings, _variables(devices), self._buffer.file)
         except BaseException:
             self._buffer.close()
             raise
@@ -151,11 +168,11 @@ class VllmEngine:
         for piece, is_last in _with_last(self._pieces()):
             self._process.ask({"do": "load", "tensors": piece, "is_last": is_last})
 
-    def digests(self) -> dict[str, tuple[str, list[int], str]]:
-        """Of each weight that vLLM computes with, by vLLM's name: dtype, shape and sha256 of its bytes. vLLM keeps
-        what is multiplied with the same input as one weight, row under row."""
-        found = self._process.ask({"do": "digests"})["digests"]
-        return {name: (dtype, shape, digest) for name, (dtype, shape, digest) in found.items()}
+    def digests(self) -> list[dict[str, tuple[str, list[int], str]]]:
+        """Of each weight that vLLM computes with, by vLLM's name: dtype, shape and sha256 of its bytes, for each device
+        that has a part of it. vLLM keeps what is multiplied with the same input as one weight, row under row."""
+        of_devices = self._process.ask({"do": "digests"})["digests"]
+        return [{name: (dtype, shape, digest) for name, (dtype, shape, digest) in one.items()} for one in of_devices]
 
     def sleep(self) -> None:
         self._process.ask({"do": "sleep"})
@@ -205,9 +222,8 @@ def _with_last(pieces: Iterator[list[dict[str, Any]]]) -> Iterator[tuple[list[di
     yield [], True
 
 
-def _variables(context: WorkerContext) -> dict[str, str]:
-    """Of its environment: nothing is fetched or told to anybody, it runs in one process, on this worker's device."""
-    threads = str(torch.get_num_threads())
+def _variables(devices: Sequence[str]) -> dict[str, str]:
+    """Of its environment: nothing is fetched or told to anybody, and it sees `devices` alone."""
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
@@ -217,12 +233,10 @@ def _variables(context: WorkerContext) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
-        "OMP_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    if context.device.type == "cuda":
-        # torch numbers the devices that are visible; vLLM is to see this worker's alone
-        uuid = torch.cuda.get_device_properties(context.device).uuid
-        variables["CUDA_VISIBLE_DEVICES"] = f"GPU-{uuid}"
+    if any(devices):
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     return variables
 
 

@@ -4,7 +4,8 @@ Started by `vllm_process`. It imports nothing of ours: this file is all that the
 OUT are descriptors of pipes that carry one JSON object a line, SHARED one of memory in which weights arrive. What vLLM
 prints goes where this process's output goes.
 
-    first line in   {"model": folder, "dtype": "float32", "max_length": 512, "kv_cache_bytes": 2147483648, ...}
+    first line in   {"model": folder, "dtype": "float32", "max_length": 512, "kv_cache_bytes": 2147483648,
+                     "tensor_parallel_size": 1, ...}
     first line out  {"version": "0.32.0", "gives_memory_back": false}
     then, by turns
       {"do": "load", "tensors": [{"name": ..., "dtype": "float32", "shape": [...], "start": 0}, ...], "is_last": true}
@@ -12,12 +13,14 @@ prints goes where this process's output goes.
       {"do": "generate", "prompts": [[1, 2], ...], "seeds": [...], "end_ids": [...], "max_new_tokens": 64, ...}
                     {"done": 0} every second or so, then {"answers": [{"ids", "log_probs", "ended"}, ...]}
       {"do": "digests"}
-                    {"digests": {name: [dtype, shape, sha256 of the bytes]}} of what vLLM computes with
+                    {"digests": [{name: [dtype, shape, sha256 of the bytes]}, ...]} of what each process of vLLM
+                    computes with: one, or as many as share each weight
       {"do": "sleep"} and {"do": "wake"}
                     {}
     or, at any time {"error": "..."}
 
-It ends when IN is closed, whatever it is at. Facts about vLLM are those of 0.32.
+It ends when IN is closed, whatever it is at. With a tensor_parallel_size above 1 vLLM starts that many processes of
+its own, which end with this one. Facts about vLLM are those of 0.32.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 TELL_SECONDS = 1.0
@@ -72,14 +77,17 @@ class _Writer:
         import torch
         import vllm  # type: ignore[import-not-found]  # it is in another environment
 
-        self._torch, self._vllm = torch, vllm
-        self._shared, self._answers = shared, answers
+        self._vllm, self._answers = vllm, answers
+        self._memory = f"/proc/{os.getpid()}/fd/{shared}"  # as vLLM's own processes can open it, too
         self._on_gpu = torch.cuda.is_available()
         if not self._on_gpu:
             _keep_plain_weights()
+        size = settings["tensor_parallel_size"]
         self._llm = vllm.LLM(
             model=settings["model"],
             dtype=settings["dtype"],
+            tensor_parallel_size=size,
+            distributed_executor_backend="mp" if size > 1 else None,
             max_model_len=settings["max_length"],
             max_num_seqs=settings["batch_size"],
             kv_cache_memory_bytes=settings["kv_cache_bytes"],
@@ -94,31 +102,25 @@ class _Writer:
             enforce_eager=not self._on_gpu,
             disable_log_stats=True,
         )
-        self._loaded: set[str] = set()
+        self._loaded: list[set[str]] = [set() for _ in range(size)]
+        """Names of weights that each process has taken over."""
 
     def about(self) -> dict[str, Any]:
         return {"version": str(self._vllm.__version__), "gives_memory_back": self._on_gpu}
 
     def load(self, tensors: list[dict[str, Any]], is_last: bool) -> dict[str, Any]:
         """Take over weights, under the names of the model's files; after the last of them all must be there."""
-        with mmap.mmap(self._shared, os.fstat(self._shared).st_size) as memory:
-            self._on_model(lambda model: self._loaded.update(model.load_weights(self._views(memory, tensors))))
+        for loaded, names in zip(self._loaded, self._on_model(partial(_load, self._memory, tensors)), strict=True):
+            loaded.update(names)
         if is_last:
-            missing = self._on_model(lambda model: dict(model.named_parameters()).keys() - self._loaded)
+            missing: set[str] = set()
+            for loaded, names in zip(self._loaded, self._on_model(_names), strict=True):
+                missing.update(set(names) - loaded)
+                loaded.clear()
             if missing:
                 raise ValueError(f"weights that vLLM has were not given: {', '.join(sorted(missing)[:8])}")
-            self._loaded.clear()
             self._llm.reset_prefix_cache()
         return {}
-
-    def _views(self, memory: mmap.mmap, tensors: list[dict[str, Any]]) -> Any:
-        for one in tensors:
-            dtype, count = getattr(self._torch, one["dtype"]), 1
-            for size in one["shape"]:
-                count *= size
-            flat = self._torch.frombuffer(memory, dtype=dtype, count=count, offset=one["start"])
-            # a copy: a tensor that vLLM kept, or an error's traceback, would keep the memory open
-            yield one["name"], flat.view(one["shape"]).clone()
 
     def generate(
         self,
@@ -132,7 +134,7 @@ class _Writer:
     ) -> dict[str, Any]:
         """Answers in the order of `prompts`. Log-probabilities are those before top-p and top-k."""
         scale = 1.0 / (temperature or 1.0)
-        self._on_model(lambda model: _scale_logits(model, scale))
+        self._on_model(partial(_scale_logits, scale))
         engine = self._llm.llm_engine
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             sampling = self._vllm.SamplingParams(
@@ -159,17 +161,7 @@ class _Writer:
         return {"answers": [found[number] for number in range(len(prompts))]}
 
     def digests(self) -> dict[str, Any]:
-        def of_model(model: Any) -> dict[str, Any]:
-            return {
-                name: [str(one.dtype).removeprefix("torch."), list(one.shape), self._digest(one)]
-                for name, one in model.named_parameters()
-            }
-
-        return {"digests": self._on_model(of_model)}
-
-    def _digest(self, tensor: Any) -> str:
-        flat = tensor.detach().cpu().contiguous().flatten().view(self._torch.uint8)
-        return hashlib.sha256(flat.numpy()).hexdigest()
+        return {"digests": self._on_model(_digests)}
 
     def sleep(self) -> dict[str, Any]:
         if self._on_gpu:
@@ -181,8 +173,49 @@ class _Writer:
             self._llm.wake_up()
         return {}
 
-    def _on_model(self, function: Any) -> Any:
-        return self._llm.apply_model(function)[0]
+    def _on_model(self, function: Any) -> list[Any]:
+        """What `function` of the model gives in each process."""
+        return list(self._llm.collective_rpc(partial(_called, function)))
+
+
+def _called(function: Any, worker: Any) -> Any:
+    return worker.apply_model(function)
+
+
+def _load(memory: str, tensors: list[dict[str, Any]], model: Any) -> list[str]:
+    """Names of the weights that `model` has taken over of `tensors`, which lie in the file `memory`."""
+    with Path(memory).open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        return list(model.load_weights(_views(mapped, tensors)))
+
+
+def _views(memory: mmap.mmap, tensors: list[dict[str, Any]]) -> Any:
+    import torch
+
+    for one in tensors:
+        dtype, count = getattr(torch, one["dtype"]), 1
+        for size in one["shape"]:
+            count *= size
+        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=one["start"])
+        # a copy: a tensor that vLLM kept, or an error's traceback, would keep the memory open
+        yield one["name"], flat.view(one["shape"]).clone()
+
+
+def _names(model: Any) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+def _digests(model: Any) -> dict[str, Any]:
+    return {
+        name: [str(one.dtype).removeprefix("torch."), list(one.shape), _digest(one)]
+        for name, one in model.named_parameters()
+    }
+
+
+def _digest(tensor: Any) -> str:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(flat.numpy()).hexdigest()
 
 
 def _answer(output: Any) -> dict[str, Any]:
@@ -191,7 +224,7 @@ def _answer(output: Any) -> dict[str, Any]:
     return {"ids": ids, "log_probs": log_probs, "ended": output.finish_reason == "stop"}
 
 
-def _scale_logits(model: Any, scale: float) -> None:
+def _scale_logits(scale: float, model: Any) -> None:
     """Let `model`'s logits be those at the sampling temperature: vLLM itself divides by it where log-probabilities have
     been taken already, or takes them where top-p and top-k have left their marks."""
     plain = type(model).compute_logits
@@ -214,3 +247,8 @@ def _keep_plain_weights() -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+elif __name__ == "__mp_main__":  # one of vLLM's own processes, which starts from nothing where there is no GPU
+    import torch
+
+    if not torch.cuda.is_available():
+        _keep_plain_weights()

@@ -89,16 +89,27 @@ class Model(nn.Module):
         return states
 
 
+class Worker:
+    """Of as many as would share each weight; here each has all of them."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def apply_model(self, function: Callable[[Model], Any]) -> Any:
+        return function(self._model)
+
+
 class LLM:
     def __init__(self, model: str, dtype: str, **settings: Any) -> None:
         if settings["kv_cache_memory_bytes"] < 1 << 20:
             raise ValueError("no room for keys and values")
-        self._model = Model(model, getattr(torch, dtype))
-        self.llm_engine = Engine(self._model)
+        models = [Model(model, getattr(torch, dtype)) for _ in range(settings["tensor_parallel_size"])]
+        self._workers = [Worker(one) for one in models]
+        self.llm_engine = Engine(models[0])
 
-    def apply_model(self, function: Callable[[Model], Any]) -> list[Any]:
+    def collective_rpc(self, method: Callable[[Worker], Any]) -> list[Any]:
         with torch.no_grad():
-            return [function(self._model)]
+            return [method(worker) for worker in self._workers]
 
     def reset_prefix_cache(self) -> bool:
         return True
