@@ -544,6 +544,18 @@ def test_the_plan_says_what_rollouts_that_are_no_draws_of_the_policy_do_to_it(
     assert "method.ppo.sampling" not in decided(planned({"temperature": 0.7}))
 
 
+def test_the_processes_that_share_a_vllm_are_of_one_worker() -> None:
+    def asking(size: int) -> Changes:
+        grpo = {"rewards": [{"metric": {"kind": "bleu"}}], "vllm": {"tensorParallelSize": size}}
+        return {"method": {"grpo": grpo}, "cluster.workers": {"replicas": 3, "gpus": 8}, "training.globalBatchSize": 48}
+
+    assert plan(asking(4)).method.online is not None
+    (problem,) = problems(asking(3))
+    assert problem.path == "spec.method.grpo.vllm.tensorParallelSize"
+    assert "a worker has 8" in problem.message
+    assert "set it to one of 1, 2, 4, 8" in problem.message
+
+
 @pytest.mark.parametrize(("asked", "micro"), [(4, 4), (3, 2), (64, 32)])
 def test_after_out_of_memory_the_micro_batch_is_the_given_one_or_the_next_smaller_divisor(
     asked: int, micro: int

@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import psutil
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from finetune_api.plan import RunPlan
 from finetune_api.spec import Vllm
+from finetune_trainers.context import WorkerContext
 from finetune_trainers.errors import UserError
 from finetune_trainers.prepared import PreparedModel
 from finetune_trainers.rollout import Sampling
@@ -56,7 +57,7 @@ def main(folder: Path) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no C++ build at the first collective
     join_through(folder)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    module, context = spread(folder / "model"), TeamContext()
+    module, context = spread(folder / "model"), cast("WorkerContext", TeamContext())
     plan = RunPlan.model_validate_json((folder / "plan.json").read_text())
     length = plan.model_dump()["method"]["grpo"]["max_seq_length"]
 
