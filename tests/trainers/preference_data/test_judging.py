@@ -14,7 +14,7 @@ from finetune_api.preference_data import JudgeReport, ToJudge
 from finetune_trainers.errors import DataError, UserError
 from finetune_trainers.preference_data.asking import DeniedError, UnreachableError
 from finetune_trainers.preference_data.judging import judge
-from tests.trainers.preference_data.judge_service import JudgeService, Reply, likes_the_first
+from tests.trainers.preference_data.judge_service import JudgeService, Reply, likes_length, likes_the_first
 
 SECRET = "sk-do-not-tell-0123456789"
 ROWS = [
@@ -140,8 +140,12 @@ def test_a_judge_who_is_for_whatever_comes_first_prefers_nothing_and_that_is_cou
     assert not bench.to.exists()
 
 
+def changes_its_mind_about_x(a: str, b: str) -> str:
+    return likes_the_first(a, b) if "x" in (a, b) else likes_length(a, b)
+
+
 def test_a_judge_who_changes_its_mind_with_the_order_is_told(bench: Bench) -> None:
-    bench.service.opinion = lambda a, b: "A" if {a, b} == {"x", "y"} else "A" if len(a) > len(b) else "B"
+    bench.service.opinion = changes_its_mind_about_x
     report = bench.ask()
     assert (report.preferred, report.changed, report.ties) == (1, 1, 0)
     assert report.disagreement == 0.5
@@ -207,9 +211,10 @@ def test_a_busy_service_is_waited_for_as_long_as_it_says(bench: Bench) -> None:
 
 def test_a_question_that_the_judge_refuses_is_counted_and_the_others_are_judged(bench: Bench) -> None:
     bench.service.replies = [Reply(400, b"content filter")]
+    bench.service.opinion = changes_its_mind_about_x
     report = bench.ask([{"prompt": "p", "answers": ["a", "bb"]}, *ROWS], concurrency=1)
-    assert (report.unreadable, report.preferred, report.ties) == (1, 1, 1)
-    assert report.disagreement == 0.0
+    assert (report.unreadable, report.preferred, report.changed) == (1, 1, 1)
+    assert report.disagreement == 0.5, "of two that have two verdicts"
     assert "content filter" in bench.journal.read_text()
 
 
@@ -271,6 +276,12 @@ def test_some_pairs_of_many_answers_are_drawn_by_the_seed(bench: Bench) -> None:
     assert bench.rows() == drawn
     bench.ask(rows, pairs_per_row=3, seed=2, overwrite=True)
     assert bench.rows() != drawn
+
+
+def test_the_pairs_of_each_row_are_drawn_anew(bench: Bench) -> None:
+    answers = ["a" * length for length in range(1, 7)]
+    bench.ask([{"prompt": f"q{number}", "answers": answers} for number in range(8)], pairs_per_row=1)
+    assert len({(row["chosen"], row["rejected"]) for row in bench.rows()}) > 1
 
 
 def test_who_judged_and_what_was_asked_stands_beside_the_rows(bench: Bench) -> None:

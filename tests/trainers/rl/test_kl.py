@@ -94,7 +94,7 @@ def test_a_policy_that_drifts_in_proportion_comes_to_rest_on_the_target() -> Non
         assert controller.coefficient == pytest.approx(0.1, rel=1e-3)
 
 
-@pytest.mark.parametrize("controller", [FixedKl(0.05), AdaptiveKl(0.1, 6.0).updated(7.0, 64)])
+@pytest.mark.parametrize("controller", [FixedKl(0.05), AdaptiveKl(0.1, 6.0, horizon=500).updated(7.0, 64)])
 def test_a_controller_comes_back_from_a_checkpoint(controller: FixedKl | AdaptiveKl) -> None:
     assert controller_from_state(json.loads(json.dumps(controller.state()))) == controller
 
