@@ -66,6 +66,13 @@ def test_a_document_of_padding_alone_is_read_at_its_first_token(tmp_path: Path) 
     assert torch.allclose(found[1], alone[0], atol=1e-5)
 
 
+def test_scores_of_a_model_in_half_precision_have_the_digits_of_fp32(tmp_path: Path) -> None:
+    tiny_model(tmp_path)
+    plan = plan_for(tmp_path, REWARD)
+    model = load_model(prepare_model(plan, tmp_path / "cache", lambda _percent, _text: None), plan, CPU)
+    assert scores(model.bfloat16(), batch_of([5, 6]), padding_id=0).dtype is torch.float32
+
+
 def test_the_head_follows_from_the_seed_alone(tmp_path: Path) -> None:
     tiny_model(tmp_path)
 

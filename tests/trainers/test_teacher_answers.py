@@ -151,6 +151,26 @@ def test_what_was_written_before_an_attempt_ended_early_is_not_written_again(
     assert read_manifest(Path(source.folder)) == told
 
 
+@pytest.mark.parametrize("decides", ["teacher", "rows", "seed", "precision"])
+def test_answers_are_known_by_all_that_decides_them(decides: str, school: School, tmp_path: Path) -> None:
+    plan = asking(school)
+    prepared = school.world.prepare(plan, tmp_path)
+    assert prepared.teacher is not None
+    [source] = prepared.data.train
+    known = teacher_answers._key(source, plan, prepared)
+    match decides:
+        case "teacher":
+            other = prepared.teacher.model_copy(update={"digest": "of other weights"})
+            prepared = prepared.model_copy(update={"teacher": other})
+        case "rows":
+            source = source.model_copy(update={"folder": f"{source.folder}-of-others"})
+        case "seed":
+            plan = asking(school, {"training.seed": 43})
+        case _:
+            plan = asking(school, {"training.precision": "bf16"})
+    assert teacher_answers._key(source, plan, prepared) != known
+
+
 class OneOf(SingleProcessContext):
     """A rank among several that are asked one after the other."""
 

@@ -36,6 +36,7 @@ def test_tokens_count_by_how_likely_the_trainer_finds_them_up_to_twice() -> None
         [2.0],
     ]
     assert figures == {"rollout_gap": pytest.approx(2.5 / 3), "rollout_gap_max": 2.0}
+    assert corrections([rollout(-1.0)], [torch.tensor([-4.0])])[1]["rollout_gap_max"] == 3.0
 
 
 def test_what_the_policy_drew_needs_no_correction() -> None:

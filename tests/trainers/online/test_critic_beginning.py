@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from finetune_trainers.attention import forward_kwargs
 from finetune_trainers.context import SingleProcessContext
 from finetune_trainers.data.batches import Batch
 from finetune_trainers.errors import UserError
+from finetune_trainers.methods.reward import Calibration
 from finetune_trainers.models import load_model
 from finetune_trainers.online.critic import add_critic
-from finetune_trainers.online.critic_beginning import check_beginning
+from finetune_trainers.online.critic_beginning import _line, check_beginning
 from finetune_trainers.prepared import PreparedRun
-from finetune_trainers.rewards.judge import Judge, load_judge
+from finetune_trainers.rewards.judge import Judge, _calibrated, load_judge
 from finetune_trainers.tuning import apply_tuning
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.judged_world import JudgedWorld
@@ -152,3 +154,11 @@ def test_a_reward_model_with_another_tokenizer_is_refused(world: World, tmp_path
     model = world.prepared(world.plan("full", world.artifact("full")), tmp_path).model
     with pytest.raises(UserError, match="has another tokenizer than the policy, whose tokens the critic reads"):
         check_beginning(plan, model)
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_values_are_in_the_units_of_the_reward_around_an_average_score(squash: bool) -> None:
+    calibration = Calibration(mean=5.0, scale=2.0, squash=squash, measured_on="eval")
+    gain, offset = _line(cast(Any, SimpleNamespace(calibration=calibration)), 3.0)
+    for score in (4.999, 5.0, 5.001):
+        assert gain * score + offset == pytest.approx(3.0 * _calibrated(score, calibration), abs=1e-6)

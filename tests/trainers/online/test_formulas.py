@@ -217,6 +217,25 @@ def advantage(baseline: str, reward: float, group: list[float]) -> float:
 
 
 @pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])
+def test_activations_that_are_computed_anew_are_those_of_whoever_computed_them_first(
+    tuning: dict[str, Any], online: OnlineWorld, tmp_path: Path
+) -> None:
+    """With LoRA policy and critic are adapters of one base, and the backward pass comes when neither is in use."""
+    found: list[dict[str, Tensor]] = []
+    for anew in (False, True):
+        changes = {"method": {"ppo": TWO_PASSES}, "training.activationCheckpointing": anew} | FAST | tuning
+        with ByHand.of(online.plan("ppo", changes, evaluated=False), online, tmp_path / str(anew)) as run:
+            run.step(0)
+            run.backward(1)
+            found.append({name: one.grad for name, one in run.engine.module.named_parameters() if one.grad is not None})
+    wanted, again = found
+    assert wanted.keys() == again.keys()
+    assert any("critic" in name and gradient.any() for name, gradient in wanted.items())
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(again[name], gradient, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])
 def test_the_critic_has_a_learning_rate_of_its_own(tuning: dict[str, Any], online: OnlineWorld, tmp_path: Path) -> None:
     """AdamW's first step changes a weight by the rate itself, however large its gradient is."""
     settings = TWO_PASSES | {"critic": {"learningRate": 0.02}}

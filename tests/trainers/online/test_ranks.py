@@ -6,6 +6,8 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,8 +18,8 @@ from torch import nn
 from finetune_api.plan import BatchPlan
 from finetune_api.spec import Grpo as GrpoSettings
 from finetune_trainers.data.questions import Question
-from finetune_trainers.errors import UserError
-from finetune_trainers.online.episodes import Experience
+from finetune_trainers.errors import KLDivergedError, UserError
+from finetune_trainers.online.episodes import Experience, Rollout
 from finetune_trainers.online.grpo import Grpo
 from finetune_trainers.online.method import Parts
 from finetune_trainers.rewards import Episode, Scored
@@ -190,8 +192,50 @@ def test_a_worker_without_others_stops_in_the_middle_of_writing(monkeypatch: pyt
     assert ranks.each(lambda method: method.step(0), NONE) == [None]
 
 
+def test_an_evaluation_asks_for_the_likeliest_answers_whatever_rollouts_are_drawn_by(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Sampling] = []
+    generate = Echo.generate
+
+    def noted(engine: Echo, requests: Any, sampling: Sampling, on_progress: OnProgress) -> list[Completion]:
+        asked.append(sampling)
+        return generate(engine, requests, sampling, on_progress)
+
+    monkeypatch.setattr(Echo, "generate", noted)
+    Ranks(1).each(lambda method: [method.step(0), method.evaluate(nn.Identity())], NONE)
+    drawn, likeliest = asked
+    assert drawn.temperature == 1.0
+    assert likeliest == Sampling(drawn.max_new_tokens, temperature=0.0)
+
+
 def test_an_evaluation_is_not_left_before_its_end() -> None:
     ranks = Ranks(2)
     ranks.stops = lambda: True
     for figures in ranks.each(lambda method: method.evaluate(nn.Identity()), NONE):
         assert figures["eval_reward"] < 0
+
+
+def test_how_far_a_model_is_from_its_reference_is_measured_over_the_rollouts_of_all_ranks() -> None:
+    """Each token of rank 1 is 4 nats away and no token of rank 0: whoever looked at its own alone would go on."""
+    ranks = Ranks(2)
+
+    def confirmed(method: Grpo) -> str:
+        context: Any = method._context
+        context.all_reduce_sum = lambda sums: sum(ranks.gather(context.rank, sums))
+        far = 4.0 * context.rank
+        models = SimpleNamespace(
+            policy=nn.Identity(),
+            reference_at_work=nullcontext,
+            distances=lambda batch: torch.full((batch.num_trained_tokens,), far),
+        )
+        method._parts = replace(method._parts, models=cast(Any, models))
+        method._settings = method._settings.model_copy(update={"max_kl": 1.5})
+        answer = Rollout(question(0), 0, [7], True, "", 0.0, {})
+        method._learned_from = [answer, answer]
+        with pytest.raises(KLDivergedError) as caught:
+            method.confirm(6)
+        return str(caught.value)
+
+    for said in ranks.each(confirmed, NONE):
+        assert "2 nats a token from its reference after 6 steps, and maxKl allows 1.5" in said

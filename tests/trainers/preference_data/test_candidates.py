@@ -100,9 +100,29 @@ def test_beams_are_those_that_transformers_finds_and_the_likeliest_comes_first(d
     assert report.answers == 9
 
 
-def test_a_prompt_with_one_answer_only_is_left_out_and_counted(desk: Desk) -> None:
+@pytest.mark.parametrize("sampling", [{"temperature": 1e-6}, {"top_k": 1}, {"top_p": 1e-6}], ids=str)
+def test_a_prompt_with_one_answer_only_is_left_out_and_counted(desk: Desk, sampling: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="no row is left"):
-        desk.write(temperature=0.01, top_k=1, num=2)
+        desk.write(num=2, **sampling)
+
+
+def test_a_prompt_that_is_there_twice_has_other_answers_in_each_row(desk: Desk) -> None:
+    first, second = desk.write([ROWS[0]] * 2)[0]
+    assert first["prompt"] == second["prompt"]
+    assert first["answers"] != second["answers"]
+
+
+def test_beams_are_chosen_by_the_length_penalty_that_is_asked_for(desk: Desk, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "ends")
+    config = tmp_path / "ends" / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": list(range(3, 300, 2))}))
+
+    def length(penalty: float) -> int:
+        asked = {"method": "beam", "num": 2, "num_beams": 4, "length_penalty": penalty}
+        rows, _ = desk.write(model=f"file://{tmp_path}/ends", **asked)
+        return sum(len(answer) for row in rows for answer in row["answers"])
+
+    assert length(-2.0) < length(4.0)
 
 
 def test_who_wrote_stands_beside_the_rows(desk: Desk, model: Path) -> None:

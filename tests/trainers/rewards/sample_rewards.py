@@ -29,6 +29,10 @@ def everything(completions: list[str], **others: Any) -> list[float]:
     return [float(len(others)) for _ in completions]
 
 
+def everything_but(completions: list[str], factor: float, **others: Any) -> list[float]:
+    return [factor * len(others) for _ in completions]
+
+
 def about_the_rest(
     completions: list[str], messages: list[list[dict[str, str]]], num_tokens: list[int], ended: list[bool]
 ) -> list[float]:
@@ -85,6 +89,12 @@ def ends_for_bad(completions: list[str]) -> list[float]:
     if "bad" in completions:
         os._exit(7)
     return [1.0] * len(completions)
+
+
+def ends_alone_for_bad(completions: list[str]) -> list[float]:
+    if len(completions) > 1 and "bad" in completions:
+        raise ValueError("cannot read this")
+    return ends_for_bad(completions)
 
 
 def exits_for_bad(completions: list[str]) -> list[float]:

@@ -48,6 +48,12 @@ def test_settings_are_given_at_every_call(make: Make) -> None:
     assert [scorer.score(episodes(["a"], answer=["a"])).values for _ in range(2)] == [[2.5], [2.5]]
 
 
+def test_settings_stand_above_columns_of_the_same_name(make: Make) -> None:
+    given_always = len(["prompts", "messages", "num_tokens", "ended"])
+    scorer = make("everything_but", settings={"factor": 2.0})
+    assert scorer.score(episodes(["a"], factor=[9.0], other=[1])).values == [2.0 * (given_always + 1)]
+
+
 def test_a_function_that_takes_anything_is_given_everything(make: Make) -> None:
     given_always = len(["prompts", "messages", "num_tokens", "ended"])
     assert make("everything").score(episodes(["a"], one=[1], two=[2])).values == [given_always + 2.0]
@@ -146,6 +152,23 @@ def test_a_function_that_does_not_come_back_is_begun_anew_for_the_next_batch(
     assert lost.values == [None, None]
     assert lost.faults == {0: said, 1: said}
     scorer._reward = scorer._reward.model_copy(update={"timeout_seconds": 60.0})  # this machine may be slow
+    assert scorer.score(episodes(["a", "b"])).values == [1.0, 1.0]
+
+
+def test_answers_that_are_given_one_by_one_have_the_time_of_two_batches(make: Make) -> None:
+    scorer = make("raises_for_bad", timeout_seconds=60.0)
+    now = iter([0.0, 0.0, 119.0, 121.0])
+    scorer._clock = lambda: next(now)
+    found = scorer.score(episodes(["a", "b", "bad"]))
+    assert found.values == [1.0, 1.0, None]
+    assert found.faults == {2: "it took longer than 60 s, answer by answer"}
+
+
+def test_a_function_that_ends_when_answers_are_given_one_by_one_is_begun_anew_too(make: Make) -> None:
+    scorer = make("ends_alone_for_bad")
+    lost = scorer.score(episodes(["a", "bad", "b"]))
+    assert lost.values == [1.0, None, None]
+    assert lost.faults == dict.fromkeys((1, 2), "its process ended with code 7")
     assert scorer.score(episodes(["a", "b"])).values == [1.0, 1.0]
 
 

@@ -178,7 +178,7 @@ def test_what_is_longer_than_the_positions_is_cut_at_its_end_and_that_is_said_on
     positions = judge._max_positions
     assert positions is not None
     prompt = [{"role": "user", "content": "the cat"}]
-    longer, longest = (Episode(prompt, "cat " * count) for count in (positions, 2 * positions))
+    longer, longest = (Episode(prompt, "cat " * positions + "dog " * count) for count in (0, positions))
     with caplog.at_level(logging.WARNING):
         found = values(judge, [longer, longest, Episode(prompt, "cat")])
         judge.score([longest])

@@ -63,6 +63,11 @@ def test_where_a_reward_fails_its_mean_over_the_other_answers_counts_beside_the_
     assert rewards.totals(asked, opinions) == [-3.0 + 1.0, -2.0 + 2.0, -1.0 + 3.0]
 
 
+def test_answers_without_an_opinion_are_not_in_the_mean_that_stands_for_a_failure() -> None:
+    told = [named("one", Told([3.0, "broke", None])), named("two", Told([1.0, 1.0, 1.0]))]
+    assert totals(WeightedRewards(told), "a", "b", "c") == [4.0, 4.0, 1.0]
+
+
 SAID: list[list[float | str | None]] = [[-6.0, "broke"], [-2.0, "broke"]]
 
 

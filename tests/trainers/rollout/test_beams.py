@@ -67,6 +67,16 @@ def test_beams_are_those_of_transformers_the_best_one_first(model: Any, batch_si
     assert all(one.ended == (one.ids[-1] in end_ids) for one in found)
 
 
+def test_searches_go_on_when_that_of_the_longest_prompt_is_over(model: Any) -> None:
+    prompts = [PROMPTS[place] for place in (4, 1, 3, 0)]
+    end_ids = sorted({answer[2] for answer in by_transformers(model, prompts[0], [])})
+    found = engine_for(model, end_ids, batch_size=64).generate(every_place(prompts), SEARCHED)
+    answers = [[one.ids for one in found[start : start + BEAMS]] for start in range(0, len(found), BEAMS)]
+    longest = [max(map(len, some)) for some in answers]
+    assert longest[0] < min(longest[1:])
+    assert answers == [by_transformers(model, prompt, end_ids) for prompt in prompts]
+
+
 def test_each_token_has_the_probability_that_the_policy_gives_it_at_the_temperature(model: Any) -> None:
     sampling = Sampling(max_new_tokens=8, temperature=0.7, num_beams=BEAMS)
     prompts = PROMPTS[:3]

@@ -15,7 +15,7 @@ from finetune_trainers.attention import forward_kwargs
 from finetune_trainers.data.batches import Batch
 from finetune_trainers.engine import checkpoint_activations
 from finetune_trainers.lean_peft import peft
-from finetune_trainers.rollout import Completion, Request, Sampling
+from finetune_trainers.rollout import Completion, Request, Sampling, row_cache
 from finetune_trainers.rollout import in_process as in_process_module
 from tests.trainers.foreign_warnings import PEFT_ASKS_TRANSFORMERS
 from tests.trainers.rollout.writers import GREEDY, PROMPTS, engine_for, greedy_by_transformers, policy, requests_for
@@ -173,6 +173,13 @@ def test_rows_that_have_ended_leave_and_prompts_that_wait_take_their_places(mode
         max(len(answer.ids) for answer in answers[start : start + 8]) for start in range(0, len(answers), 8)
     )
     assert sum(steps) < 0.7 * in_batches_of_eight, "the same answers in batches that wait for their last row"
+
+
+def test_answers_that_use_up_the_room_of_the_cache_are_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = engine_for(model).generate(requests_for(PROMPTS), GREEDY)
+    monkeypatch.setattr(row_cache, "ROOM", 5)
+    found = engine_for(model).generate(requests_for(PROMPTS), GREEDY)
+    assert [answer.ids for answer in found] == [answer.ids for answer in wanted]
 
 
 def test_equal_prompts_enter_as_one(model: Any) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 from transformers import GPT2Config, LlamaConfig, MambaConfig, Qwen2Config
 
-from finetune_trainers.rollout.room import tokens_that_fit
+from finetune_trainers.rollout import room
+from finetune_trainers.rollout.room import memory_of, tokens_that_fit
 
 GIB = 1 << 30
 SEVEN: dict[str, Any] = {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32}
@@ -30,3 +34,20 @@ def test_as_many_rows_have_room_as_a_quarter_of_80_gib_holds(config: Any, item_b
 
 def test_a_model_without_keys_that_grow_has_no_bound() -> None:
     assert tokens_that_fit(MambaConfig(), 2, GIB) is None
+
+
+@pytest.mark.parametrize(("limit", "whole"), [("max", None), (str(GIB), GIB), (str(1 << 60), None), (None, None)])
+def test_workers_of_a_machine_share_what_it_has_or_what_its_container_may_take(
+    limit: str | None, whole: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`None`: no container, and all that the machine has."""
+
+    def memory(num_workers: int) -> float:
+        return memory_of(cast(Any, SimpleNamespace(device=torch.device("cpu"), local_world_size=num_workers)))
+
+    monkeypatch.setattr(room, "_CGROUP_LIMIT", tmp_path / "memory.max")
+    of_machine = memory(1)
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+    assert memory(1) == (of_machine if whole is None else whole)
+    assert memory(4) == memory(1) / 4
