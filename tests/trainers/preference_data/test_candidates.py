@@ -118,7 +118,7 @@ def test_beams_are_chosen_by_the_length_penalty_that_is_asked_for(desk: Desk, mo
     config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": list(range(3, 300, 2))}))
 
     def length(penalty: float) -> int:
-        asked = {"method": "beam", "num": 2, "num_beams": 4, "length_penalty": penalty}
+        asked: dict[str, Any] = {"method": "beam", "num": 2, "num_beams": 4, "length_penalty": penalty}
         rows, _ = desk.write(model=f"file://{tmp_path}/ends", **asked)
         return sum(len(answer) for row in rows for answer in row["answers"])
 
