@@ -98,6 +98,11 @@ def _after_refusal(view: JobView, reason: str) -> str:
         return "Choose one of: kubectl get finetuneruntimes; the job starts by itself once its runtime is there"
     if reason == "RuntimeInvalid":
         return "Have the platform's team correct the runtime; the job then starts by itself"
+    if reason == "DependencyUnfit":
+        return (
+            "Correct the job that it names, and this one then starts by itself; or correct this one's manifest, then: "
+            f"{typed('cancel', view)}, and {_submit(view)}"
+        )
     return f"Correct the manifest, then: {typed('cancel', view)}, and {_submit(view)}"
 
 

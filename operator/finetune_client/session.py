@@ -28,7 +28,7 @@ from finetune_operator.local import LocalCluster
 from finetune_operator.local.kubelet import Kubelet, Launcher
 from finetune_operator.names import JOB_LABEL
 from finetune_operator.observe import World
-from finetune_operator.policies.dependencies import dependency_names
+from finetune_operator.policies.dependencies import dependency_names, with_plan
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import Settings
 from finetune_operator.status import read_status
@@ -171,11 +171,14 @@ class Session:
             job=job,
             runtime=None if runtime is None else self._cluster.peek(FINETUNE_RUNTIME, Key("", runtime)),
             children={kind: self._cluster.select(kind, key.namespace, label) for kind in _CHILDREN},
-            dependencies={
-                name: self._cluster.peek(FINETUNE_JOB, Key(key.namespace, name)) for name in dependency_names(job)
-            },
+            dependencies={name: self._other(Key(key.namespace, name)) for name in dependency_names(job)},
             one_machine=True,
         )
+
+    def _other(self, key: Key) -> dict[str, Any] | None:
+        job = self._cluster.peek(FINETUNE_JOB, key)
+        plans = self._cluster.select(CONFIG_MAP, key.namespace, f"{JOB_LABEL}={key.name}")
+        return None if job is None else with_plan(job, plans)
 
     def _is_settled(self, key: Key) -> bool:
         """Nothing more will come of the job by itself."""

@@ -18,6 +18,9 @@ __all__ = ["SUSPENDED_CODE", "JobEvent", "JobView", "LogChoice", "LogLine"]
 SUSPENDED_CODE = 75
 """Exit code of a job that is suspended (EX_TEMPFAIL): not done, and to be taken up again."""
 
+_REFUSALS = ("DependencyUnfit", "InvalidSpec", "PlanRefused")
+"""Reasons of condition Valid that only a person's edit does away with."""
+
 
 @dataclass(frozen=True)
 class LogChoice:
@@ -115,7 +118,7 @@ class JobView:
     def is_refused(self) -> bool:
         """The operator cannot run the job as it is written; a runtime that is only missing is waited for."""
         valid = self.condition("Valid")
-        return valid is not None and valid.status == "False" and valid.reason in ("InvalidSpec", "PlanRefused")
+        return valid is not None and valid.status == "False" and valid.reason in _REFUSALS
 
     @property
     def artifacts(self) -> list[Artifact]:

@@ -18,7 +18,7 @@ from finetune_operator.cluster.protocol import Cluster, Document
 from finetune_operator.kinds import CONFIG_MAP, FINETUNE_JOB, FINETUNE_RUNTIME, POD, RAY_JOB, Key, Kind
 from finetune_operator.metrics import Metrics
 from finetune_operator.observe import World
-from finetune_operator.policies.dependencies import dependency_names
+from finetune_operator.policies.dependencies import dependency_names, with_plan
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.runtime.controller import Controller
 from finetune_operator.runtime.reflector import Change, ListWatch, Reflector
@@ -116,8 +116,12 @@ class Operator:
             runtime=None if runtime is None else self._runtimes.get(Key("", runtime)),
             children={kind: self._owned(kind, key) for kind in _OWNED if kind != POD},
             pods=self._owned(POD, key),
-            dependencies={name: jobs.get(Key(key.namespace, name)) for name in dependency_names(job)},
+            dependencies={name: self._other(jobs, Key(key.namespace, name)) for name in dependency_names(job)},
         )
+
+    def _other(self, jobs: Store, key: Key) -> Document | None:
+        job = jobs.get(key)
+        return None if job is None else with_plan(job, self._owned(CONFIG_MAP, key))
 
     def unready(self) -> str | None:
         """Why what is known cannot be trusted; None where it can. For /readyz."""
@@ -221,11 +225,11 @@ def _only_status(change: Change) -> bool:
 
 
 def _outcome(job: Document | None) -> Any:
-    """Of a job, what another that needs its artifact waits for."""
+    """Of a job, what another that needs its artifact waits for, and by what that one judges whether it will do."""
     if job is None:
         return None
     status = job.get("status") or {}
-    return {name: status.get(name) for name in ("phase", "finishedAt", "artifacts")}
+    return job["metadata"].get("generation"), *(status.get(name) for name in ("phase", "finishedAt", "artifacts"))
 
 
 def _content(document: Document) -> Document:

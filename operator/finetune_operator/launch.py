@@ -127,12 +127,12 @@ def prepare(
         return runtime
     needed = set(dependency_paths(document).values())
     kept = _earlier_artifacts(seen)
-    if wrong := misfits(document, {name: seen.dependencies.get(name) for name in needed - kept.keys()}):
-        return Blocked(Finding("Valid", "False", "PlanRefused", str(InvalidManifest(wrong))))
     dependencies = resolve(sorted(needed - kept.keys()), seen.dependencies)
     if dependencies.failed:
         finding = Finding("Failed", "True", "DependencyFailed", "\n".join(dependencies.failed))
         return Blocked(finding, failed=True)
+    if wrong := misfits(document, {name: seen.dependencies.get(name) for name in needed - kept.keys()}):
+        return Blocked(Finding("Valid", "False", "DependencyUnfit", str(InvalidManifest(wrong))))
     if dependencies.waiting:
         return Blocked(Finding("Admitted", "False", "DependencyPending", "\n".join(dependencies.waiting)))
     artifacts = {**kept, **dependencies.artifacts}
@@ -225,15 +225,16 @@ def _wanted(
     if spec.network_policy:
         yield Create(NETWORK_POLICY, network_policy(owner))
     yield Create(POD_DISRUPTION_BUDGET, pod_disruption_budget(owner))
-    yield Create(CONFIG_MAP, _annotated(plan_config_map(owner, plan, launch.attempt), launch.artifacts))
+    yield Create(CONFIG_MAP, _annotated(plan_config_map(owner, plan, launch.attempt), plan, launch.artifacts))
     yield Create(RAY_JOB, build_rayjob(owner, job, plan, spec, launch.attempt, settings))
 
 
-def _annotated(document: Document, artifacts: Mapping[str, Artifact]) -> Document:
-    """The plan's ConfigMap with its digest, and with what other jobs wrote."""
+def _annotated(document: Document, plan: RunPlan, artifacts: Mapping[str, Artifact]) -> Document:
+    """The plan's ConfigMap with its digest, with what it writes, and with what other jobs wrote."""
     metadata = document["metadata"]
     digest = hashlib.sha256(repr(sorted(document["data"].items())).encode()).hexdigest()[:16]
     annotations = {**metadata.get("annotations", {}), names.DIGEST_ANNOTATION: digest}
+    annotations[names.OUTPUTS_ANNOTATION] = json.dumps([one.to_document() for one in plan.outputs])
     if artifacts:
         noted = {name: one.to_document() for name, one in artifacts.items()}
         annotations[names.ARTIFACTS_ANNOTATION] = json.dumps(noted, sort_keys=True)

@@ -19,6 +19,7 @@ __all__ = [
     "JOB_LABEL",
     "MANAGED_BY",
     "MANAGED_BY_LABEL",
+    "OUTPUTS_ANNOTATION",
     "NAME_LABEL",
     "RAY_CONTAINER",
     "RAY_JOB_NAME_LENGTH",
@@ -58,6 +59,8 @@ DIGEST_ANNOTATION = "finetune-operator.io/digest"
 """On a plan's ConfigMap: of its contents, which the operator does not keep in memory."""
 ARTIFACTS_ANNOTATION = "finetune-operator.io/artifacts"
 """On a plan's ConfigMap: what other jobs wrote that it was planned with, as JSON by their names."""
+OUTPUTS_ANNOTATION = "finetune-operator.io/outputs"
+"""On a plan's ConfigMap: the outputs that the attempt writes, as JSON; the job's own may be edited meanwhile."""
 
 HEAD = "head"
 WORKER = "worker"

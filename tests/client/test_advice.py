@@ -71,6 +71,12 @@ ROWS = [
         "kubectl get finetuneruntimes",
     ),
     (
+        "a job that names a model that will not do",
+        view(condition("Valid", "False", "DependencyUnfit", "spec.model.source: will be an adapter")),
+        "will be an adapter",
+        "Correct the job that it names, and this one then starts by itself",
+    ),
+    (
         "a job that cannot be planned",
         view(condition("Valid", "False", "PlanRefused", "spec.training.globalBatchSize: too small")),
         "globalBatchSize",

@@ -579,11 +579,11 @@ def test_a_job_whose_model_will_never_do_is_refused_while_it_trains_and_no_longe
     cluster = Cluster(CHAINED)
     cluster.dependencies["sft"] = job_document({"method": {"reward": {}}}, name="sft")
     cluster.settle()
-    assert cluster.holds("Valid") == ("False", "PlanRefused")
+    assert cluster.holds("Valid") == ("False", "DependencyUnfit")
     assert cluster.says("Valid").startswith("spec.model.source: is a job of method reward")
     cluster.dependencies["sft"] = another_job("sft", {"phase": "Running"})
     cluster.settle()
-    assert cluster.holds("Valid") != ("False", "PlanRefused")
+    assert cluster.holds("Valid") == ("True", "Accepted")
     assert cluster.holds("Admitted") == ("False", "DependencyPending")
 
 
@@ -595,6 +595,15 @@ def test_a_job_fails_with_the_reason_of_the_job_that_it_needs() -> None:
     assert cluster.holds("Failed") == ("True", "DependencyFailed")
     assert "row 7 is empty" in cluster.says("Failed")
     assert cluster.status["failure"] == "DependencyFailed"
+
+
+def test_a_job_fails_with_the_job_that_it_needs_also_where_another_ones_model_would_not_do() -> None:
+    cluster = Cluster({**CHAINED, "method": {"distill": {"teacher": {"source": "job://big"}}}})
+    failure = {"type": "Failed", "status": "True", "reason": "DataError", "message": "row 7 is empty"}
+    cluster.dependencies["sft"] = another_job("sft", {"conditions": [failure]})
+    cluster.dependencies["big"] = job_document({"method": {"reward": {}}}, name="big")
+    cluster.settle()
+    assert cluster.holds("Failed") == ("True", "DependencyFailed")
 
 
 def test_later_attempts_need_the_other_job_no_more() -> None:

@@ -71,6 +71,43 @@ def test_a_job_starts_as_soon_as_the_job_whose_model_it_needs_has_written_it() -
     play(scenario)
 
 
+MERGED = {"spec": {"outputs": [{"to": "s3://models/first", "merge": True}]}}
+
+
+def test_a_job_refused_for_what_another_one_lacks_is_looked_at_again_when_that_one_is_corrected() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.submit(job_document({"suspend": True}, name="first"))
+        await stage.submit(job_document({"model.source": "job://first"}, name="second"))
+        await asyncio.sleep(1)
+        assert stage.condition("Valid", "second")["reason"] == "DependencyUnfit"
+        assert "give first an output with merge: true" in stage.condition("Valid", "second")["message"]
+        await stage.there.merge(FINETUNE_JOB, Key(NAMESPACE, "first"), MERGED)
+        await asyncio.sleep(1)
+        assert stage.condition("Valid", "second")["reason"] == "Accepted"
+        assert stage.condition("Admitted", "second")["reason"] == "DependencyPending"
+
+    play(scenario)
+
+
+def test_what_another_job_trains_counts_and_not_what_was_edited_since_until_it_begins_anew() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.submit(job_document(name="first"))
+        await stage.submit(job_document({"model.source": "job://first"}, name="second"))
+        await asyncio.sleep(1)
+        await stage.kuberay("first-1", "Running", "RUNNING")
+        first = Key(NAMESPACE, "first")
+        await stage.there.merge(FINETUNE_JOB, first, MERGED)
+        await asyncio.sleep(60)
+        assert "suspend that job and resume it" in stage.condition("Valid", "second")["message"]
+        for suspend in (True, False):
+            await stage.there.merge(FINETUNE_JOB, first, {"spec": {"suspend": suspend}})
+            await asyncio.sleep(60)
+        assert "first-2" in stage.names(RAY_JOB)
+        assert stage.condition("Valid", "second")["reason"] == "Accepted"
+
+    play(scenario)
+
+
 def test_a_job_of_another_manager_is_left_alone() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.submit(job_document({"managedBy": "kueue.x-k8s.io/multikueue"}))

@@ -8,11 +8,13 @@ A model is named as the one to start from, as a teacher or as a reward. `depende
 index jobs by, so that the end of one wakes those that wait for it.
 
 A model that will not do is refused while it is waited for, by what the other job says of itself (`misfits`): nobody
-trains for hours to find out.
+trains for hours to find out. Of a job that trains its present attempt's plan counts (`with_plan`), since outputs may be
+edited at any time and are those of the next attempt then.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,12 +23,15 @@ from pydantic import ValidationError
 
 from finetune_api.failures import Problem
 from finetune_api.progress import Artifact
+from finetune_operator import names as naming
 from finetune_operator.names import SCRATCH
-from finetune_operator.raw import at, items, text
+from finetune_operator.raw import Document, at, controller_uid, items, text
 
-__all__ = ["Dependencies", "dependency_names", "dependency_paths", "misfits", "resolve"]
+__all__ = ["Dependencies", "dependency_names", "dependency_paths", "misfits", "resolve", "with_plan"]
 
 _PREFIX = "job://"
+_PLANNED = "planned"
+"""Beside a raw job's spec: the same of its present attempt."""
 _POD_DISK = f"file://{SCRATCH}/"
 """What is there nobody else can read, and soon nobody at all."""
 
@@ -87,17 +92,42 @@ def _misfit(path: str, name: str, other: Any) -> str | None:
         return None
     if method == "reward":
         return "is a job of method reward, whose model gives scores and writes nothing; name a job of another method"
-    if not _is_whole(other):
-        return f"will be an adapter and not a whole model; give {name} an output with merge: true"
-    return None
+    if _is_whole(other):
+        return None
+    if not _artifacts(other) and _merges(at(other, "spec")):
+        return (
+            f"will be an adapter and not a whole model: {name} got an output with merge: true after its attempt had"
+            " begun; suspend that job and resume it"
+        )
+    return f"will be an adapter and not a whole model; give {name} an output with merge: true"
 
 
 def _is_whole(other: Any) -> bool:
     """Whether it has written a whole model; as long as it has written nothing, whether it is going to."""
     if written := _artifacts(other):
         return any(one.kind == "model" for one in written)
-    is_lora = at(other, "spec", "tuning", "lora") is not None
-    return not is_lora or any(at(one, "merge") is True for one in items(at(other, "spec"), "outputs"))
+    return at(other, "spec", "tuning", "lora") is None or _merges(at(other, _PLANNED) or at(other, "spec"))
+
+
+def _merges(block: Any) -> bool:
+    return any(at(one, "merge") is True for one in items(block, "outputs"))
+
+
+def with_plan(job: Document, config_maps: Iterable[Document]) -> Document:
+    """The raw FineTuneJob with what its present attempt was planned with, if that is among the `config_maps`. Total."""
+    last = next(reversed([*items(at(job, "status"), "attempts")]), None)
+    number = at(last, "number")
+    if not isinstance(number, int) or at(last, "endedAt") is not None:
+        return job
+    uid, plan = text(job, "metadata", "uid"), naming.plan_config_map(text(job, "metadata", "name"), number)
+    for one in config_maps:
+        if text(one, "metadata", "name") == plan and controller_uid(one) == uid:
+            try:
+                outputs = json.loads(text(one, "metadata", "annotations", naming.OUTPUTS_ANNOTATION))
+            except (RecursionError, ValueError):  # somebody's hand, or an operator's that noted nothing
+                return job
+            return {**job, _PLANNED: {"outputs": outputs}}
+    return job
 
 
 def resolve(names: Iterable[str], jobs: Mapping[str, Any]) -> Dependencies:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.policies.dependencies import dependency_names, dependency_paths, misfits, resolve
+from finetune_operator.names import OUTPUTS_ANNOTATION
+from finetune_operator.policies.dependencies import dependency_names, dependency_paths, misfits, resolve, with_plan
 from tests.factories import job_document
 from tests.operator.decide_factories import ARTIFACT, another_job
 
@@ -166,3 +167,32 @@ def test_a_success_without_a_model_is_a_failure_for_those_that_need_it(artifacts
 def test_one_artifact_that_cannot_be_read_does_not_hide_the_others() -> None:
     found = resolve(["sft"], {"sft": another_job("sft", ended("Complete", artifacts=[{"uri": 1}, *WRITTEN]))})
     assert found.artifacts == {"sft": ARTIFACT}
+
+
+def planned_with(outputs: str, uid: str = "1") -> dict[str, Any]:
+    """The plan's ConfigMap of the job's first attempt."""
+    owners = [{"uid": uid, "controller": True}]
+    return {
+        "metadata": {"name": "other-1-plan", "ownerReferences": owners, "annotations": {OUTPUTS_ANNOTATION: outputs}}
+    }
+
+
+@pytest.mark.parametrize(
+    ("attempt", "plan", "fits"),
+    [
+        pytest.param({"number": 1}, planned_with('[{"to": "s3://b/a", "merge": false}]'), False, id="it trains"),
+        pytest.param({"number": 1, "endedAt": "now"}, planned_with("[]"), True, id="the attempt has ended"),
+        pytest.param({"number": 2}, planned_with("[]"), True, id="a plan of another attempt"),
+        pytest.param({"number": 1}, planned_with("[]", uid="2"), True, id="of a job that had its name before"),
+        pytest.param({"number": 1}, planned_with("no JSON"), True, id="somebody's hand"),
+        pytest.param({"number": 1}, {"metadata": {"name": "other-1-plan"}}, True, id="nothing noted"),
+        pytest.param("what", planned_with("[]"), True, id="no attempt"),
+    ],
+)
+def test_of_a_job_that_trains_the_present_attempts_outputs_count(
+    attempt: Any, plan: dict[str, Any], fits: bool
+) -> None:
+    other = job_document(MERGED, name="other") | {"status": {"attempts": [attempt]}}
+    other["metadata"]["uid"] = "1"
+    found = misfits(job_document(NEEDS_MODEL), {"other": with_plan(other, [plan])})
+    assert (found == []) is fits
