@@ -128,7 +128,7 @@ class AsyncClient:
         return one
 
     async def submit_all(self, files: Sequence[Path] | Handed, *, dry_run: bool = False) -> Sequence[AsyncJob]:
-        """Hand over every job in these files or folders; nothing is, when this machine finds anything wrong."""
+        """Hand over every job in these files or folders; nothing is, when anything is wrong with one."""
         return await self._submit(files if isinstance(files, Handed) else handed_over(files), dry_run)
 
     async def job(self, name: str, namespace: str | None = None) -> AsyncJob:
@@ -159,6 +159,10 @@ class AsyncClient:
         for one in handed.jobs:
             check_namespace(one, self._namespace)
         backend = await self.backend()
+        for one in handed.jobs if len(handed.jobs) > 1 and not dry_run else ():
+            await backend.submit(
+                one, handed.runtimes, True
+            )  # so that the last one's fault does not find others started
         views = [await backend.submit(one, handed.runtimes, dry_run) for one in handed.jobs]
         return [AsyncJob(backend, Key(view.namespace, view.name), view) for view in views]
 
@@ -289,7 +293,7 @@ class Client:
         return Job(self._portal, self._portal.call(self._async.submit(job, dry_run=dry_run)))
 
     def submit_all(self, files: Sequence[Path] | Handed, *, dry_run: bool = False) -> Sequence[Job]:
-        """Hand over every job in these files or folders; nothing is, when this machine finds anything wrong."""
+        """Hand over every job in these files or folders; nothing is, when anything is wrong with one."""
         return [Job(self._portal, one) for one in self._portal.call(self._async.submit_all(files, dry_run=dry_run))]
 
     def job(self, name: str, namespace: str | None = None) -> Job:

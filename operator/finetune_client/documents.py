@@ -18,6 +18,7 @@ from finetune_api.manifests import load_manifests, with_absolute_paths
 from finetune_api.problems import InvalidManifest, shorten, validate_document
 from finetune_api.runtime import FineTuneRuntime
 from finetune_client.errors import NoSuchJob
+from finetune_client.loading import misfits_among
 from finetune_operator.kinds import Key
 
 __all__ = ["Handed", "Submission", "check_namespace", "checked", "document_of", "handed_over"]
@@ -48,6 +49,8 @@ def handed_over(given: Submission | Sequence[Path]) -> Handed:
     found = load_manifests(*paths)
     if not found.jobs:
         raise InvalidManifest([Problem(file=str(paths[0]), message="holds no FineTuneJob")])
+    if unfit := misfits_among(found.jobs):
+        raise InvalidManifest(unfit)
     return Handed([one.job for one in found.jobs], list(found.runtimes.values()))
 
 

@@ -22,7 +22,17 @@ from finetune_client.overrides import Override, apply_overrides
 from finetune_operator.planning import plan_run
 from finetune_operator.policies.dependencies import dependency_names, dependency_paths, misfits
 
-__all__ = ["Loaded", "PlannedJob", "load", "load_all", "load_one", "missing_data", "missing_jobs", "missing_models"]
+__all__ = [
+    "Loaded",
+    "PlannedJob",
+    "load",
+    "load_all",
+    "load_one",
+    "misfits_among",
+    "missing_data",
+    "missing_jobs",
+    "missing_models",
+]
 
 
 JobName = tuple[str, str]
@@ -60,7 +70,7 @@ def load(files: Sequence[Path], runtimes: Sequence[Path] = (), overrides: Sequen
             loaded.planned.append(_planned(job, known, complete=not loaded.problems))
         except InvalidManifest as invalid:
             loaded.problems += [problem.model_copy(update={"file": job.file}) for problem in invalid.problems]
-    loaded.problems += _misfits(loaded.planned)
+    loaded.problems += misfits_among(loaded.planned)
     return loaded
 
 
@@ -138,13 +148,13 @@ def _why_not(
     return None
 
 
-def _misfits(planned: Sequence[PlannedJob]) -> list[Problem]:
+def misfits_among(jobs: Sequence[LoadedJob | PlannedJob]) -> list[Problem]:
     """Jobs of these files whose models will not do where others of them name them."""
-    documents = {(one.plan.namespace, one.plan.name): one.job.to_document() for one in planned}
+    documents = {(one.job.metadata.namespace, one.job.metadata.name): one.job.to_document() for one in jobs}
     problems = []
-    for one in planned:
-        beside = {name: document for (space, name), document in documents.items() if space == one.plan.namespace}
-        found = misfits(beside[one.plan.name], beside)
+    for one in jobs:
+        beside = {name: other for (space, name), other in documents.items() if space == one.job.metadata.namespace}
+        found = misfits(one.job.to_document(), beside)
         problems += [problem.model_copy(update={"file": one.file}) for problem in found]
     return problems
 

@@ -111,3 +111,15 @@ def test_a_file_beside_a_job_without_a_manifest_is_looked_for_in_the_working_dir
     for given in (document, FineTuneJob.model_validate(document)):
         [job] = handed_over(given).jobs
         assert job.spec.data.train[0].source == f"file://{tmp_path}/rows.jsonl"
+
+
+def test_jobs_handed_over_together_are_refused_where_ones_model_will_not_do_for_another(tmp_path: Path) -> None:
+    judge = {"ppo": {"rewards": [{"model": {"source": "job://first"}}]}}
+    documents = [job_document(name="first"), job_document({"method": judge}, name="second")]
+    file = tmp_path / "jobs.yaml"
+    file.write_text(yaml.safe_dump_all(documents))
+    with pytest.raises(InvalidManifest) as refused:
+        handed_over(file)
+    [problem] = refused.value.problems
+    assert (problem.file, problem.path) == (str(file), "spec.method.ppo.rewards[0].model.source")
+    assert "whose model gives no scores" in problem.message

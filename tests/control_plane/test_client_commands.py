@@ -124,6 +124,24 @@ def test_what_only_the_cluster_knows_is_told_with_the_field(jobs: Jobs, finetune
     assert '(found "not a label value!")' in done.stderr
 
 
+def test_a_model_that_will_not_do_is_refused_before_it_is_submitted_by_the_file_or_by_the_cluster(
+    jobs: Jobs, finetune: Tool, write: Any
+) -> None:
+    here = ("-n", jobs.namespace)
+    first, other = (write(job_document(name=name), f"{name}.yaml") for name in ("first", "other"))
+    beside = write(job_document({"model.source": "job://first"}, "second"), "second.yaml")
+    told = "spec.model.source: will be an adapter and not a whole model; give first an output with merge: true"
+    done = finetune.run("submit", beside, first, *here)
+    assert (done.returncode, done.stdout) == (INVALID, "")
+    assert f"{beside}: {told}" in done.stderr
+    finetune("submit", beside, "--dry-run", *here)  # it is waited for
+    finetune("submit", first, *here)
+    done = finetune.run("submit", other, beside, *here)
+    assert (done.returncode, done.stdout) == (INVALID, "")
+    assert told in done.stderr
+    assert [line.split()[0] for line in finetune("list", *here).splitlines()[1:]] == ["first"]
+
+
 def test_a_job_whose_runtime_is_missing_says_so_in_every_view(
     jobs: Jobs, running: Operator, finetune: Tool, write: Any
 ) -> None:

@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any, Self
 
 from finetune_api.job import FineTuneJob
+from finetune_api.problems import InvalidManifest
 from finetune_api.runtime import FineTuneRuntime
 from finetune_client.backends.kubeconfig import place_of
 from finetune_client.backends.pod_logs import PodLogs
 from finetune_client.backends.refusals import error_for
-from finetune_client.documents import document_of
-from finetune_client.errors import NoSuchJob, Unreachable
+from finetune_client.documents import checked, document_of
+from finetune_client.errors import NoSuchJob, NotAllowed, Unreachable
 from finetune_client.views import JobEvent, JobView, LogChoice, LogLine
 from finetune_operator.cluster.connection import Connection, connect
 from finetune_operator.cluster.login import Unusable
 from finetune_operator.errors import ApiError, ClusterError, Gone, TooManyRequests
 from finetune_operator.errors import Unreachable as NoAnswer
 from finetune_operator.kinds import EVENT, FINETUNE_JOB, Key
+from finetune_operator.policies.dependencies import dependency_names, misfits
 from finetune_operator.raw import items, text, version_of
 
 __all__ = ["KubernetesBackend"]
@@ -82,6 +84,7 @@ class KubernetesBackend:
         document = document_of(job)
         key = Key(self._namespace_for(document), job.metadata.name)
         document["metadata"]["namespace"] = key.namespace
+        await self._check_models(document, key.namespace)
         query = _WRITTEN_BY_US | {"fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
         path = FINETUNE_JOB.path(key.namespace)
         return self._view(await self._send("POST", path, key, "create FineTuneJobs", query=query, body=document))
@@ -157,6 +160,19 @@ class KubernetesBackend:
     async def close(self) -> None:
         """See Backend."""
         await self._closing.aclose()
+
+    async def _check_models(self, document: Document, namespace: str) -> None:
+        """Raises InvalidManifest where a job that is there is named, and its model will not do."""
+        others = {name: await self._known(Key(namespace, name)) for name in dependency_names(document)}
+        if unfit := misfits(document, others):
+            raise InvalidManifest(unfit)
+
+    async def _known(self, key: Key) -> Mapping[str, Any] | None:
+        """A job as it stands; None for one that is not there yet or that this person may not read."""
+        try:
+            return (await self.get(checked(key))).document
+        except (NoSuchJob, NotAllowed):
+            return None
 
     async def _changes(self, key: Key, version: str) -> AsyncGenerator[Document]:
         """What a watch brings of one job, bookmarks included. NoSuchJob when it is deleted."""
