@@ -28,7 +28,18 @@ from finetune_api.plan import (
 from finetune_api.problems import InvalidManifest, shorten
 from finetune_api.progress import Artifact
 from finetune_api.runtime import FineTuneRuntime, FineTuneRuntimeSpec
-from finetune_api.spec import Distill, FineTuneJobSpec, Grpo, KlPenalty, Method, Model, Ppo, Precision, Quantization
+from finetune_api.spec import (
+    Distill,
+    FineTuneJobSpec,
+    Grpo,
+    KlPenalty,
+    Method,
+    Model,
+    Ppo,
+    Precision,
+    Quantization,
+    Workers,
+)
 from finetune_api.spec.fields import memory_bytes
 from finetune_api.uris import Scheme, parse_uri
 from finetune_operator.zero import PARTITION_KEYS, deepspeed_config, reserved_key_problems
@@ -240,6 +251,9 @@ class _Planner:
         """The numbers of workers below the full one over whose processes the global batch can be spread evenly."""
         asked, total = self.spec.cluster.workers, self.spec.training.global_batch_size
         if asked.min_replicas is None or asked.min_replicas == asked.replicas:
+            if (seconds := asked.resize_after_seconds) != Workers().resize_after_seconds:
+                why = f"{_IDLE}: without a minReplicas below replicas the number of workers stays"
+                self._decide("cluster.workers.resizeAfterSeconds", seconds, why)
             return None
         fewer = [n for n in range(asked.replicas - 1, 0, -1) if total % (n * processes_per_worker) == 0]
         allowed = [n for n in fewer if n >= asked.min_replicas]

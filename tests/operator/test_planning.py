@@ -660,6 +660,14 @@ class TestSettingsWithoutEffect:
         assert "has no effect" in reason
         assert "tuning.lora.dropout" not in decided(plan(lora))
 
+    def test_there_is_nobody_to_wait_for_where_the_number_of_workers_is_fixed(self) -> None:
+        field, seconds = "cluster.workers.resizeAfterSeconds", {"replicas": 2, "resizeAfterSeconds": 60}
+        for workers in (seconds, seconds | {"minReplicas": 2}):
+            _, reason = decided(plan({"cluster.workers": workers, "checkpoint": {}}))[field]
+            assert "has no effect" in reason
+        for workers in (seconds | {"minReplicas": 1}, {"replicas": 2}):
+            assert field not in decided(plan({"cluster.workers": workers, "checkpoint": {}}))
+
     def test_a_limit_that_nobody_asked_for_is_told(self) -> None:
         limits = {"ppo": "3", "grpo": None}
         for method, limit in limits.items():
