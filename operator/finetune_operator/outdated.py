@@ -17,6 +17,8 @@ OUTDATED_CRD = "OutdatedCRD"
 
 def dropped_fields(sent: Any, kept: Any, path: str = "status") -> Iterator[str]:
     """Paths of fields of `sent` that `kept`, the same object as the server answers with, does not have."""
+    if sent == kept:
+        return
     if isinstance(sent, dict):
         for name, value in sent.items():
             if isinstance(kept, dict) and name in kept:
