@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
+from json.scanner import py_make_scanner  # type: ignore[attr-defined]
 from pathlib import Path
 from socket import socket
 from typing import Any
@@ -37,9 +38,9 @@ _READ_AT_ONCE = 1 << 18
 _CHANNELS = "v4.channel.k8s.io"
 """How a command's streams share one WebSocket: the first byte of each message says whose it is."""
 _LONGEST_MESSAGE = 2000
-_DEEPEST = 11_000
-"""Levels of nesting, and some for us. An API server takes ten thousand, and what one job holds of them must not end the
-watch over all."""
+_DEEPEST = 21_000
+"""Calls: two for a level of nesting, and some for us. An API server takes ten thousand levels, and what one job holds
+of them must not end the watch over all."""
 
 
 @asynccontextmanager
@@ -187,6 +188,14 @@ class Connection:
             raise Unreachable(f"{method} {path}: {str(error) or 'no answer in time'}") from error
 
 
+class _DeepDecoder(json.JSONDecoder):
+    """All in Python: from 3.12 on the decoder in C counts its calls by itself, and 3.12 gives up at 1,500 levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scan_once: Any = py_make_scanner(self)
+
+
 def _parsed(text: bytes) -> Any:
     """Words that come again and again, above all names of fields, are held once for all objects of all watches."""
     try:
@@ -196,8 +205,8 @@ def _parsed(text: bytes) -> Any:
     usual = sys.getrecursionlimit()
     sys.setrecursionlimit(_DEEPEST)
     try:
-        return json.loads(text)
-    except ValueError:
+        return _DeepDecoder().decode(text.decode())
+    except (ValueError, RecursionError):
         raise Unreachable(f"something that is no API server answered: {text[:200]!r}") from None
     finally:
         sys.setrecursionlimit(usual)
@@ -207,7 +216,7 @@ def _refusal(response: aiohttp.ClientResponse, text: bytes) -> ApiError:
     """The error for an answer of 400 and above, which is a Status unless something on the way has answered."""
     try:
         status = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         status = None
     status = status if isinstance(status, dict) else {"message": text.decode(errors="replace").strip()}
     message = str(status.get("message") or response.reason)[:_LONGEST_MESSAGE]
