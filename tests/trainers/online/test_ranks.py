@@ -42,6 +42,9 @@ class Ranks:
         self._boxes: list[Any] = [None] * world_size
         self.stops: Callable[[], bool] = lambda: False
         """Whether rank 0 is told to stop."""
+        self.sampling: dict[str, Any] = {}
+        self.asked: list[list[Request]] = [[] for _ in range(world_size)]
+        """Of each rank."""
 
     def gather(self, rank: int, value: Any) -> list[Any]:
         self._boxes[rank] = value
@@ -66,7 +69,7 @@ class Ranks:
         )
         parts = Parts(
             models=cast(Any, None),
-            engine=cast(Any, Echo()),
+            engine=cast(Any, Echo(self.asked[rank])),
             is_exact=False,
             rewards=WeightedRewards([NamedScorer("number", "spec.method.grpo.rewards[0]", 1.0, Numbers(outage))]),
             questions=cast(Any, SimpleNamespace(at=question)),
@@ -83,7 +86,7 @@ class Ranks:
             context=cast(Any, context),
         )
         rewards = [{"metric": {"kind": "exact-match"}}]
-        settings = {"maxSeqLength": 1024, "groupSize": 4, "rewards": rewards}
+        settings = {"maxSeqLength": 1024, "groupSize": 4, "rewards": rewards, "sampling": self.sampling}
         return Grpo(GrpoSettings.model_validate(settings), parts)
 
 
@@ -92,7 +95,11 @@ class Echo:
 
     is_policy = True
 
+    def __init__(self, asked: list[Request]) -> None:
+        self._asked = asked
+
     def generate(self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress) -> list[Completion]:
+        self._asked += requests
         on_progress(1, len(requests))
         return [Completion([1 + request.seed % 97], [0.0], True) for request in requests]
 
@@ -118,7 +125,7 @@ class Numbers:
 
 
 def question(position: int) -> Question:
-    return Question([5, 6], [{"role": "user", "content": str(position)}], {}, 0, position)
+    return Question([5, 6 + position], [{"role": "user", "content": str(position)}], {}, 0, position)
 
 
 def learned(method: Grpo) -> tuple[list[tuple[int, float]], dict[str, float], bool]:
@@ -143,6 +150,18 @@ def test_two_workers_learn_what_one_learns_whatever_fails(outage: Outage) -> Non
         assert is_left_out == one[2] == (outage is ALL)
     assert sorted(pair for pairs, *_ in two for pair in pairs) == sorted(one[0])
     assert len(one[0]) == (0 if outage is ALL else 8)
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_each_prompt_that_is_searched_is_searched_by_one_worker(num_beams: int) -> None:
+    one, two = Ranks(1), Ranks(2)
+    for ranks in (one, two):
+        ranks.sampling = {"numBeams": num_beams}
+    [alone], shared = (ranks.each(learned, NONE) for ranks in (one, two))
+    assert sorted(pair for pairs, *_ in shared for pair in pairs) == sorted(alone[0])
+    prompts = [{tuple(request.prompt_ids) for request in asked} for asked in two.asked]
+    assert [len(asked) for asked in two.asked] == [4, 4]
+    assert len(prompts[0] & prompts[1]) == (0 if num_beams > 1 else 2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -20,7 +20,7 @@ from finetune_trainers.data.batches import IGNORED, Batch, dummy_batch
 from finetune_trainers.data.questions import Question
 from finetune_trainers.rewards import Episode, Opinions
 
-__all__ = ["Experience", "Rollout", "Said", "in_forward_passes", "own_parts", "packed", "shuffled"]
+__all__ = ["Experience", "Rollout", "Said", "dealt", "in_forward_passes", "own_parts", "packed", "shuffled"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,17 @@ class Experience(Batch):
         names = ("advantages", "weights", "old_log_probs", "ref_log_probs", "old_values", "returns", "importance")
         known = {name: value for name in names if (value := getattr(self, name)) is not None}
         return replace(moved, **{name: value.to(device) for name, value in known.items()})
+
+
+def dealt(prompts: Sequence[Sequence[int]], world_size: int, whole: bool) -> list[list[int]]:
+    """Which of the answers to `prompts`, one to each, every rank writes. `whole`: equal prompts go to one rank, because
+    all answers to one are found together."""
+    parts: list[list[int]] = [[] for _ in range(world_size)]
+    numbers: dict[object, int] = {}
+    for index, prompt in enumerate(prompts):
+        number = numbers.setdefault(tuple(prompt) if whole else index, len(numbers))
+        parts[number % world_size].append(index)
+    return parts
 
 
 def packed(rollouts: Sequence[Rollout], said: Sequence[Said] = ()) -> Experience:

@@ -22,6 +22,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -38,7 +39,7 @@ from finetune_trainers.errors import DataError, KLDivergedError, NonFiniteLossEr
 from finetune_trainers.evaluation import evaluating
 from finetune_trainers.methods import Method
 from finetune_trainers.online.correction import GAP, corrections
-from finetune_trainers.online.episodes import Rollout, Said, in_forward_passes, own_parts, packed, shuffled
+from finetune_trainers.online.episodes import Rollout, Said, dealt, in_forward_passes, own_parts, packed, shuffled
 from finetune_trainers.online.memory import give_back
 from finetune_trainers.online.models import Models
 from finetune_trainers.rewards import Fault, Rewards
@@ -288,7 +289,7 @@ class Online(Method):
             staleness = {} if self._ahead is None else {"staleness": float(self._written_ahead is not None)}
             rollouts, kept = self._collected()
         if self._ahead is not None and number + 1 < self._parts.num_iterations:
-            self._ahead.start(self._requests(self._next_prompts()), self._sampling)
+            self._ahead.start(self._requests(self._next_prompts(), self._sampling), self._sampling)
             self._is_writing_ahead = True
         figures = {**self._reward_figures(rollouts), **kept, **staleness}
         if "reward" not in figures:
@@ -391,23 +392,28 @@ class Online(Method):
         rollouts = self._rollouts(asked, self._sampling, written)
         return [rollouts[start : start + each] for start in range(0, len(rollouts), each)]
 
-    def _requests(self, asked: Sequence[Asking]) -> list[Request]:
+    def _dealt(self, asked: Sequence[Asking], sampling: Sampling) -> list[list[int]]:
+        """Which of `asked` each rank answers."""
+        prompts = [question.ids for question, _, _ in asked]
+        return dealt(prompts, self._context.world_size, whole=sampling.num_beams > 1)
+
+    def _requests(self, asked: Sequence[Asking], sampling: Sampling) -> list[Request]:
         """This rank's."""
+        mine = [asked[index] for index in self._dealt(asked, sampling)[self._context.rank]]
         return [
             Request(question.ids, seed_of(self._parts.seed, place, sample), place=sample)
-            for question, place, sample in asked[self._context.rank :: self._context.world_size]
+            for question, place, sample in mine
         ]
 
     def _rollouts(
         self, asked: Sequence[Asking], sampling: Sampling, written: list[Completion] | None = None
     ) -> list[Rollout]:
         """The answers in the order of `asked`; `written` are this rank's where it has them. Collective."""
-        rank, world = self._context.rank, self._context.world_size
-        mine = range(rank, len(asked), world)
-        completions = written
+        parts, completions = self._dealt(asked, sampling), written
         if completions is None:
             with self._timed("generate"):
-                completions = self._parts.engine.generate(self._requests(asked), sampling, self._tell_of_writing)
+                requests = self._requests(asked, sampling)
+                completions = self._parts.engine.generate(requests, sampling, self._tell_of_writing)
         texts = [str(self._parts.tokenizer.decode(one.ids, skip_special_tokens=True)) for one in completions]
         written_here = [
             Rollout(
@@ -421,7 +427,7 @@ class Online(Method):
                 engine_log_probs=None if self._parts.engine.is_policy else one.log_probs,
                 policy_log_probs=one.log_probs if self._parts.is_exact else None,
             )
-            for index, one, text in zip(mine, completions, texts, strict=True)
+            for index, one, text in zip(parts[self._context.rank], completions, texts, strict=True)
         ]
         with self._timed("score"):
             opinions = self._parts.rewards.score([rollout.episode for rollout in written_here])
@@ -430,7 +436,8 @@ class Online(Method):
         everybodys = self._gathered(
             [replace(rollout, opinions=said) for rollout, said in zip(written_here, opinions, strict=True)]
         )
-        return self._rewarded([everybodys[index % world][index // world] for index in range(len(asked))])
+        found = dict(zip(chain(*parts), chain(*everybodys), strict=True))
+        return self._rewarded([found[index] for index in range(len(asked))])
 
     def _gathered(self, value: T) -> list[T]:
         """Every rank's. Raises _StoppedError on all ranks where one was asked to stop while an iteration is made."""
