@@ -23,6 +23,10 @@ def matches(prompts: list[str], completions: list[str], answer: list[str], facto
     return [factor * (text == right) for text, right in zip(completions, answer, strict=True)]
 
 
+def hinted(completions: list[str], hint: list[str | None] | None = None) -> list[float]:
+    return [float(one is not None) for one in hint or [None] * len(completions)]
+
+
 def everything(completions: list[str], **others: Any) -> list[float]:
     """The number of what it is given, and whether all of it is as long as the answers."""
     assert all(len(column) == len(completions) for column in others.values())

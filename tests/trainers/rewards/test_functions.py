@@ -65,9 +65,14 @@ def test_a_function_may_ask_for_the_conversation_and_how_the_answer_came_about(m
     assert make("about_the_rest").score([cut, *episodes(["a"])]).values == [230.0, 111.0]
 
 
-def test_rows_that_lack_a_column_give_none_for_it(make: Make) -> None:
-    mixed = [*episodes(["a"], answer=["a"]), *episodes(["b"])]
-    assert make("matches").score(mixed).values == [1.0, 0.0]
+def test_of_rows_that_lack_a_column_which_a_function_needs_it_has_no_opinion(make: Make) -> None:
+    mixed = [*episodes(["b"]), *episodes(["a", "c"], answer=["a", "a"])]
+    assert make("matches").score(mixed) == ([None, 1.0, 0.0], {})
+
+
+def test_rows_that_lack_a_column_which_a_function_can_do_without_give_none_for_it(make: Make) -> None:
+    mixed = [*episodes(["a"], hint=["x"]), *episodes(["b"])]
+    assert make("hinted").score(mixed).values == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("function", ["length", "later"])
@@ -231,9 +236,9 @@ def test_a_function_that_cannot_be_had_is_refused_with_its_field(
     assert call in str(problem.value)
 
 
-def test_answers_to_rows_that_all_lack_a_column_are_given_none_for_it(make: Make) -> None:
+def test_of_rows_that_all_lack_a_column_a_function_is_not_asked(make: Make) -> None:
     """Of a mixture of sources a batch may be of one that has no such column."""
-    assert make("matches").score(episodes(["a"], right=["a"], source=["b"])).values == [0.0]
+    assert make("matches").score(episodes(["a"], right=["a"], source=["b"])) == ([None], {})
 
 
 def test_a_function_needs_the_columns_that_are_neither_given_nor_set(make: Make) -> None:

@@ -131,11 +131,17 @@ def test_with_a_pattern_too_a_row_without_a_right_answer_costs_the_others_nothin
 
 
 @pytest.mark.parametrize("more", [{}, {"pattern": ".+"}], ids=["plain", "with a pattern"])
-def test_rows_that_all_lack_the_column_have_no_score(more: dict[str, str]) -> None:
+def test_of_rows_that_lack_the_column_there_is_no_opinion(more: dict[str, str]) -> None:
     """Of a mixture of sources a batch may be of one that has no such column."""
-    found = scored({"kind": "bleu", "column": "solution"} | more, ["7"], answer=["7"])
-    assert found.values == [None]
-    assert "the row has no right answer in column solution" in found.faults[0]
+    scorer = MetricScorer(MetricReward.model_validate({"kind": "exact-match", "column": "solution"} | more), PATH)
+    lacking, others = episodes(["7"], answer=["7"]), episodes(["7", "8"], solution=["7", None])
+    try:
+        assert scorer.score(lacking) == ([None], {})
+        found = scorer.score([*lacking, *others])
+    finally:
+        scorer.close()
+    assert found.values == [None, 1.0, None]
+    assert list(found.faults) == [2], "a row that has the column has no right answer in it"
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ class Needed(NamedTuple):
 
 def check_columns(needed: Sequence[Needed], data: PreparedData) -> list[Problem]:
     """What `needed` finds in no row of the training or of the evaluation data. In a mixture it is enough that one
-    source has a column: rows without it have no score by that reward. Raises StorageError."""
+    source has a column: the reward has no opinion of rows without it. Raises StorageError."""
     problems: list[Problem] = []
     for part, sources in (("spec.data.train", data.train), ("spec.data.eval", data.eval)):
         there = _columns(sources, {one.column for one in needed})

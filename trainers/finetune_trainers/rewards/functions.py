@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from finetune_api.failures import Problem
@@ -25,7 +26,7 @@ from finetune_api.spec import FunctionReward
 from finetune_trainers.errors import UserError
 from finetune_trainers.rewards import Episode, Scored
 
-__all__ = ["GIVEN", "FunctionScorer", "columns_of"]
+__all__ = ["GIVEN", "FunctionScorer", "columns_of", "of_rows_with"]
 
 GIVEN = ("prompts", "completions", "messages", "num_tokens", "ended")
 """What a function may take beside the rows' columns: lists of the last message of each prompt, of the answers, of the
@@ -59,6 +60,9 @@ class FunctionScorer:
             process = self._process or self._begin()
         except UserError as error:
             return _all_failed(episodes, error.problems[0].message)
+        return of_rows_with(self.needs, episodes, partial(self._score, process))
+
+    def _score(self, process: _Process, episodes: Sequence[Episode]) -> Scored:
         arguments = self._arguments(process, episodes)
         deadline = self._clock() + self._reward.timeout_seconds
         try:
@@ -102,8 +106,6 @@ class FunctionScorer:
             "num_tokens": [one.num_tokens for one in episodes],
             "ended": [one.ended for one in episodes],
         }
-        for name in process.needs:  # of a mixture, these rows may all be of a source without the column
-            known.setdefault(name, [None] * len(episodes))
         taken = known.keys() - self._reward.settings.keys()
         return {name: known[name] for name in known if name in taken and (process.takes_any or name in process.takes)}
 
@@ -129,6 +131,21 @@ class FunctionScorer:
                 values[index] = found.values[0]
                 faults.update({index: fault} if (fault := found.faults.get(0)) is not None else {})
         return Scored(values, faults)
+
+
+def of_rows_with(
+    columns: Collection[str], episodes: Sequence[Episode], score: Callable[[Sequence[Episode]], Scored]
+) -> Scored:
+    """What `score` says of the episodes whose rows have all `columns`; of the others there is no opinion. In a mixture
+    rows may be of a source that has no such column."""
+    places = [place for place, one in enumerate(episodes) if all(name in one.fields for name in columns)]
+    values: list[float | None] = [None] * len(episodes)
+    if not places:
+        return Scored(values, {})
+    found = score([episodes[place] for place in places])
+    for place, value in zip(places, found.values, strict=True):
+        values[place] = value
+    return Scored(values, {places[index]: fault for index, fault in found.faults.items()})
 
 
 def columns_of(episodes: Sequence[Episode]) -> dict[str, list[Any]]:

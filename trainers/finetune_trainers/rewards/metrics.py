@@ -15,7 +15,7 @@ from finetune_api.problems import shorten
 from finetune_api.spec import FunctionReward, MetricReward
 from finetune_trainers.generation_metrics import exact_match, token_f1
 from finetune_trainers.rewards import Episode, Scored
-from finetune_trainers.rewards.functions import FunctionScorer
+from finetune_trainers.rewards.functions import FunctionScorer, of_rows_with
 
 __all__ = [
     "DEFAULT_COLUMN",
@@ -51,6 +51,7 @@ class MetricScorer:
         """`path`: where `reward` stands in the job."""
         self._kind = reward.kind
         self._column = reward.column or DEFAULT_COLUMN
+        self._needs = [] if (column := column_of(reward)) is None else [column]
         self._apart = None
         if reward.pattern is not None:
             settings = {"kind": reward.kind, "pattern": reward.pattern, "column": self._column}
@@ -60,13 +61,14 @@ class MetricScorer:
 
     def score(self, episodes: Sequence[Episode]) -> Scored:
         """See `Scorer`."""
-        if self._apart is not None:
-            return self._apart.score(episodes)
+        return of_rows_with(self._needs, episodes, self._score if self._apart is None else self._apart.score)
+
+    def _score(self, episodes: Sequence[Episode]) -> Scored:
         values: list[float | None] = []
         faults: dict[int, str] = {}
         for index, episode in enumerate(episodes):
             try:
-                answers = episode.fields.get(self._column)
+                answers = episode.fields[self._column]
                 values.append(_nearest(self._kind, episode.completion, answers, self._column))
             except ValueError as error:
                 values.append(None)
@@ -84,10 +86,9 @@ def score_texts(completions: list[str], kind: str, pattern: str, column: str, **
     if kind == "regex":
         return [float(expression.search(text) is not None) for text in completions]
     taken = [_last_match(expression, text) for text in completions]
-    rights = columns.get(column, [None] * len(taken))
     return [
         0.0 if text is None else _nearest(kind, text, answers, column)
-        for text, answers in zip(taken, rights, strict=True)
+        for text, answers in zip(taken, columns[column], strict=True)
     ]
 
 
