@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["DpoKind", "PreferenceLoss", "dpo_loss", "kto_kl", "kto_loss", "orpo_loss", "reward_loss"]
+__all__ = ["DpoKind", "PreferenceLoss", "dpo_loss", "kto_loss", "orpo_loss", "reward_loss"]
 
-DpoKind = Literal["sigmoid", "robust", "hinge", "ipo"]
+DpoKind = Literal["sigmoid", "hinge", "ipo"]
 
 
 class PreferenceLoss(NamedTuple):
@@ -43,11 +43,10 @@ def dpo_loss(
     """Direct preference optimisation. With h = log(p / p_ref) of chosen less that of rejected, s the
     sigmoid and e = `label_smoothing`:
 
-        sigmoid   -(1 - e) log s(beta h) - e log s(-beta h)              Rafailov et al., arXiv 2305.18290, eq. 7; with
-                                                                          e > 0 "conservative" (Mitchell, 2023)
-        robust    (-(1 - e) log s(beta h) + e log s(-beta h)) / (1 - 2e)  Chowdhury et al., arXiv 2403.00409
-        hinge     max(0, 1 - beta h)                                     Zhao et al. (SLiC), arXiv 2305.10425
-        ipo       (h - 1 / (2 beta))²                                    Azar et al., arXiv 2310.12036, eq. 17
+        sigmoid   -(1 - e) log s(beta h) - e log s(-beta h)   Rafailov et al., arXiv 2305.18290, eq. 7; with e > 0
+                                                              "conservative" (Mitchell, 2023)
+        hinge     max(0, 1 - beta h)                          Zhao et al. (SLiC), arXiv 2305.10425
+        ipo       (h - 1 / (2 beta))²                         Azar et al., arXiv 2310.12036, eq. 17
 
     e is the share of pairs believed to be the wrong way round. For ipo give *means* over a response's tokens: its
     target is absolute, and sums would grow with length. ValueError: beta not positive; e outside [0, 0.5) or not 0
@@ -65,8 +64,6 @@ def dpo_loss(
     match kind:
         case "sigmoid":
             losses = (1 - label_smoothing) * right + label_smoothing * wrong
-        case "robust":
-            losses = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
         case "hinge":
             losses = torch.relu(1 - beta * gap)
         case "ipo":
@@ -74,15 +71,6 @@ def dpo_loss(
         case _:
             assert_never(kind)
     return PreferenceLoss(losses, beta * chosen_ratio.detach(), beta * rejected_ratio.detach())
-
-
-def kto_kl(mismatched: Tensor, ref_mismatched: Tensor) -> Tensor:
-    """KTO's reference point z0 = max(0, mean log(p / p_ref)) over prompts with responses to *other* prompts, [B].
-
-    No dimensions, no gradient (Ethayarajh et al., arXiv 2402.01306). With several ranks, average the means
-    before taking the maximum: use the mean of all ranks' tensors.
-    """
-    return (mismatched - ref_mismatched).detach().mean().clamp(min=0)
 
 
 def kto_loss(
@@ -97,7 +85,8 @@ def kto_loss(
 ) -> Tensor:
     """[B]: weight · (1 - s(beta (h - z0))) for desirable rows, weight · (1 - s(beta (z0 - h))) for the others.
 
-    Ethayarajh et al., arXiv 2402.01306, with s the sigmoid, h = log(p / p_ref) and z0 = `kl`; `desirable` [B] is bool.
+    Ethayarajh et al., arXiv 2402.01306, with s the sigmoid, h = log(p / p_ref) and z0 = `kl`, which is max(0, the
+    mean of log(p / p_ref) over answers to *other* prompts); `desirable` [B] is bool.
     The weights balance data in which one kind is rarer. ValueError: beta is not positive.
     """
     _require_positive("beta", beta)
