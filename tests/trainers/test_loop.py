@@ -495,6 +495,20 @@ def test_an_evaluation_that_the_stop_came_before_is_made_up_for() -> None:
     assert world.evaluated_at == [2, 4, 5]
 
 
+def test_a_figure_that_is_missing_among_the_newest_is_remembered_also_after_going_on() -> None:
+    saved = Saved(every_steps=1)
+    stopped_at(World(5, eval_losses=[1.0, None], saved=saved), 3).run()
+    assert "eval_loss" in saved.memories[1].metrics
+    assert "eval_loss" not in saved.memories[3].metrics
+    assert {"eval_loss", "loss"} <= set(saved.memories[3].seen_metrics)
+    rest = Saved(every_steps=1)
+    world = World(5, eval_losses=[None], saved=rest)
+    world.loop.resume(3, saved.memories[3])
+    world.run()
+    assert "eval_loss" not in rest.memories[4].metrics
+    assert "eval_loss" in rest.memories[4].seen_metrics
+
+
 def test_patience_and_the_best_step_survive_a_checkpoint() -> None:
     saved = Saved(every_steps=3)
     stopped_at(World(10, EARLY, eval_losses=[9.0, 5.0, 4.0, 4.5, 4.1], saved=saved), 4).run()

@@ -28,6 +28,7 @@ from finetune_trainers.checkpoint.listing import listed
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.context import STOP_FILE, SingleProcessContext
 from finetune_trainers.loop import Loop, LoopMemory
+from finetune_trainers.methods.sft import Sft
 from finetune_trainers.saving import VISIBLE_SECONDS, Checkpoints
 from finetune_trainers.worker import load
 from tests.cluster.processes import is_alive
@@ -287,3 +288,18 @@ def test_a_metric_that_there_is_none_of_keeps_no_best_and_is_told_once(trainer: 
     plan = trainer.plan({"training.maxSteps": 4}, everySteps=1, whenBehind="wait", keepBest=best | {"metric": "loss"})
     trainer.world.train(plan, trainer.folder / "known")
     assert "keepBest" not in trainer.said("known")
+
+
+def test_a_metric_that_an_evaluation_could_not_have_this_time_is_no_unknown_one(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when no answer got a reward."""
+    found = [{"eval_loss": 2.0}]
+    monkeypatch.setattr(Sft, "evaluate", lambda *_: found.pop() if found else {})
+    data = {"data.eval": [{"source": (trainer.world.folder / "eval.jsonl").as_uri()}]}
+    best = {"metric": "eval_loss", "mode": "min"}
+    changes = {"training.maxSteps": 3, "training.evalEverySteps": 1} | data
+    plan = trainer.plan(changes, everySteps=1, whenBehind="wait", keepBest=best)
+    assert trainer.world.train(plan, trainer.folder / "run").result is Result.SUCCEEDED
+    assert not found
+    assert "keepBest" not in trainer.said()

@@ -67,6 +67,8 @@ class LoopMemory(Contract):
     num_without_improvement: int = 0
     """Evaluations since the best one."""
     metrics: dict[str, float] = Field(default_factory=dict)
+    seen_metrics: list[str] = Field(default_factory=list)
+    """Names of all figures that there were so far: one may be missing among the newest."""
     method: dict[str, Any] = Field(default_factory=dict)
     """What the method remembers, as it gave it."""
     loss_scale: float | None = None
@@ -172,6 +174,7 @@ class Loop:
         self._told_of_saving = False
         self._lasting: dict[str, Any] = {}  # what every report says
         self._evaluated = False
+        self._seen_metrics: set[str] = set()
         self._confirmed_step: int | None = None
         self._num_trained_tokens = 0
         self._stop_requested = False
@@ -216,6 +219,7 @@ class Loop:
         self.result.step = step
         self.result.best_step, self.result.eval = memory.best_step, memory.eval
         self.result.metrics = dict(memory.metrics)
+        self._seen_metrics = {*memory.seen_metrics, *memory.metrics}
         self._num_trained_tokens, self._evaluated = memory.num_trained_tokens, memory.evaluated
         self._confirmed_step = step
         self._method.load_state(memory.method)
@@ -239,6 +243,7 @@ class Loop:
             best_loss=best_loss if math.isfinite(best_loss) else None,
             num_without_improvement=stop.num_without_improvement if stop is not None else 0,
             metrics={name: value for name, value in self.result.metrics.items() if math.isfinite(value)},
+            seen_metrics=sorted(self._seen_metrics),
             method=self._method.state(),
         )
 
@@ -366,6 +371,7 @@ class Loop:
         """`figures` take the place of all of their kind: what was not given this time must not pass for new."""
         others = {name: of for name, of in self.result.metrics.items() if name.startswith("eval_") != of_evaluation}
         self.result.metrics = {**others, **figures}
+        self._seen_metrics |= {name for name, value in figures.items() if math.isfinite(value)}
 
     def _report(self, stage: Stage, urgent: bool = False, **figures: object) -> None:
         step = self.result.step

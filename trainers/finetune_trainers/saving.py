@@ -295,7 +295,7 @@ class Checkpoints:
         if not flushes.wait(lambda: not flushes.is_behind, began + FINISH_SECONDS):
             flushes.failures[step] = f"no earlier one was written within {FINISH_SECONDS:.0f} s"
             return
-        self._tell_of_unknown_metric(memory.metrics)
+        self._tell_of_unknown_metric(memory.seen_metrics)
         memory = memory.model_copy(update={"loss_scale": self._state.loss_scale})
         intent = self._intents.intent(self._fence, step, memory.metrics, self._now())
         aux = {f"{RANDOM}.safetensors": save_tensors(random_state(self._context.device))}
@@ -321,7 +321,7 @@ class Checkpoints:
         self._told_of_metric = True
         self._tell(
             f"spec.checkpoint.keepBest.metric: {best.metric} is no figure of this run so far, and no checkpoint is kept"
-            f" for it; there are {', '.join(sorted(metrics))}",
+            f" for it; there are {', '.join(metrics)}",
             Stage.TRAINING,
         )
 
