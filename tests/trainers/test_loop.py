@@ -163,10 +163,10 @@ class Saved:
         assert self.finished_at is None
         return self._save(step, memory()) if due else SaveNews()
 
-    def finish(self, step: int, memory: LoopMemory | None) -> SaveNews:
+    def finish(self, step: int, memory: Callable[[], LoopMemory] | None) -> SaveNews:
         assert self.finished_at is None
         self.finished_at = step
-        return self._save(step, memory) if memory is not None and step not in self.memories else SaveNews()
+        return self._save(step, memory()) if memory is not None and step not in self.memories else SaveNews()
 
     def _save(self, step: int, memory: LoopMemory) -> SaveNews:
         self.memories[step] = memory

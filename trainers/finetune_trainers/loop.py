@@ -99,7 +99,7 @@ class SavesCheckpoints(Protocol):
         """`step` steps are done, and the ranks' votes add up to `sums`: save now if that is what they say."""
         ...
 
-    def finish(self, step: int, memory: LoopMemory | None) -> SaveNews:
+    def finish(self, step: int, memory: Callable[[], LoopMemory] | None) -> SaveNews:
         """The training ends: save it, if there is a memory, and wait until all is durable or has failed."""
         ...
 
@@ -259,7 +259,7 @@ class Loop:
         step, start, self._told_of_saving = self.result.step, self._clock(), False
         if ended:
             self._tell_of_saving()
-            news = self._checkpoints.finish(step, self._memory() if self.result.cancelled else None)
+            news = self._checkpoints.finish(step, self._memory if self.result.cancelled else None)
         else:
             news = self._checkpoints.after_step(step, self._save_sums, self._memory_to_save)
         self.result.seconds[_SAVING] = self.result.seconds.get(_SAVING, 0.0) + self._clock() - start

@@ -244,11 +244,11 @@ class Checkpoints:
                 self._stage(step, memory)
         return self._news(failures, skipped)
 
-    def finish(self, step: int, memory: LoopMemory | None) -> SaveNews:
+    def finish(self, step: int, memory: Callable[[], LoopMemory] | None) -> SaveNews:
         """The last call but `close`: save `step` too, unless `memory` is None or it is saved, and wait until everything
         is durable, ten minutes at most. Raises SupersededError."""
         flushes, deadline = self._started, self._clock() + FINISH_SECONDS
-        failures = self._commit(step, None if memory is None else lambda: memory)
+        failures = self._commit(step, memory)
         flushes.wait(lambda: not flushes.publishing, deadline)
         self._forget_told()
         failures += [_failed(step, reason) for step, reason in flushes.failures.items()]

@@ -297,6 +297,31 @@ def test_a_device_without_memory_for_so_many_rows_writes_the_same_answers_fewer_
         engine.generate(requests_for(PROMPTS), DRAWN)
 
 
+@pytest.mark.parametrize("sampling", [DRAWN, Sampling(max_new_tokens=8, temperature=0.0, num_beams=2)])
+def test_answers_that_are_whole_when_the_device_has_no_more_room_are_kept(
+    model: Any, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts enter some at a time, and the device has room until the last of them enters."""
+    requests = requests_for(PROMPTS)
+    wanted = engine_for(model, batch_size=4).generate(requests, sampling)
+    engine, written, told = engine_for(model, batch_size=4), [], []
+    forward = engine._forward
+
+    def limited(ids: Any, paddings: Any, cache: Any) -> torch.Tensor:
+        prompts = [tuple(row[padding:]) for row, padding in zip(ids, paddings, strict=True)]
+        if cache.get_seq_length() == 0:
+            if tuple(PROMPTS[2]) in prompts and len(ids) > 1:  # the shortest
+                raise torch.OutOfMemoryError("no room")
+            written.extend(prompts)
+        return forward(ids, paddings, cache)
+
+    monkeypatch.setattr(engine, "_forward", limited)
+    assert_same(engine.generate(requests, sampling, lambda done, _: told.append(done)), wanted)
+    assert written.count(tuple(PROMPTS[4])) == 1, "the longest was whole"
+    assert told == sorted(told)
+    assert told[-1] == len(requests)
+
+
 @pytest.mark.parametrize(("most_tokens", "rows"), [(None, 8), (4 * 50, 4), (4 * 50 - 1, 3), (49, 1)])
 def test_rows_are_as_many_as_there_are_tokens_for(
     model: Any, most_tokens: int | None, rows: int, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ import math
 import statistics
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -39,7 +39,16 @@ from finetune_trainers.errors import DataError, KLDivergedError, NonFiniteLossEr
 from finetune_trainers.evaluation import evaluating
 from finetune_trainers.methods import Method
 from finetune_trainers.online.correction import GAP, corrections
-from finetune_trainers.online.episodes import Rollout, Said, dealt, in_forward_passes, own_parts, packed, shuffled
+from finetune_trainers.online.episodes import (
+    Experience,
+    Rollout,
+    Said,
+    dealt,
+    in_forward_passes,
+    own_parts,
+    packed,
+    shuffled,
+)
 from finetune_trainers.online.memory import give_back
 from finetune_trainers.online.models import Models
 from finetune_trainers.rewards import Fault, Rewards
@@ -218,14 +227,14 @@ class Online(Method):
         if not (self._settings.kl_limit and self._learned_from):
             return
         self._enter("judge", "policy, reference")
-        rollouts, models, context = self._learned_from, self._parts.models, self._context
-        size = self._parts.batch.micro_batch_size
-        sums = torch.zeros(2, dtype=torch.float64, device=context.device)  # nats, tokens
-        with evaluating(models.policy), models.reference_at_work(), torch.no_grad():
-            for mine in in_forward_passes(rollouts, context.rank, context.world_size, size):
-                nats = models.distances(packed([rollouts[index] for index in mine]).to(context.device))
-                sums += torch.stack([nats.double().sum(), nats.new_tensor(nats.numel(), dtype=torch.float64)])
-        total, num_tokens = context.all_reduce_sum(sums).tolist()
+        sums = torch.zeros(2, dtype=torch.float64, device=self._context.device)  # nats, tokens
+
+        def add(mine: list[int], batch: Experience) -> None:
+            nats = self._parts.models.distances(batch)
+            sums.add_(torch.stack([nats.double().sum(), nats.new_tensor(nats.numel(), dtype=torch.float64)]))
+
+        self._ask_models(self._learned_from, add)
+        total, num_tokens = self._context.all_reduce_sum(sums).tolist()
         self._check_distance(total / max(num_tokens, 1.0), step)
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
@@ -462,20 +471,29 @@ class Online(Method):
         if not any(asked):
             return [self._with_known(Judged(None, None, None), rollout) for rollout in rollouts]
         found: dict[int, Judged] = {}
+        models = self._parts.models
+
+        def judge(mine: list[int], batch: Experience) -> None:
+            lengths = [len(rollouts[index].ids) for index in mine]
+            of_policy = models.stats(batch).log_probs if asked.policy else None
+            of_reference = models.reference_stats(batch).log_probs if asked.reference else None
+            of_critic = models.values(batch) if asked.critic else None
+            parts = zip(*(_split(said, lengths) for said in (of_policy, of_reference, of_critic)), strict=True)
+            found.update({index: Judged(*part) for index, part in zip(mine, parts, strict=True)})
+
+        self._ask_models(rollouts, judge)
+        for others in self._gathered(found):
+            found.update(others)
+        return [self._with_known(found[index], rollout) for index, rollout in enumerate(rollouts)]
+
+    def _ask_models(self, rollouts: Sequence[Rollout], ask: Callable[[list[int], Experience], None]) -> None:
+        """Forward passes over this rank's part of `rollouts`: `ask` is given which ones, and the batch that they are.
+        As many on every rank."""
         models, context = self._parts.models, self._context
         size = self._parts.batch.micro_batch_size
         with evaluating(models.policy), models.reference_at_work(), torch.no_grad():
             for mine in in_forward_passes(rollouts, context.rank, context.world_size, size):
-                batch = packed([rollouts[index] for index in mine]).to(context.device)
-                lengths = [len(rollouts[index].ids) for index in mine]
-                of_policy = models.stats(batch).log_probs if asked.policy else None
-                of_reference = models.reference_stats(batch).log_probs if asked.reference else None
-                of_critic = models.values(batch) if asked.critic else None
-                parts = zip(*(_split(said, lengths) for said in (of_policy, of_reference, of_critic)), strict=True)
-                found.update({index: Judged(*part) for index, part in zip(mine, parts, strict=True)})
-        for others in self._gathered(found):
-            found.update(others)
-        return [self._with_known(found[index], rollout) for index, rollout in enumerate(rollouts)]
+                ask(mine, packed([rollouts[index] for index in mine]).to(context.device))
 
     def _with_known(self, judged: Judged, rollout: Rollout) -> Judged:
         """With what the policy said when it wrote, where it would have been asked for that."""

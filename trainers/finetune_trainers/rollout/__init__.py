@@ -1,6 +1,7 @@
 """Rollout: the policy's own answers to prompts, with the probability of every token. Called by online methods.
 
 in_process    the policy's weights, in the process that trains them
+task          what a rank is to write, and with what
 sampling      from logits to a token, pure
 beams         the likeliest answers, by a search
 row_cache     keys and values of a batch whose rows come and go

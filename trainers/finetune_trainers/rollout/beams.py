@@ -9,19 +9,16 @@ No chance is involved: whoever searches for a prompt finds the same answers.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from finetune_trainers.rollout import Completion, Request, Sampling
+from finetune_trainers.rollout import Completion
 from finetune_trainers.rollout.row_cache import PROMPT_TOKENS, RowCache
+from finetune_trainers.rollout.task import Task
 
-__all__ = ["BeamSearch", "Forward"]
-
-Forward = Callable[[Sequence[Sequence[int]], Sequence[int], RowCache], Tensor]
-"""Logits [B, V] behind the new tokens [B, N] of rows that begin after so many columns [B] of the cache."""
+__all__ = ["BeamSearch"]
 
 
 @dataclass(frozen=True)
@@ -51,28 +48,23 @@ class BeamSearch:
     """One rank's answers, one forward pass at a time. Requests with the same prompt share its search, of which each
     gets the answer at its `place`, the best one first."""
 
-    def __init__(
-        self,
-        forward: Forward,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        pad_id: int,
-        end_ids: frozenset[int],
-        batch_size: int,
-    ) -> None:
-        self._forward = forward
-        self._requests = requests
-        self._sampling = sampling
-        self._pad_id = pad_id
-        self._end_ids = end_ids
-        self._at_once = max(1, batch_size // sampling.num_beams)
+    def __init__(self, task: Task) -> None:
+        self._task, self._sampling = task, task.sampling
         self._waiting: dict[tuple[int, ...], int] = defaultdict(int)
-        for request in requests:
+        for request in task.requests:
             self._waiting[tuple(request.prompt_ids)] += 1
-        self._order = deque(sorted(self._waiting, key=lambda prompt: (-len(prompt), prompt)))
+        self._found: dict[tuple[int, ...], list[Completion]] = {}
+        self._at_once = 0
+        self._order: deque[tuple[int, ...]] = deque()
         self._searches: list[_Search] = []
         self._cache = RowCache()
-        self._found: dict[tuple[int, ...], list[Completion]] = {}
+
+    def begin(self, batch_size: int) -> None:
+        """With so many rows at once; again, anew with what is not found yet."""
+        self._at_once = max(1, batch_size // self._sampling.num_beams)
+        left = [prompt for prompt in self._waiting if prompt not in self._found]
+        self._order = deque(sorted(left, key=lambda prompt: (-len(prompt), prompt)))
+        self._searches, self._cache = [], RowCache()
 
     @property
     def num_done(self) -> int:
@@ -84,7 +76,7 @@ class BeamSearch:
 
     def completions(self) -> list[Completion]:
         """In the order of requests."""
-        return [self._found[tuple(request.prompt_ids)][request.place] for request in self._requests]
+        return [self._found[tuple(request.prompt_ids)][request.place] for request in self._task.requests]
 
     def advance(self) -> None:
         """One forward pass, for new prompts or for the beginnings that are there."""
@@ -93,15 +85,15 @@ class BeamSearch:
         else:
             self._enter()
             longest = len(self._searches[0].prompt)
-            ids = [[self._pad_id] * (longest - len(one.prompt)) + list(one.prompt) for one in self._searches]
+            ids = [[self._task.pad_id] * (longest - len(one.prompt)) + list(one.prompt) for one in self._searches]
         paddings = [search.padding for search in self._searches for _ in search.live]
-        logits = self._forward(ids, paddings, self._cache)
+        logits = self._task.forward(ids, paddings, self._cache)
         self._go_on((logits.float() / (self._sampling.temperature or 1.0)).log_softmax(dim=-1).double())
 
     def _enter(self) -> None:
         fitting = max(1, PROMPT_TOKENS // len(self._order[0]))
         prompts = [self._order.popleft() for _ in range(min(self._at_once, fitting, len(self._order)))]
-        nothing = _Beam(None, self._pad_id, 0.0, 0.0, 0)
+        nothing = _Beam(None, self._task.pad_id, 0.0, 0.0, 0)
         self._searches = [_Search(one, len(prompts[0]) - len(one), [nothing]) for one in prompts]
         self._cache = RowCache()
 
@@ -133,14 +125,14 @@ class BeamSearch:
         before = torch.tensor([beam.total for beam in search.live], dtype=torch.float64, device=log_probs.device)
         totals = (before[:, None] + log_probs).flatten()
         # so many that enough are left when all others have come to an end
-        best = totals.topk(min((1 + max(len(self._end_ids), 1)) * beams, len(totals)))
+        best = totals.topk(min((1 + max(len(self._task.end_ids), 1)) * beams, len(totals)))
         own = log_probs.flatten()[best.indices].tolist()
         live: list[_Beam] = []
         parents: list[int] = []
         for rank, (place, total) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True)):
             parent, token = divmod(place, width)
             beam = _Beam(search.live[parent], token, own[rank], total, search.live[parent].length + 1)
-            if token not in self._end_ids:
+            if token not in self._task.end_ids:
                 if len(live) < beams:
                     live.append(beam)
                     parents.append(parent)
@@ -153,7 +145,7 @@ class BeamSearch:
         return len(search.ended) >= self._sampling.num_beams or search.live[0].length == self._sampling.max_new_tokens
 
     def _best(self, search: _Search) -> list[Completion]:
-        penalty, end_ids = self._sampling.length_penalty, self._end_ids
+        penalty, end_ids = self._sampling.length_penalty, self._task.end_ids
         cut = search.live if search.live[0].length == self._sampling.max_new_tokens else []
         ranked = sorted([*search.ended, *cut], key=lambda beam: beam.total / beam.length**penalty, reverse=True)
         return [_completion(beam, beam.token in end_ids) for beam in ranked[: self._sampling.num_beams]]

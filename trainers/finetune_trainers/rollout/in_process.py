@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from finetune_trainers.context import WorkerContext
 from finetune_trainers.evaluation import evaluating
 from finetune_trainers.rollout import Completion, OnProgress, Request, Sampling
-from finetune_trainers.rollout.beams import BeamSearch, Forward
+from finetune_trainers.rollout.beams import BeamSearch
 from finetune_trainers.rollout.row_cache import PROMPT_TOKENS, RowCache
 from finetune_trainers.rollout.sampling import draw, uniforms
+from finetune_trainers.rollout.task import Task
 from finetune_trainers.rollout.zero3 import fits_whole, gathered, inside, is_split, parameters_but
 
 __all__ = ["InProcessEngine"]
@@ -42,8 +43,8 @@ class InProcessEngine:
     Under ZeRO-3 parameters are gathered for the time of a call. Where that does not fit, all ranks make forward
     passes together until the last of them is done.
 
-    A device that has no room for so many rows is given half of them from then on, and what had been written is written
-    anew. Not where ranks make passes together: the others are in the middle of one.
+    A device that has no room for so many rows is given half of them from then on, and answers that were not whole are
+    written anew. Not where ranks make passes together: the others are in the middle of one.
     """
 
     is_policy = True
@@ -80,17 +81,19 @@ class InProcessEngine:
         self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress | None = None
     ) -> list[Completion]:
         kind = BeamSearch if sampling.num_beams > 1 else _Writing
+        writing = kind(Task(self._forward, requests, sampling, self._pad_id, self._end_ids))
         cast = torch.autocast(self._context.device.type, self._autocast, enabled=self._autocast is not None)
         with evaluating(self._module), torch.no_grad(), cast, self._parameters() as in_step:
+            rows = self._rows(requests, sampling)
+            writing.begin(rows)
             while True:
-                rows = self._rows(requests, sampling)
-                writing = kind(self._forward, requests, sampling, self._pad_id, self._end_ids, rows)
                 try:
                     return self._written(writing, len(requests), on_progress, in_step)
                 except torch.OutOfMemoryError:
                     if in_step or rows < 2 * sampling.num_beams:
                         raise
-                del writing  # and outside of the except block, whose traceback holds tensors too
+                rows //= 2
+                writing.begin(rows)  # outside of the except block, whose traceback holds tensors too
                 self._write_fewer(rows)
 
     def _rows(self, requests: Sequence[Request], sampling: Sampling) -> int:
@@ -113,15 +116,16 @@ class InProcessEngine:
                 on_progress(writing.num_done, num)
         return writing.completions()
 
-    def _write_fewer(self, than: int) -> None:
-        self._batch_size = than // 2
+    def _write_fewer(self, rows: int) -> None:
+        """From now on."""
+        _log.warning(
+            "the device has no memory for so many answers at once; those that are not whole are written anew, %d at a"
+            " time",
+            rows,
+        )
+        self._batch_size = rows
         if self._context.device.type == "cuda":
             torch.cuda.empty_cache()
-        _log.warning(
-            "the device has no memory for %d answers at once; they are written anew, %d at a time",
-            than,
-            self._batch_size,
-        )
 
     def update_weights(self) -> None:
         """The weights are the policy's own."""
@@ -195,29 +199,23 @@ class _Row:
 class _Writing:
     """One rank's answers, one forward pass at a time."""
 
-    def __init__(
-        self,
-        forward: Forward,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        pad_id: int,
-        end_ids: frozenset[int],
-        batch_size: int,
-    ) -> None:
-        self._forward = forward
-        self._requests = requests
-        self._sampling = sampling
-        self._pad_id = pad_id
-        self._end_ids = end_ids
-        self._batch_size = batch_size
-        prompts = [tuple(request.prompt_ids) for request in requests]
-        assert all(prompts), "a prompt has at least one token"
-        # the longest first: those that enter later need no more columns than there are; equal ones side by side
-        self._waiting = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], i)))
-        self._prompts = prompts
+    def __init__(self, task: Task) -> None:
+        self._task, self._sampling = task, task.sampling
+        self._prompts = [tuple(request.prompt_ids) for request in task.requests]
+        assert all(self._prompts), "a prompt has at least one token"
+        self._completions: dict[int, Completion] = {}
+        self._batch_size = 0
+        self._waiting: deque[int] = deque()
         self._rows: list[_Row] = []
         self._cache = RowCache()
-        self._completions: dict[int, Completion] = {}
+
+    def begin(self, batch_size: int) -> None:
+        """With so many rows at once; again, anew with what is not whole yet."""
+        self._batch_size, prompts = batch_size, self._prompts
+        left = [index for index in range(len(prompts)) if index not in self._completions]
+        # the longest first: those that enter later need no more columns than there are; equal ones side by side
+        self._waiting = deque(sorted(left, key=lambda i: (-len(prompts[i]), prompts[i], i)))
+        self._rows, self._cache = [], RowCache()
 
     @property
     def num_done(self) -> int:
@@ -225,11 +223,11 @@ class _Writing:
 
     @property
     def is_over(self) -> bool:
-        return self.num_done == len(self._requests)
+        return self.num_done == len(self._task.requests)
 
     def completions(self) -> list[Completion]:
         """In the order of requests."""
-        return [self._completions[index] for index in range(len(self._requests))]
+        return [self._completions[index] for index in range(len(self._task.requests))]
 
     def advance(self) -> None:
         """One forward pass, for new prompts or for the rows that are there."""
@@ -241,8 +239,8 @@ class _Writing:
             return
         if (len(self._rows) - num_live) * LEAVING >= len(self._rows):
             self._drop_done()
-        ids = [[self._pad_id if row.done else row.ids[-1]] for row in self._rows]
-        logits = self._forward(ids, [row.padding for row in self._rows], self._cache)
+        ids = [[self._task.pad_id if row.done else row.ids[-1]] for row in self._rows]
+        logits = self._task.forward(ids, [row.padding for row in self._rows], self._cache)
         self._take(self._rows, logits)
 
     def _enter(self, num_free: int) -> None:
@@ -252,8 +250,8 @@ class _Writing:
         longest = len(unique[0])
         paddings = [longest - len(prompt) for prompt in unique]
         cache = RowCache()
-        padded = [[self._pad_id] * padding + list(ids) for padding, ids in zip(paddings, unique, strict=True)]
-        logits = self._forward(padded, paddings, cache)
+        padded = [[self._task.pad_id] * padding + list(ids) for padding, ids in zip(paddings, unique, strict=True)]
+        logits = self._task.forward(padded, paddings, cache)
         place = {prompt: number for number, prompt in enumerate(unique)}
         owners = [place[self._prompts[index]] for index in entering]
         if len(unique) < len(entering):
@@ -261,7 +259,7 @@ class _Writing:
             cache.keep(owners, 0)
         count = self._sampling.max_new_tokens
         rows = [
-            _Row(index, uniforms(self._requests[index].seed, count), longest - len(self._prompts[index]))
+            _Row(index, uniforms(self._task.requests[index].seed, count), longest - len(self._prompts[index]))
             for index in entering
         ]
         self._take(rows, logits)
@@ -303,7 +301,7 @@ class _Writing:
                 continue
             row.ids.append(token)
             row.log_probs.append(log_prob)
-            row.ended = token in self._end_ids
+            row.ended = token in self._task.end_ids
             if row.done:
                 self._completions[row.request] = Completion(row.ids, row.log_probs, row.ended)
 
