@@ -209,6 +209,7 @@ class Loop:
             if self._save(ended=False):
                 result.cancelled = result.gives_way = True
                 break
+        self._method.wind_down()
         if self._keeps_this_step:
             self._confirm()
         self._save(ended=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ import pytest
 from finetune_api.plan import RunPlan
 from finetune_trainers.checkpoint.listing import listed
 from finetune_trainers.checkpoint.storage.opening import open_storage
+from finetune_trainers.context import SingleProcessContext
+from finetune_trainers.online.episodes import Experience
+from finetune_trainers.online.models import Models
 from finetune_trainers.rollout import Completion, OnProgress, Request, Sampling
 from finetune_trainers.rollout.in_process import InProcessEngine
 from tests.trainers.foreign_warnings import WHEN_TRAINING
@@ -31,6 +34,7 @@ class Elsewhere(InProcessEngine):
     is_policy = False
     calls: list[str]
     written: list[Completion] | None = None
+    is_closed = False
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> None:
         self._called("start")
@@ -53,6 +57,11 @@ class Elsewhere(InProcessEngine):
 
     def sleep(self) -> None:
         self._called("sleep")
+
+    def close(self) -> None:
+        if not self.is_closed:
+            self.calls.append("close")
+        self.is_closed = True
 
     def _called(self, name: str) -> None:
         assert self.written is None, "it is writing"
@@ -115,8 +124,25 @@ def test_it_never_sleeps_is_given_weights_between_iterations_and_starts_nothing_
 ) -> None:
     runs.run("0", runs.plan(0, {"training.maxSteps": 3}))
     runs.run("1", runs.plan(1, {"training.maxSteps": 3}))
-    assert runs.calls["0"] == ["sync", "generate", "sleep"] * 3
-    assert runs.calls["1"] == ["sync", "generate", "start", *["collect", "sync", "start"], *["collect", "sync"]]
+    assert runs.calls["0"] == [*["sync", "generate", "sleep"] * 3, "close"]
+    iterations = [["sync", "generate", "start"], ["collect", "sync", "start"], ["collect", "sync"]]
+    assert runs.calls["1"] == [*chain(*iterations), "close"]
+
+
+def test_a_stop_ends_what_is_being_written_before_the_weights_are_confirmed(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both would want the device's memory, and nobody waits for the answers."""
+    distances = Models.distances
+
+    def told(self: Models, batch: Experience) -> Any:
+        runs.calls["1"].append("confirm")
+        return distances(self, batch)
+
+    monkeypatch.setattr(Models, "distances", told)
+    monkeypatch.setattr(SingleProcessContext, "should_stop", lambda _: runs.calls["1"].count("start") == 2)
+    runs.run("1", runs.plan(1, STILL | {"checkpoint": {"everySteps": 9}}, maxKl=10))
+    assert [call for call, _ in groupby(runs.calls["1"])][-3:] == ["start", "close", "confirm"]
 
 
 def test_evaluation_is_by_the_newest_weights_and_costs_no_rollout(runs: Runs) -> None:

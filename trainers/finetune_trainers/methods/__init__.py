@@ -71,6 +71,10 @@ class Method(Protocol):
         """Go on from what `state` gave."""
         return
 
+    def wind_down(self) -> None:
+        """No step and no evaluation comes any more: give back what only they need. `confirm` may come."""
+        return
+
     def close(self) -> None:
         """The training is over. May be called twice."""
         return

@@ -262,6 +262,9 @@ class Online(Method):
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._cursor = int(state.get("cursor", 0))
 
+    def wind_down(self) -> None:
+        self._parts.engine.close()  # in the middle of writing ahead too, of which nothing will be learned
+
     def close(self) -> None:
         self._parts.rewards.close()
         self._parts.engine.close()
