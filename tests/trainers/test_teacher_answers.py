@@ -106,6 +106,7 @@ def test_a_later_attempt_finds_what_was_written(
     school: School, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = asking(school, temperature=1.0)
+    school.world.prepare(plan, tmp_path)  # what is prepared says whether its rows lay in the cache already
     _, first = written(school, plan, tmp_path)
 
     class Mute:
