@@ -182,7 +182,8 @@ class Loop:
 
     def run(self) -> LoopResult:
         result = self.result
-        self._context.report(Stage.TRAINING, step=result.step, total_steps=self._total, **self._lasting)
+        lasting = self._lasting | self._method.lasting()
+        self._context.report(Stage.TRAINING, step=result.step, total_steps=self._total, **lasting)
         is_new = result.step == 0
         if (is_new or (self._evaluation_is_due() and not self._evaluated)) and self._evaluate():
             result.stopped_early = result.step < self._total

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from finetune_api.progress import Lesson, Progress
+from finetune_trainers.checkpoint.listing import listed
+from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.online.method import Online
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 from tests.trainers.online.online_world import METHODS, REWARDS, OnlineWorld
 
 pytestmark = [pytest.mark.training, *WHEN_TRAINING]
 
+SAVED = {"everySteps": 1, "keepLast": 8, "whenBehind": "wait"}
 SAME = [{"metric": {"kind": "regex", "pattern": "(?s).*"}}]
 
 
@@ -24,10 +27,10 @@ def online(tmp_path_factory: pytest.TempPathFactory) -> OnlineWorld:
     return OnlineWorld.at(tmp_path_factory.mktemp("online"))
 
 
-def lessons(folder: Path) -> list[Lesson | None]:
-    """What was told of rollouts, whenever it changed."""
+def lessons(folder: Path, step: int = 0) -> list[Lesson | None]:
+    """What was told of rollouts from `step` on, whenever it changed."""
     reports = [Progress.model_validate_json(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
-    return [lesson for lesson, _ in groupby(report.lesson for report in reports)]
+    return [lesson for lesson, _ in groupby(report.lesson for report in reports if report.step >= step)]
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
@@ -49,6 +52,30 @@ def test_rewards_that_tell_nothing_apart_are_a_warning_in_the_third_iteration(
     if method == "grpo":
         assert (figures["informative_groups"], figures["loss"], figures["grad_norm"]) == (0.0, 0.0, 0.0)
         assert figures["prompts_asked"] == 12, "four prompts, asked three times"
+
+
+def test_a_run_that_goes_on_tells_what_an_undisturbed_one_tells(
+    online: OnlineWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The warning is due after the third iteration: it goes on before that, and after it."""
+    method = {"grpo": METHODS["grpo"]["grpo"] | {"rewards": SAME}}
+    changes = {"method": method, "training.maxSteps": 4, "checkpoint": SAVED}
+    plan = online.plan("grpo", changes, evaluated=False)
+    assert plan.checkpoint is not None
+    where = {"uri": f"file://{tmp_path}/checkpoints"}
+    plan = plan.model_copy(update={"checkpoint": plan.checkpoint.model_copy(update=where)})
+    storage = open_storage(where["uri"])
+    with caplog.at_level(logging.WARNING):
+        online.train(plan, tmp_path / "whole")
+        for name, step in (("after", 3), ("before", 2)):
+            for checkpoint, listing in listed(storage).items():
+                if checkpoint.step > step:
+                    storage.delete(list(listing.sizes))
+            online.train(plan, tmp_path / name)
+    assert lessons(tmp_path / "whole") == [None, Lesson.EQUAL_REWARDS]
+    assert lessons(tmp_path / "before") == [None, Lesson.EQUAL_REWARDS]
+    assert lessons(tmp_path / "after", step=3) == [Lesson.EQUAL_REWARDS]
+    assert caplog.text.count("the same reward") == 2, "not again by the one that goes on after it"
 
 
 def test_answers_that_never_end_are_a_warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -172,6 +173,17 @@ def test_an_evaluation_without_any_score_gives_no_figure_that_could_be_the_best(
     for figures in Ranks(world_size).each(lambda method: method.evaluate(nn.Identity()), SOME):
         assert figures["eval_loss"] == -figures["eval_reward"] > 0
         assert 0 < figures["eval_reward_errors/number"] < 1
+
+
+def test_a_reward_that_failed_before_a_checkpoint_keeps_its_curve_after_it() -> None:
+    [state] = Ranks(1).each(lambda method: (method.step(0), method.state())[1], SOME)
+
+    def goes_on(method: Grpo) -> dict[str, float]:
+        method.load_state(json.loads(json.dumps(state)))
+        return learned(method)[1]
+
+    [figures] = Ranks(1).each(goes_on, NONE)
+    assert figures["reward_errors/number"] == 0
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

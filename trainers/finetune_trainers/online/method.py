@@ -257,10 +257,21 @@ class Online(Method):
         return {name: said for name, said in lasting.items() if said is not None}
 
     def state(self) -> dict[str, Any]:
-        return {"cursor": self._cursor}
+        return {
+            "cursor": self._cursor,
+            "lesson": self._lesson,
+            "num_poor": self._num_poor,
+            "troubles": sorted(self._troubles),
+            "told_of_gap": self._told_of_gap,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._cursor = int(state.get("cursor", 0))
+        lesson = state.get("lesson")
+        self._lesson = None if lesson is None else Lesson(lesson)
+        self._num_poor = int(state.get("num_poor", 0))
+        self._troubles = set(state.get("troubles", ()))
+        self._told_of_gap = bool(state.get("told_of_gap", False))
 
     def wind_down(self) -> None:
         self._parts.engine.close()  # in the middle of writing ahead too, of which nothing will be learned
