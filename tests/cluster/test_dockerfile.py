@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -41,6 +42,15 @@ def test_ours_install_extras_that_exist(path: Path) -> None:
 @pytest.mark.parametrize("path", OURS, ids=lambda path: path.parent.name)
 def test_ours_have_no_compiler(path: Path) -> None:
     assert not {"g++", "gcc", "build-essential", "ninja-build"} & set(read_dockerfile(path).words("PACKAGES"))
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.parent.name)
+def test_ours_list_the_packages_of_every_environment_that_they_have(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    environments = set(re.findall(r"^COPY --from=\w+ (/opt/\w+) /opt/\w+$", text, re.MULTILINE))
+    assert environments
+    for one in environments:
+        assert f"--output-file {one}/sbom.cdx.json {one}/bin/python" in text
 
 
 def test_the_last_stage_alone_says_how_a_container_starts(tmp_path: Path) -> None:
