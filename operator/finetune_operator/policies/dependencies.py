@@ -94,7 +94,12 @@ def _misfit(path: str, name: str, other: Any) -> str | None:
         return "is a job of method reward, whose model gives scores and writes nothing; name a job of another method"
     if _is_whole(other):
         return None
-    if not _artifacts(other) and _merges(at(other, "spec")):
+    if _artifacts(other):
+        return (
+            f"wrote an adapter and not a whole model; submit {name} anew, by another name and with merge: true in an"
+            " output, and name that job"
+        )
+    if _merges(at(other, "spec")):
         return (
             f"will be an adapter and not a whole model: {name} got an output with merge: true after its attempt had"
             " begun; suspend that job and resume it"

@@ -90,6 +90,13 @@ def test_a_job_whose_model_will_not_do_is_told_before_it_has_trained(
     assert (problem.path, problem.value, problem.message) == (f"spec.{field}", '"job://other"', message)
 
 
+def test_an_adapter_that_is_written_becomes_no_model_any_more() -> None:
+    adapter = {**WRITTEN[0], "kind": "adapter"}
+    other = job_document(LORA, name="other") | {"status": ended("Complete", artifacts=[adapter])}
+    [problem] = misfits(job_document(NEEDS_MODEL), {"other": other})
+    assert problem.message.startswith("wrote an adapter and not a whole model; submit other anew, by another name")
+
+
 @pytest.mark.parametrize(
     ("job", "other"),
     [

@@ -82,11 +82,11 @@ def test_the_answers_of_other_ranks_are_among_the_others() -> None:
         assert math.isnan(found[3])
 
 
-def test_where_every_reward_fails_nothing_is_known_of_the_answer() -> None:
-    rewards = [named("one", Told(["broke", "broke", 1.0])), named("two", Told(["hung", None, 1.0]))]
-    first, *others = totals(WeightedRewards(rewards), "a", "b", "c")
-    assert math.isnan(first)
-    assert others == [1.0, 2.0]
+def test_where_no_reward_gives_a_score_nothing_is_known_of_the_answer() -> None:
+    rewards = [named("one", Told(["broke", "broke", None, 1.0])), named("two", Told(["hung", None, None, 1.0]))]
+    *unknown, last = totals(WeightedRewards(rewards), "a", "b", "c", "d")
+    assert all(math.isnan(total) for total in unknown)
+    assert last == 2.0
 
 
 def test_a_reward_without_opinion_adds_nothing() -> None:

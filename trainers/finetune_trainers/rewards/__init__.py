@@ -10,8 +10,8 @@
 A reward that fails for an answer does not end the run. The answer has no score by that reward's name, and the failure
 is counted. In the total the mean of that reward over the other answers stands in its place, where another reward could
 score the answer; where none could, the total is NaN, and the answer is left out or taken as an average one by whoever
-learns. So whoever makes a reward fail wins nothing by it. A reward may also have no opinion; then it adds nothing. It
-has none of an answer whose row lacks a column that it cannot do without.
+learns. So whoever makes a reward fail wins nothing by it. A reward may also have no opinion: then it adds nothing, and
+could not score. It has none of an answer whose row lacks a column that it cannot do without.
 Each rank asks about its own answers; what follows is decided of those of all ranks, so it is the same for any number.
 """
 

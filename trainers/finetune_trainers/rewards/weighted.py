@@ -75,7 +75,7 @@ class WeightedRewards:
             self._look_after(reward, faults, episodes)
             totals = [total + reward.weight * value for total, value in zip(totals, _counted(said), strict=True)]
         return [
-            math.nan if all(isinstance(value, Fault) for value in one.values()) else total
+            total if any(isinstance(value, float) for value in one.values()) else math.nan
             for one, total in zip(opinions, totals, strict=True)
         ]
 

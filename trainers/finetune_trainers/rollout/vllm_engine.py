@@ -31,7 +31,7 @@ from finetune_trainers.precisions import DTYPES
 from finetune_trainers.prepared import PreparedModel
 from finetune_trainers.rollout import AheadEngine, Completion, OnProgress, Request, Sampling
 from finetune_trainers.rollout.vllm_process import VllmProcess, VllmRefused, find_python, vllm_command
-from finetune_trainers.rollout.vllm_team import Team, TeamEngine, device_name
+from finetune_trainers.rollout.vllm_team import Team, TeamEngine, device_name, release_device
 from finetune_trainers.rollout.vllm_weights import policy_weights
 from finetune_trainers.rollout.zero3 import inside
 
@@ -178,6 +178,7 @@ class VllmEngine:
         self._process.ask({"do": "sleep"})
 
     def wake(self) -> None:
+        release_device()
         self._process.ask({"do": "wake"})
 
     def close(self) -> None:

@@ -20,12 +20,12 @@ from finetune_trainers.context import WorkerContext
 from finetune_trainers.errors import TrainerError, UserError
 from finetune_trainers.rollout import AheadEngine, Completion, OnProgress, Request, Sampling
 
-__all__ = ["Team", "TeamEngine", "device_name"]
+__all__ = ["Team", "TeamEngine", "device_name", "release_device"]
 
 T = TypeVar("T")
 
-LONGEST_WAIT = timedelta(hours=2)
-"""For the one who leads, who gives up sooner on a vLLM that says nothing."""
+LONGEST_WAIT = timedelta(days=1)
+"""For the one who leads, who gives up sooner on a vLLM that says nothing; one that writes may write for long."""
 
 
 class Team:
@@ -87,6 +87,11 @@ class TeamEngine:
         """How many answers each rank waits for, where the team is led."""
         team.lead(lambda: self._start(make))
 
+    @property
+    def _own(self) -> AheadEngine:
+        assert self._engine is not None, "only who leads is asked"
+        return self._engine
+
     def _start(self, make: Callable[[], AheadEngine]) -> None:
         self._engine = make()
 
@@ -108,14 +113,13 @@ class TeamEngine:
 
     def _collected(self, on_progress: OnProgress | None) -> list[list[Completion]]:
         """The answers of each rank."""
-        assert self._engine is not None, "only who leads is asked"
         own = self._counts[0]
 
         def tell(num_done: int, num: int) -> None:
             if on_progress is not None:
                 on_progress(num_done * own // num, own)
 
-        answers = iter(self._engine.collect(tell))
+        answers = iter(self._own.collect(tell))
         return [list(islice(answers, count)) for count in self._counts]
 
     def update_weights(self) -> None:
@@ -125,16 +129,22 @@ class TeamEngine:
             self._engine.update_weights()
 
     def sleep(self) -> None:
-        if self._engine is not None:
-            self._engine.sleep()
+        self._team.lead(lambda: self._own.sleep())  # nobody goes on while the GPU is taken
 
     def wake(self) -> None:
-        if self._engine is not None:
-            self._engine.wake()
+        release_device()
+        self._team.gather(None)  # and all the others have
+        self._team.lead(lambda: self._own.wake())
 
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
+
+
+def release_device() -> None:
+    """Give back what torch keeps of the GPU for itself, of what was freed: vLLM wants its memory again."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def device_name(device: torch.device) -> str:
