@@ -18,7 +18,8 @@ from finetune_operator.status import Draft, clip
 __all__ = ["begin", "keep_newest"]
 
 _STEPS = frozenset({Stage.TRAINING, Stage.EVALUATING})
-"""Stages that only the training loop reports: without a word of an earlier attempt's steps it began at 0."""
+"""Stages that only the training loop reports: without a word of an earlier attempt's steps it began at 0. The same
+follows from `total_steps`, which is told from then on: short training may be over before anybody looks."""
 _EVENT_LENGTH = 1024
 
 
@@ -62,7 +63,7 @@ def _begun_at(progress: Progress) -> int | None:
     """Steps that were done when training began; None while that is not known."""
     if progress.resumed_from_step is not None:
         return progress.resumed_from_step
-    return 0 if progress.stage in _STEPS else None
+    return 0 if progress.stage in _STEPS or progress.total_steps is not None else None
 
 
 def _told(attempt: int, begun_at: int, progress: Progress) -> list[Event]:

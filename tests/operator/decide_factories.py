@@ -215,8 +215,10 @@ class Cluster:
         )
 
     def report(self, stage: Stage = Stage.TRAINING, step: int = 0, attempt: int | None = None, **more: Any) -> Cluster:
-        """The trainers say how far they are."""
-        progress = Progress(stage=stage, step=step, total_steps=10, updated_at=self.now, **more)
+        """The trainers say how far they are. How many steps there are is told once they train."""
+        if stage in (Stage.TRAINING, Stage.EVALUATING, Stage.EXPORTING):
+            more = {"total_steps": 10, **more}
+        progress = Progress(stage=stage, step=step, updated_at=self.now, **more)
         return self._report("progress.json", progress.model_dump_json(by_alias=True), attempt)
 
     def outcome(self, outcome: Outcome, attempt: int | None = None) -> Cluster:

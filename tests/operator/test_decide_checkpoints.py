@@ -117,6 +117,21 @@ def test_an_attempt_that_begins_at_the_beginning_says_so_once_it_trains() -> Non
     assert cluster.attempt["resumedFromStep"] == 0
 
 
+def test_an_attempt_whose_training_nobody_saw_says_afterwards_where_it_began() -> None:
+    cluster = Cluster(SAVES)
+    cluster.settle()
+    cluster.running().report(Stage.DONE, step=7, total_steps=200, checkpoint=saved(7)).outcome(stopped(7)).ended()
+    cluster.settle()
+    assert cluster.attempt["resumedFromStep"] == 0
+
+
+def test_an_attempt_that_ended_before_it_trained_began_nowhere() -> None:
+    cluster = Cluster(SAVES)
+    cluster.settle()
+    cluster.running().report(Stage.DONE).outcome(failed(FailureClass.DATA_ERROR)).ended().settle()
+    assert "resumedFromStep" not in cluster.attempt
+
+
 def test_a_report_that_is_older_than_the_status_takes_nothing_back() -> None:
     cluster = training(step=12, checkpoint=saved(10))
     old = cluster.world()
