@@ -71,11 +71,14 @@ def long(tiny: dict[str, Any]) -> dict[str, Any]:
 def test_a_job_whose_worker_pod_is_deleted_goes_on_from_its_checkpoint(
     team: World, long: dict[str, Any], submit: Submit
 ) -> None:
-    """KubeRay replaces the pod, and the driver begins a new group of workers in the same Ray: no attempt is lost."""
+    """KubeRay replaces the pod, and the driver begins a new group of workers in the same Ray: no attempt is lost.
+
+    With seconds of grace: in half a minute a fast machine makes all the steps that are left.
+    """
     job = submit("deleted", long)
     team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
     before = {pod["metadata"]["name"] for pod in team.pods(job, "worker")}
-    team.kubectl("delete", "pod", min(before), "--wait=false")
+    team.kubectl("delete", "pod", min(before), "--grace-period=3", "--wait=false")
     team.wait(job, lambda: {pod["metadata"]["name"] for pod in team.pods(job, "worker")} - before, "another pod")
     team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed all the same", seconds=600)
     status = team.status(job)
