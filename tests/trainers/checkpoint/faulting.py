@@ -174,11 +174,14 @@ class SimulatedDisk:
     A file's bytes are on the medium when it was synced, a name when its folder was. `survivor` is what is left
     afterwards: of a killed process, everything (the kernel lives on). Of a power cut, what was synced ("power"); or all
     names, but only synced bytes ("names-only"), or half of the others ("half"): file systems write names and bytes
-    back in an order of their own.
+    back in an order of their own. With a `capacity` it is full when it holds so many bytes.
     """
 
-    def __init__(self, schedule: Schedule | None = None, root: _Folder | None = None) -> None:
+    def __init__(
+        self, schedule: Schedule | None = None, root: _Folder | None = None, capacity: int | None = None
+    ) -> None:
         self.schedule = schedule or Schedule()
+        self.capacity = capacity
         self._root = root or _Folder()
         self._open: dict[int, _File] = {}
         self._descriptors = itertools.count(1000)
@@ -201,6 +204,8 @@ class SimulatedDisk:
         """Takes half of what it is given first: callers must go on with the rest."""
         with self.schedule.around("write"):
             taken = data[: max(len(data) // 2, 1)] if len(data) > 4096 else data
+            if self.capacity is not None and self.used + len(taken) > self.capacity:
+                raise OSError(errno.ENOSPC, "no space left")
             self._open[file].now += taken
             return len(taken)
 
@@ -274,7 +279,12 @@ class SimulatedDisk:
 
     def free_bytes(self, path: str) -> int:
         self._folder(path)
-        return 1 << 40
+        return 1 << 40 if self.capacity is None else max(self.capacity - self.used, 0)
+
+    @property
+    def used(self) -> int:
+        """Bytes of all files."""
+        return sum(map(len, {id(file): file.now for file in _files(self._root)}.values()))
 
     def flip(self, path: str, bit: int) -> None:
         """The medium changes a bit on its own."""
@@ -309,6 +319,11 @@ class SimulatedDisk:
         if not isinstance(found, _File):
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return found
+
+
+def _files(item: _Folder) -> Iterator[_File]:
+    for found in item.now.values():
+        yield from _files(found) if isinstance(found, _Folder) else (found,)
 
 
 def _surviving(item: _Folder, survival: Survival) -> _Folder:

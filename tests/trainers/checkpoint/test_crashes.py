@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 from blake3 import blake3
 
-from finetune_trainers.checkpoint.commit import IncompleteError, abandon, publish
+from finetune_trainers.checkpoint.commit import IncompleteError, abandon, begin, conclude, publish
 from finetune_trainers.checkpoint.find import find_newest
 from finetune_trainers.checkpoint.layout import CheckpointId
 from finetune_trainers.checkpoint.listing import listed
@@ -23,7 +23,8 @@ from finetune_trainers.checkpoint.storage.resilient import Patience, ResilientSt
 from finetune_trainers.checkpoint.sweep import sweep
 from finetune_trainers.checkpoint.write import write_blob
 from tests.trainers.checkpoint.faulting import Crash, FaultingStorage, Kind, Schedule, SimulatedDisk, Survival
-from tests.trainers.checkpoint.saving import original, restored, save, start
+from tests.trainers.checkpoint.saving import intent_of, original, restored, save, start, write_all
+from tests.trainers.checkpoint.synthetic import NOON
 
 KEEP_ONE = Retention(keep_last=1)
 OLD, NEW = CheckpointId(1, 10), CheckpointId(2, 20)
@@ -168,6 +169,33 @@ def test_a_request_whose_answer_is_lost_is_tried_again_and_the_story_ends_well()
         look(inner, story, schedule.names[at])
         at += 1
     assert paused == at > 100
+
+
+def test_a_checkpoint_is_concluded_as_published_or_never_will_be() -> None:
+    """A request fails for good, before or after it was carried out: whoever concludes knows which."""
+    at, published = 0, 0
+    while True:
+        inner = PosixStorage("/run", SimulatedDisk())
+        fence = start(inner)
+        intent = intent_of(fence, 10)
+        write_all(inner, intent)
+        schedule = Schedule(at, "unavailable")
+        try:
+            conclude(FaultingStorage(inner, schedule), fence, intent.id)
+            is_published = True
+        except StorageError:
+            is_published = False
+        published += is_published and schedule.fired
+        where = schedule.names[min(at, len(schedule.names) - 1)]
+        assert (find_newest(inner).manifest is not None) == is_published, where
+        if not is_published:
+            begin(inner, "next", NOON)
+            assert find_newest(inner).manifest is None, where
+        if not schedule.fired:
+            break
+        at += 1
+    assert at > 10
+    assert published > 2, "after the manifest was created"
 
 
 def test_an_attempt_that_failed_can_give_up_its_checkpoint_and_save_the_next_step() -> None:

@@ -206,6 +206,19 @@ def test_a_writer_that_is_killed_is_told_and_the_next_checkpoint_has_another(run
     assert alone.pid() != writer.pid
 
 
+def test_what_a_killed_writer_had_begun_is_no_ones_any_more_when_the_next_one_saves(run: Callable[..., Run]) -> None:
+    pair = run(world=2, keep_last=1)
+    pair.stage(1, ranks=[0])
+    assert pair.ranks[0].wait(lambda: not pair.ranks[0].is_writing, deadline())
+    psutil.Process(pair.pid()).kill()
+    assert pair.ranks[0].wait(lambda: 1 in pair.ranks[0].failures, deadline())
+    assert [listing.is_open for listing in listed(pair.storage).values()] == [True]
+    pair.stage(2)
+    pair.settle()
+    pair.ranks[0].close(deadline())
+    assert [id_.step for id_ in listed(pair.storage)] == [2]
+
+
 def test_the_first_rank_waits_for_the_others(run: Callable[..., Run]) -> None:
     pair = run(world=2)
     pair.stage(1, ranks=[0])

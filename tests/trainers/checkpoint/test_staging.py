@@ -9,13 +9,25 @@ from pathlib import Path
 
 import pytest
 
+from finetune_trainers.checkpoint import layout
+from finetune_trainers.checkpoint.commit import abandon
+from finetune_trainers.checkpoint.layout import CheckpointId
+from finetune_trainers.checkpoint.listing import listed
 from finetune_trainers.checkpoint.staging import ALIGNMENT, Buffer, laid_out
-from finetune_trainers.checkpoint.storage.errors import StorageFullError
+from finetune_trainers.checkpoint.storage.errors import StorageFullError, StorageUnavailableError
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
-from finetune_trainers.checkpoint.writer import ORPHAN_SECONDS, RECEIPT_SECONDS, Receipts, demand_space
+from finetune_trainers.checkpoint.storage.protocol import Stored
+from finetune_trainers.checkpoint.writer import (
+    ORPHAN_SECONDS,
+    RECEIPT_SECONDS,
+    SILENCE_SECONDS,
+    Receipts,
+    demand_space,
+)
 from finetune_trainers.checkpoint.writer_protocol import Failed, Flush, line, said, told
-from tests.trainers.checkpoint.saving import intent_of, start, write_all
+from tests.trainers.checkpoint.faulting import SimulatedDisk
+from tests.trainers.checkpoint.saving import intent_of, save, start, write_all
 
 
 @pytest.fixture
@@ -71,19 +83,69 @@ class Patience:
         self.now += seconds
 
 
-@pytest.mark.parametrize(("orphaned_at", "seconds"), [(None, RECEIPT_SECONDS), (0.0, ORPHAN_SECONDS)])
+@pytest.mark.parametrize(
+    ("orphaned_at", "beats_until", "seconds"),
+    [
+        (None, 0.0, RECEIPT_SECONDS),
+        (0.0, 1e6, ORPHAN_SECONDS),
+        (0.0, 100.0, 100.0 + SILENCE_SECONDS),
+        (0.0, 0.0, SILENCE_SECONDS),
+    ],
+    ids=["the trainer lives", "the other writer is at work", "the other writer dies", "the other machine is lost"],
+)
 def test_receipts_that_do_not_come_are_not_waited_for_for_ever(
-    orphaned_at: float | None, seconds: float, tmp_path: Path
+    orphaned_at: float | None, beats_until: float, seconds: float, tmp_path: Path
 ) -> None:
     storage, time = open_storage(f"file://{tmp_path}/run"), Patience()
     intent = intent_of(start(storage), 1, world=3)
     write_all(storage, intent, ranks=[0, 2])
-    receipts = Receipts(storage, time.clock, time.wait)
+
+    def wait(seconds: float) -> None:
+        time.wait(seconds)
+        if time.now < beats_until:
+            storage.replace(layout.busy(intent.epoch, 1), str(time.now).encode())
+
+    receipts = Receipts(storage, time.clock, wait)
     receipts.orphaned_at = orphaned_at
     reason = receipts.missing(intent.id, 3)
     assert time.now == pytest.approx(seconds, abs=3)
     assert reason is not None
     assert reason.startswith("rank 1 has not written its part")
+
+
+def test_receipts_are_waited_for_while_the_storage_cannot_be_reached(tmp_path: Path) -> None:
+    time = Patience()
+
+    class Flaky(PosixStorage):
+        def list(self, prefix: str) -> Iterator[Stored]:
+            if 1 < time.now < 60:
+                raise StorageUnavailableError("503")
+            return super().list(prefix)
+
+    storage = Flaky(str(tmp_path))
+    intent = intent_of(start(storage), 1, world=2)
+    write_all(storage, intent, ranks=[0])
+
+    def wait(seconds: float) -> None:
+        time.wait(seconds)
+        if time.now > 90 and storage.size(layout.receipt(intent.id, 1)) is None:
+            storage.create(layout.receipt(intent.id, 1), b"{}")
+
+    assert Receipts(storage, time.clock, wait).missing(intent.id, 2) is None
+    assert 90 < time.now < 95
+
+
+def test_what_failed_saves_have_left_makes_room_for_the_next(tmp_path: Path) -> None:
+    disk = SimulatedDisk()
+    storage = PosixStorage("/run", disk)
+    fence = start(storage)
+    save(storage, fence, 1)
+    write_all(storage, intent_of(fence, 2))
+    abandon(storage, fence, CheckpointId(1, 2), "the storage was full")
+    disk.capacity = disk.used + 1000
+    demand_space(storage, intent_of(fence, 3))
+    assert [id_.step for id_ in listed(storage)] == [1]
+    assert storage.free_bytes() > 22412
 
 
 def test_a_checkpoint_that_will_not_fit_is_not_begun(tmp_path: Path) -> None:

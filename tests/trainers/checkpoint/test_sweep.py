@@ -14,6 +14,7 @@ from finetune_trainers.checkpoint.layout import CheckpointId
 from finetune_trainers.checkpoint.listing import listed
 from finetune_trainers.checkpoint.pins import pin, unpin
 from finetune_trainers.checkpoint.retention import Retention
+from finetune_trainers.checkpoint.storage.errors import StorageFullError
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.sweep import plan_sweep, sweep
@@ -101,6 +102,34 @@ def test_what_a_dead_attempt_left_half_written_goes_with_the_next_sweep(storage:
     write_all(storage, intent_of(dead, 20), ranks=[1])
     fence, _ = begin(storage, "next", NOON)
     assert sweep(storage, ONE, fence).deleted == (CheckpointId(1, 20),)
+
+
+def test_on_a_full_disk_deleting_makes_room_and_an_attempt_begins() -> None:
+    """Neither a tombstone nor a fence would fit."""
+    disk = SimulatedDisk()
+    storage = PosixStorage("/run", disk)
+    fence = start(storage)
+    for step in (10, 20, 30):
+        save(storage, fence, step)
+    write_all(storage, intent_of(fence, 40))
+    abandon(storage, fence, CheckpointId(1, 40), "no space")
+    disk.capacity = disk.used
+    assert begin(storage, "next", NOON)[0].epoch == 2
+    assert there(storage) == [10, 20, 30]
+    disk.capacity = disk.used
+    assert sweep(storage, Retention(keep_last=2)).deleted == (CheckpointId(1, 10),)
+    assert there(storage) == [20, 30]
+    assert find_newest(storage, deep=True).rejected == ()
+
+
+def test_an_attempt_that_finds_a_full_disk_and_nothing_to_free_says_so() -> None:
+    disk = SimulatedDisk()
+    storage = PosixStorage("/run", disk)
+    save(storage, start(storage), 10)
+    disk.capacity = disk.used
+    with pytest.raises(StorageFullError, match="no space left"):
+        begin(storage, "next", NOON)
+    assert there(storage) == [10]
 
 
 def test_a_deletion_that_was_cut_short_is_finished(storage: Storage) -> None:

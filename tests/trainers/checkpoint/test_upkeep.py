@@ -133,6 +133,18 @@ def test_a_second_time_there_is_nothing_to_do(storage: Storage) -> None:
     assert everything(storage) == before
 
 
+def test_a_full_disk_is_cleared_in_two_goes() -> None:
+    disk = SimulatedDisk()
+    storage = left_behind(PosixStorage("/run", disk))
+    disk.capacity = disk.used
+    said = collected(storage, ONE, GO)
+    assert "the storage was full" in said.notes[0]
+    assert there(storage) == [30, 40, 50]
+    assert "full" not in str(collected(storage, ONE, GO).notes)
+    assert there(storage) == [40]
+    assert find_newest(storage, deep=True).rejected == ()
+
+
 def test_an_attempt_that_begins_meanwhile_ends_it() -> None:
     at, stopped = 0, 0
     while True:

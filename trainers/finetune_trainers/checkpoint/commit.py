@@ -27,10 +27,26 @@ from finetune_trainers.checkpoint.fence import Fence, SupersededError, demand_fe
 from finetune_trainers.checkpoint.layout import CheckpointId
 from finetune_trainers.checkpoint.listing import Listing, listed
 from finetune_trainers.checkpoint.manifest import Abandoned, Intent, Manifest, Receipt, parse_manifest
-from finetune_trainers.checkpoint.storage.errors import StorageConflictError, StorageError, StorageMissingError
+from finetune_trainers.checkpoint.storage.errors import (
+    StorageConflictError,
+    StorageError,
+    StorageFullError,
+    StorageMissingError,
+)
 from finetune_trainers.checkpoint.storage.protocol import Storage
+from finetune_trainers.checkpoint.sweep import clear_leftovers
 
-__all__ = ["IncompleteError", "Settled", "abandon", "assembled", "begin", "pointer", "publish"]
+__all__ = [
+    "IncompleteError",
+    "Settled",
+    "abandon",
+    "assembled",
+    "begin",
+    "conclude",
+    "pointer",
+    "publish",
+    "settle_own",
+]
 
 Document = TypeVar("Document", Intent, Receipt)
 
@@ -55,7 +71,12 @@ def begin(storage: Storage, owner: str, now: datetime) -> tuple[Fence, Settled]:
 
     A writer that outlived its trainer may still be finishing: callers who know of one wait for it first.
     """
-    fence = take_fence(storage, owner, now)
+    try:
+        fence = take_fence(storage, owner, now)
+    except StorageFullError:
+        if not clear_leftovers(storage):
+            raise
+        fence = take_fence(storage, owner, now)
     completed, closed = [], []
     for checkpoint, listing in listed(storage).items():
         if checkpoint.epoch < fence.epoch and listing.is_open:
@@ -79,6 +100,29 @@ def publish(storage: Storage, fence: Fence, checkpoint: CheckpointId) -> Manifes
     _create_manifest(storage, manifest, data)
     _point_at(storage, manifest)
     return manifest
+
+
+def conclude(storage: Storage, fence: Fence, checkpoint: CheckpointId) -> Manifest:
+    """`publish`, or close it for good: after a StorageError it was not published, wherever the storage can tell."""
+    try:
+        return publish(storage, fence, checkpoint)
+    except IncompleteError:
+        raise
+    except StorageError as error:
+        if _close(storage, checkpoint, fence, error.message):
+            raise
+        return publish(storage, fence, checkpoint)  # it was, or may be: only the answer was lost
+
+
+def settle_own(storage: Storage, fence: Fence, before: CheckpointId) -> None:
+    """Complete or close what a coordinator of this very attempt left open when it died. `before`: what its successor
+    saves first, of which other ranks may have written their part. Raises SupersededError."""
+    for checkpoint, listing in listed(storage).items():
+        if checkpoint.epoch == fence.epoch and checkpoint < before and listing.is_open:
+            try:
+                publish(storage, fence, checkpoint)
+            except IncompleteError as error:
+                _close(storage, checkpoint, fence, error.message)
 
 
 def abandon(storage: Storage, fence: Fence, checkpoint: CheckpointId, reason: str) -> bool:

@@ -19,7 +19,7 @@ from finetune_trainers.checkpoint.documents import canonical
 from finetune_trainers.checkpoint.storage.errors import StorageError, StorageMissingError
 from finetune_trainers.checkpoint.storage.protocol import Storage
 
-__all__ = ["BEAT_SECONDS", "Heartbeat", "wait_for_writers"]
+__all__ = ["BEAT_SECONDS", "Heartbeat", "beat_of", "wait_for_writers"]
 
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 10.0
@@ -56,6 +56,14 @@ class Heartbeat:
                 self._storage.replace(self._name, canonical({"beat": count}))
             if self._done.wait(BEAT_SECONDS):
                 return
+
+
+def beat_of(storage: Storage, epoch: int, rank: int) -> str:
+    """What a writer that was left alone has said last; empty when it has said nothing, or has finished."""
+    try:
+        return storage.read(layout.busy(epoch, rank)).decode()
+    except StorageMissingError:
+        return ""
 
 
 def wait_for_writers(

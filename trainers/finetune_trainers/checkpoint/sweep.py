@@ -2,7 +2,10 @@
 
 A checkpoint is deleted in an order in which it is at no moment a damaged one: the tombstone, which hides it; the
 manifest; the other files; the tombstone. A crash on the way leaves a tombstone, and the next sweep goes on from there.
-One that is pinned at the last moment is given back (`pins`).
+One that is pinned at the last moment is given back (`pins`). On a full disk there is no room for a tombstone, and the
+manifest goes first: a crash then leaves an open folder, which the next attempt completes or closes.
+
+What was abandoned is no checkpoint and needs no tombstone: the word that it is goes last.
 
 Blobs are swept by marking: what no manifest and no open intent names goes. Only the holder of the fence may do that,
 since only it knows that nobody is about to name a blob which is there already.
@@ -25,12 +28,13 @@ from finetune_trainers.checkpoint.listing import Listing, listed
 from finetune_trainers.checkpoint.manifest import Abandoned, Intent, Manifest
 from finetune_trainers.checkpoint.pins import is_pinned
 from finetune_trainers.checkpoint.retention import Candidate, Retention, Verdict, choose
-from finetune_trainers.checkpoint.storage.errors import StorageConflictError, StorageMissingError
+from finetune_trainers.checkpoint.storage.errors import StorageConflictError, StorageFullError, StorageMissingError
 from finetune_trainers.checkpoint.storage.protocol import Storage
 
-__all__ = ["SweepPlan", "Swept", "Tombstone", "plan_sweep", "sweep"]
+__all__ = ["SweepPlan", "Swept", "Tombstone", "clear_leftovers", "plan_sweep", "sweep"]
 
 _DAY = 86_400.0
+_NEVER = "it was never completed"
 
 
 class Tombstone(Contract):
@@ -101,11 +105,12 @@ def sweep(
     folders, deleted, num_bytes = listed(storage), [], 0
     unwanted = {verdict.id: "; ".join(verdict.reasons) for verdict in plan.verdicts if not verdict.keep}
     # The oldest first: what a crash leaves is then what one would have kept.
-    unwanted |= dict.fromkeys(plan.leftovers, "it was never completed")
+    unwanted |= dict.fromkeys(plan.leftovers, _NEVER)
     for checkpoint, reason in sorted(unwanted.items()):
         if fence is not None:
             demand_fence(storage, fence)
-        if checkpoint in folders and _delete(storage, folders[checkpoint], reason):
+        is_leftover = checkpoint in plan.leftovers
+        if checkpoint in folders and _delete(storage, folders[checkpoint], reason, is_leftover):
             deleted.append(checkpoint)
             num_bytes += sum(folders[checkpoint].sizes.values())
     if fence is not None and plan.blobs and len(deleted) == len(unwanted):  # what stayed after all has its blobs
@@ -115,6 +120,21 @@ def sweep(
     if unfinished:
         storage.discard(unfinished)
     return Swept(plan, tuple(deleted), num_bytes, None if unfinished is None else len(unfinished))
+
+
+def clear_leftovers(storage: Storage) -> int:
+    """Delete what is no checkpoint and will never be -> its bytes. Needs no fence, and no room where there is none."""
+    freed = 0
+    for listing in listed(storage).values():
+        if _is_leftover(storage, listing) and _delete(storage, listing, _NEVER, is_leftover=True):
+            freed += sum(listing.sizes.values())
+    return freed
+
+
+def _is_leftover(storage: Storage, listing: Listing) -> bool:
+    if listing.is_settled:
+        return isinstance(read_manifest(storage, listing.checkpoint), Abandoned)
+    return listing.is_deleting or _is_dead(storage, listing)
 
 
 def _candidate(listing: Listing, manifest: Manifest | None, pins: Collection[CheckpointId | None]) -> Candidate:
@@ -146,14 +166,16 @@ def _orphans(
     return tuple(sorted(stored.name for stored in storage.list(layout.BLOBS) if stored.name not in named))
 
 
-def _delete(storage: Storage, listing: Listing, reason: str) -> bool:
+def _delete(storage: Storage, listing: Listing, reason: str, is_leftover: bool) -> bool:
     """-> False when it is pinned, and stays."""
-    if not _doom(storage, listing, reason):
-        return False
     tombstone, manifest = layout.tombstone(listing.checkpoint), layout.manifest(listing.checkpoint)
-    storage.delete([manifest])
+    is_abandoned = is_leftover and listing.is_settled
+    if not is_abandoned:
+        if not _doom(storage, listing, reason):
+            return False
+        storage.delete([manifest])
     storage.delete([name for name in listing.sizes if name not in (manifest, tombstone)])
-    storage.delete([tombstone])
+    storage.delete([manifest if is_abandoned else tombstone])
     storage.prune(layout.folder(listing.checkpoint))
     return True
 
@@ -166,7 +188,7 @@ def _doom(storage: Storage, listing: Listing, reason: str) -> bool:
     if can_stay and is_pinned(storage, listing.checkpoint):
         return False
     if name not in listing.sizes:
-        with suppress(StorageConflictError):  # another sweep is at it
+        with suppress(StorageConflictError, StorageFullError):  # another sweep is at it; or there is no room
             storage.create(name, sealed(Tombstone(reason=reason)))
             is_mine = True
     if can_stay and is_pinned(storage, listing.checkpoint):  # since the look before

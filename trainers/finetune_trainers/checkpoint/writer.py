@@ -5,8 +5,8 @@ commas). It imports no torch, so it starts at once and is small, and it runs at 
 
 It outlives its trainer: it is in a session of its own and nobody's child, so that neither a signal to the trainer's
 group nor Ray's cleaning up after a worker reaches it. When the trainer is gone it finishes what was staged; rank 0's
-waits for the receipts of the others for a while longer, and publishes. Should a newer attempt have begun, the fence
-says so, and nothing is published. Then it ends, and the memory with it.
+waits for the receipts of the others as long as they show that they live, and publishes. Should a newer attempt have
+begun, the fence says so, and nothing is published. Then it ends, and the memory with it.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from pathlib import Path
 
 from finetune_api.progress import SavedCheckpoint
 from finetune_trainers.checkpoint import layout
-from finetune_trainers.checkpoint.commit import abandon, publish
+from finetune_trainers.checkpoint.commit import abandon, conclude, settle_own
 from finetune_trainers.checkpoint.fence import SupersededError
 from finetune_trainers.checkpoint.folders import folder_records, store_folder
 from finetune_trainers.checkpoint.layout import CheckpointId
 from finetune_trainers.checkpoint.listing import listed
 from finetune_trainers.checkpoint.manifest import ITEM_BYTES, Intent, Manifest
-from finetune_trainers.checkpoint.orphans import Heartbeat
+from finetune_trainers.checkpoint.orphans import Heartbeat, beat_of
 from finetune_trainers.checkpoint.shards import Slice
-from finetune_trainers.checkpoint.storage.errors import StorageError, StorageFullError
+from finetune_trainers.checkpoint.storage.errors import StorageError, StorageFullError, StorageUnavailableError
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.checkpoint.storage.protocol import Storage
-from finetune_trainers.checkpoint.sweep import sweep
+from finetune_trainers.checkpoint.sweep import clear_leftovers, sweep
 from finetune_trainers.checkpoint.write import announce, write_rank
 from finetune_trainers.checkpoint.writer_protocol import (
     Begin,
@@ -61,6 +61,8 @@ RECEIPT_SECONDS = 1800.0
 """How long rank 0 waits for the receipts of other ranks after its own, while its trainer lives."""
 ORPHAN_SECONDS = 300.0
 """The same, once its trainer is gone."""
+SILENCE_SECONDS = 20.0
+"""The same, where the rank that is missing shows no sign of life: its machine is lost, and its writer with it."""
 _NICE = 15
 """On a machine that is all busy it gets one part in thirty beside one training thread."""
 _PAUSES = (0.05, 2.0)
@@ -96,9 +98,12 @@ def saved_checkpoint(root: str, manifest: Manifest, saved_at: datetime) -> Saved
 
 
 def demand_space(storage: Storage, intent: Intent) -> None:
-    """Raises StorageFullError when all ranks' parts together will not fit, as far as the storage can tell."""
+    """Raises StorageFullError when all ranks' parts together will not fit, as far as the storage can tell, not even
+    where saves that have failed had lain."""
     needed = sum(tensor.numel * ITEM_BYTES[kind] for tensor in intent.tensors for kind in tensor.states.values())
     free = storage.free_bytes()
+    if free is not None and free < needed and clear_leftovers(storage):
+        free = storage.free_bytes()
     if free is not None and free < needed:
         raise StorageFullError(f"the checkpoint needs {needed} bytes, and {free} are free at {storage.uri}")
 
@@ -116,24 +121,36 @@ class Receipts:
         """When the trainer went."""
 
     def missing(self, checkpoint: CheckpointId, world: int) -> str | None:
-        """None when all are there; otherwise why they will not be."""
-        began, pause = self._clock(), _PAUSES[0]
+        """None when all are there; otherwise why they will not be. A storage that cannot be reached for a while is
+        asked again. Raises any other StorageError."""
+        began = alive_at = self._clock()
+        pause, late, trouble, seen = _PAUSES[0], 0, "", ""
         while True:
             if (reason := self.given_up.get(checkpoint.step)) is not None:
                 return reason
-            ranks = listed(self._storage, checkpoint)[checkpoint].ranks
-            if len(ranks) >= world:
-                return None
-            if self._clock() >= self._deadline(began):
-                late = sorted(set(range(world)) - set(ranks))
-                return f"rank {late[0]} has not written its part, {self._clock() - began:.0f} s after rank 0"
+            try:
+                listing, trouble = listed(self._storage, checkpoint)[checkpoint], ""
+                if len(listing.ranks) >= world:
+                    return None
+                late = min(set(range(world)) - set(listing.ranks))
+                sign = f"{late} {len(listing.sizes)} {beat_of(self._storage, checkpoint.epoch, late)}"
+            except StorageUnavailableError as error:
+                trouble, sign = f" ({error.message})", error.message  # whether it lives is not known
+                alive_at = self._clock()
+            if sign != seen:
+                seen, alive_at = sign, self._clock()
+            if self._clock() >= self._deadline(began, alive_at):
+                return f"rank {late} has not written its part, {self._clock() - began:.0f} s after rank 0{trouble}"
             self._wait(pause)
             pause = min(2 * pause, _PAUSES[1])
 
-    def _deadline(self, began: float) -> float:
+    def _deadline(self, began: float, alive_at: float) -> float:
+        """`alive_at`: when the rank that is waited for showed that it lives."""
+        latest = began + RECEIPT_SECONDS
         if self.orphaned_at is None:
-            return began + RECEIPT_SECONDS
-        return min(began + RECEIPT_SECONDS, max(began, self.orphaned_at) + ORPHAN_SECONDS)
+            return latest
+        since = max(began, self.orphaned_at)
+        return min(latest, since + ORPHAN_SECONDS, max(since, alive_at) + SILENCE_SECONDS)
 
 
 class _Writer:
@@ -203,7 +220,12 @@ class _Writer:
         began, memory = time.monotonic(), self._memory(order)
         staged = StagedSet.model_validate_json(bytes(memory[order.start : order.end]))
         try:
+            if self._begin.rank == 0 and not self._num_done:
+                settle_own(self._storage, self._begin.fence, staged.intent.id)
             self._write(staged, memory)
+        except SupersededError as error:
+            self._say(Failed(step=staged.intent.step, reason=error.message, superseded=True))
+            return
         except (StorageError, OSError) as error:
             self._fail(staged.intent, str(error))
             return
@@ -245,11 +267,15 @@ class _Writer:
         write_rank(self._storage, intent, self._begin.rank, slices, data, aux)
 
     def _publish(self, intent: Intent, began: float) -> None:
-        if (reason := self._receipts.missing(intent.id, intent.world.size)) is not None:
-            self._fail(intent, reason)
-            return
         try:
-            manifest = publish(self._storage, self._begin.fence, intent.id)
+            reason = self._receipts.missing(intent.id, intent.world.size)
+            if reason is not None and self._receipts.orphaned_at is not None:
+                _log.warning("checkpoint %s is left to the next attempt: %s", intent.id, reason)
+                return
+            if reason is not None:
+                self._fail(intent, reason)
+                return
+            manifest = conclude(self._storage, self._begin.fence, intent.id)
         except SupersededError as error:
             self._say(Failed(step=intent.step, reason=error.message, superseded=True))
             return

@@ -20,6 +20,7 @@ from finetune_trainers.checkpoint.admin.activity import CARETAKER, activity_at, 
 from finetune_trainers.checkpoint.commit import Settled, begin
 from finetune_trainers.checkpoint.listing import Listing, listed
 from finetune_trainers.checkpoint.retention import Retention
+from finetune_trainers.checkpoint.storage.errors import StorageFullError
 from finetune_trainers.checkpoint.storage.overlay import OverlayStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.sweep import Swept, sweep
@@ -54,7 +55,12 @@ def collected(storage: Storage, policy: Retention, mandate: Mandate) -> Collecti
     at_work = activity is not None and activity.at_work and not mandate.take_over
     place: Storage = OverlayStorage(storage) if mandate.dry_run else storage
     blobs = {stored.name: stored.bytes for stored in place.list(layout.BLOBS)}
-    settled, swept, before = _swept(place, policy, mandate, alone=not at_work)
+    try:
+        settled, swept, before = _swept(place, policy, mandate, alone=not at_work)
+        is_crowded = False
+    except StorageFullError:  # nothing was deleted before the fence, and deleting needs no room
+        settled, swept, before = _swept(place, policy, mandate, alone=False)
+        is_crowded = True
     gone = [name for name in swept.plan.blobs if place.size(name) is None]
     blob_bytes = sum(blobs.get(name, 0) for name in gone)
     return Collection(
@@ -68,11 +74,13 @@ def collected(storage: Storage, policy: Retention, mandate: Mandate) -> Collecti
         bytes=swept.num_bytes + blob_bytes,
         unfinished=swept.num_unfinished,
         activity=activity,
-        notes=list(_notes(at_work, swept)),
+        notes=list(_notes(at_work, is_crowded, swept)),
     )
 
 
-def _notes(at_work: bool, swept: Swept) -> Iterator[str]:
+def _notes(at_work: bool, is_crowded: bool, swept: Swept) -> Iterator[str]:
+    if is_crowded:
+        yield "the storage was full: run this again for what was never finished and for what nothing shares any more"
     if at_work:
         yield "a run seems to be at work: what it has begun and what it shares is left alone"
     if swept.num_unfinished is None:
