@@ -114,3 +114,5 @@ class Pods(Contract):
     """Volumes."""
     image_pull_secrets: Annotated[list[ObjectName], Field(max_length=8)] = Field(default_factory=list)
     """Secrets that the kubelet pulls the image with."""
+    writable_root: bool = False
+    """The image writes outside /tmp, $HOME and volumes."""

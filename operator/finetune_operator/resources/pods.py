@@ -1,6 +1,7 @@
 """The pod of a Ray node: one container, hardened, with what job and runtime add to it.
 
-The security context is that of Kubernetes' "restricted" level, so that jobs run in namespaces which enforce it.
+The security context is that of Kubernetes' "restricted" level, so that jobs run in namespaces which enforce it, and the
+image cannot be changed: what is written goes to /tmp, where Ray works, to $HOME, and to volumes.
 """
 
 from __future__ import annotations
@@ -71,7 +72,11 @@ def pod_template(
         **_from_secret(runtime),
         "env": _environment(owner, plan, runtime, attempt, size, software, added),
         "resources": size.resources(),
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": not any(one.writable_root for one in added),
+        },
         "volumeMounts": held.volume_mounts,
     }
     spec: Document = {

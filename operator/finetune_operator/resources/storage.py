@@ -29,6 +29,7 @@ PVC_ROOT = "/mnt/pvc"
 """Each claim is a folder below it."""
 PLAN_FOLDER = "/etc/finetune"
 _SHARED_MEMORY = "/dev/shm"
+_TEMPORARY = "/tmp"
 _TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 _TOKEN_SECONDS = 3600
 _OURS = frozenset({PLAN_FOLDER, SCRATCH, _TOKEN_FOLDER})
@@ -56,7 +57,8 @@ class Mounts:
         """Mount `source` at `path`, once: where something is mounted already it stays."""
         if any(mount["mountPath"] == path for mount in self.volume_mounts):
             return
-        known = next((volume["name"] for volume in self.volumes if _source(volume) == source), None)
+        same = (volume["name"] for volume in self.volumes if _source(volume) == source)
+        known = None if "emptyDir" in source else next(same, None)  # an empty one is another one each time
         if known is None:
             self.volumes.append({"name": name, **source})
         mount: Document = {"name": known or name, "mountPath": path}
@@ -130,7 +132,7 @@ def mounts(
 ) -> Mounts:
     """Everything that a pod of the attempt mounts. `pods` are additions, the most particular first.
 
-    A person's own mount of a claim or of /dev/shm stands in the place of ours; plan, scratch and token do not move.
+    A person's own mount of a claim, /dev/shm or /tmp stands in the place of ours; plan, scratch and token do not move.
     """
     result = Mounts()
     plan_map = {"name": names.plan_config_map(owner.name, attempt), "items": [{"key": PLAN_KEY, "path": PLAN_KEY}]}
@@ -150,6 +152,7 @@ def mounts(
             result.add(f"added-{number}", {"configMap": {"name": volume.config_map}}, path, read_only=True)
     for number, claim in enumerate(_claims(plan, runtime)):
         result.add(f"claim-{number}", _claim(claim), posixpath.join(PVC_ROOT, claim))
+    result.add("temporary", {"emptyDir": {}}, _TEMPORARY)
     result.add("shared-memory", {"emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}}, _SHARED_MEMORY)
     return result
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from finetune_operator import names
+from finetune_operator.names import SCRATCH
 from finetune_operator.planning import plan_run
 from finetune_operator.resources.metadata import Document, Owner
 from finetune_operator.resources.pods import DRAIN_SECONDS
@@ -167,9 +168,19 @@ def test_every_pod_keeps_to_the_restricted_level() -> None:
         assert container(template)["securityContext"] == {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
         }
+        assert {"/tmp", SCRATCH} <= {mount["mountPath"] for mount in container(template)["volumeMounts"]}
         kinds = {key for volume in template["spec"]["volumes"] for key in volume if key != "name"}
         assert kinds <= {"configMap", "emptyDir", "persistentVolumeClaim", "projected", "secret"}
+
+
+@pytest.mark.parametrize("level", ["job", "runtime"])
+def test_an_image_that_writes_into_itself_may_where_job_or_runtime_say_so(level: str) -> None:
+    said = {"pods": {"writableRoot": True}}
+    ray_job = built({"cluster": said}) if level == "job" else built(runtime_changes=said)
+    for template in templates(ray_job):
+        assert container(template)["securityContext"]["readOnlyRootFilesystem"] is False
 
 
 def test_no_container_gets_a_token_but_the_one_that_reports() -> None:

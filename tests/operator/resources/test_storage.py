@@ -167,6 +167,12 @@ def test_shared_memory_is_memory_of_a_bounded_size() -> None:
     assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": "4096Mi"}
 
 
+def test_what_is_temporary_lies_apart_from_what_the_run_keeps_unless_a_person_mounts_something_there() -> None:
+    plain = {mount["mountPath"]: mount["name"] for mount in mounted({}).volume_mounts}
+    assert plain["/tmp"] != plain["/var/finetune"]
+    assert claims(mounted({"cluster.pods.volumes": [{"mountPath": "/tmp", "claim": "large"}]}))["/tmp"] == "large"
+
+
 def test_the_token_is_renewed_and_comes_with_the_authority_to_know_the_server_by() -> None:
     [token] = [volume for volume in mounted({}).volumes if volume["name"] == "token"]
     given, authority = token["projected"]["sources"]
