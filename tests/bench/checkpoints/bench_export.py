@@ -76,12 +76,12 @@ def one_way(way: str, source: Path, to: Path) -> dict[str, float]:
     act, module, _ = WAYS[way]
     __import__(module)
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
-    before = _resident("VmHWM")
+    before = resident("VmHWM")
     seconds = timed(lambda: act(source, to))
-    return {"seconds": seconds, "peak_mib": (_resident("VmHWM") - before) / 1024}
+    return {"seconds": seconds, "peak_mib": (resident("VmHWM") - before) / 1024}
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
