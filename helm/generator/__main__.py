@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from helm.generator.base import render_base
-from helm.generator.crds import crd_template
+from helm.generator.crds import crd_template, spec_schema
 from helm.generator.readme import render_readme
 from helm.generator.schema import render_schema, values_schema
 from helm.generator.values import ValuesError, read_values
@@ -32,8 +32,10 @@ def chart_files() -> dict[Path, str]:
     chart = yaml.safe_load(_read(CHART / "Chart.yaml"))
     sections = read_values(_read(CHART / "values.yaml"))
     subcharts = [dependency["name"] for dependency in chart["dependencies"]]
-    schema = values_schema(sections, yaml.safe_load(_read(_HERE / "definitions.yaml")), subcharts)
     crds = sorted((_ROOT / "manifests" / "crd").glob("*.finetune-operator.io.yaml"))
+    (runtimes,) = (crd for crd in crds if crd.name.startswith("finetuneruntimes."))
+    definitions = yaml.safe_load(_read(_HERE / "definitions.yaml")) | {"runtimeSpec": spec_schema(_read(runtimes))}
+    schema = values_schema(sections, definitions, subcharts)
     return {
         CHART / "values.schema.json": render_schema(schema),
         CHART / "README.md": render_readme(_read(_HERE / "README.in.md"), sections, chart),

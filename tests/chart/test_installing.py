@@ -18,6 +18,7 @@ from tests.chart.rendering import MATRIX, NAMESPACE, RELEASE, Helm
 from tests.cluster.client import ApiError, Client
 from tests.cluster.kuberay import define_ray
 from tests.cluster.server import Server
+from tests.cluster.tools import ToolFailed
 from tests.control_plane.conftest import Built
 from tests.control_plane.operators import Jobs, operator
 from tests.factories import job_document
@@ -166,17 +167,95 @@ def test_who_may_edit_a_namespace_has_a_role_for_jobs(installed: Client) -> None
     assert {f"{NAMESPACE}:finetune-operator:{who}" for who in ("editor", "viewer")} <= named
 
 
+def with_runtime(name: str = "default", **spec: Any) -> Document:
+    """Values that ask for a runtime."""
+    return {"defaultRuntime": {"enabled": True, "name": name, "spec": spec}}
+
+
+@pytest.fixture
+def runtime(on_server: Helm, installed: Client) -> Document:
+    """The release's runtime, of four GPUs."""
+    on_server.release("upgrade", with_runtime(workers={"gpus": 4}), options=("--force-conflicts",))
+    found: Document = installed.get(f"{RUNTIMES}/default")
+    assert found["spec"]["workers"]["gpus"] == 4
+    return found
+
+
+def revision(on_server: Helm) -> int:
+    """The newest one of the release."""
+    listed = on_server.tool("history", RELEASE, "--namespace", NAMESPACE, "--output", "json")
+    return int(json.loads(listed)[-1]["revision"])
+
+
+def test_a_rollback_brings_back_the_runtime_of_any_revision(
+    on_server: Helm, installed: Client, runtime: Document
+) -> None:
+    """Also of the first one, when the kind was unknown, and the one after: they make it in another way."""
+    for to, gpus in (("1", 8), (str(revision(on_server)), 4)):
+        on_server.tool("rollback", RELEASE, to, "--namespace", NAMESPACE)
+        found = installed.get(f"{RUNTIMES}/default")
+        assert found["spec"]["workers"]["gpus"] == gpus
+        assert found["metadata"]["uid"] == runtime["metadata"]["uid"]
+
+
+def test_a_misspelled_runtime_is_refused_before_anything_is_touched(
+    on_server: Helm, installed: Client, runtime: Document
+) -> None:
+    before = revision(on_server)
+    with pytest.raises(ToolFailed, match=r"(?s)defaultRuntime/spec.*storrage"):
+        on_server.release("upgrade", with_runtime(storrage="pvc://shared/runs"))
+    assert revision(on_server) == before
+    assert installed.get(f"{RUNTIMES}/default") == runtime
+
+
+def test_a_runtime_that_the_server_refuses_leaves_the_one_that_jobs_name(
+    on_server: Helm, installed: Client, runtime: Document
+) -> None:
+    before = revision(on_server)
+    with pytest.raises(ToolFailed, match="operator Exists compares no value"):
+        on_server.release(
+            "upgrade", with_runtime(pods={"tolerations": [{"key": "gpu", "operator": "Exists", "value": "1"}]})
+        )
+    assert installed.get(f"{RUNTIMES}/default") == runtime
+    on_server.tool("rollback", RELEASE, str(before), "--namespace", NAMESPACE)
+    assert installed.get(f"{RUNTIMES}/default")["spec"] == runtime["spec"]
+
+
+def test_what_an_administrator_changed_is_named_and_not_overwritten(
+    on_server: Helm, installed: Client, runtime: Document
+) -> None:
+    installed.merge(f"{RUNTIMES}/default?fieldManager=kubectl-edit", {"spec": {"workers": {"gpus": 2}}})
+    with pytest.raises(ToolFailed, match=r"conflict with \"kubectl-edit\".*\.spec\.workers\.gpus"):
+        on_server.release("upgrade", with_runtime(workers={"gpus": 1}))
+    assert installed.get(f"{RUNTIMES}/default")["spec"]["workers"]["gpus"] == 2
+
+
+def test_a_runtime_that_somebody_else_made_stays_theirs(on_server: Helm, installed: Client, runtime: Document) -> None:
+    theirs = installed.create(
+        RUNTIMES,
+        {
+            "apiVersion": "finetune-operator.io/v1alpha1",
+            "kind": "FineTuneRuntime",
+            "metadata": {"name": "theirs"},
+            "spec": {"workers": {"gpus": 1}},
+        },
+    )
+    with pytest.raises(ToolFailed, match=r'"theirs".* exists and cannot be imported into the current release'):
+        on_server.release("upgrade", with_runtime("theirs"))
+    assert installed.get(f"{RUNTIMES}/theirs") == theirs
+
+
 def test_an_upgrade_changes_what_was_asked_for_and_uninstalling_keeps_the_jobs(
     on_server: Helm, installed: Client
 ) -> None:
     kept = installed.create(JOBS, job_document({}, "kept"))
-    values = {"defaultRuntime": {"enabled": True, "spec": {"workers": {"gpus": 4}}}, "replicas": 3}
-    on_server.release("upgrade", values)
+    on_server.release("upgrade", with_runtime(workers={"gpus": 3}) | {"replicas": 3}, options=("--force-conflicts",))
     deployment = f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments/finetune-operator"
     assert installed.get(deployment)["spec"]["replicas"] == 3
-    assert installed.get(f"{RUNTIMES}/default")["spec"]["workers"]["gpus"] == 4
+    assert installed.get(f"{RUNTIMES}/default")["spec"]["workers"]["gpus"] == 3
     on_server.tool("uninstall", RELEASE, "--namespace", NAMESPACE)
     assert installed.find(deployment) is None
+    assert installed.get(f"{RUNTIMES}/default")["spec"]["workers"]["gpus"] == 3
     assert installed.get(f"{JOBS}/kept")["metadata"]["uid"] == kept["metadata"]["uid"]
     on_server.release("install", {"defaultRuntime": {"enabled": True}})
     assert installed.get(f"{JOBS}/kept")["metadata"]["uid"] == kept["metadata"]["uid"]

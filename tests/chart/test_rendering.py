@@ -14,7 +14,7 @@ from finetune_api.job import FineTuneJob
 from finetune_api.runtime import FineTuneRuntime
 from finetune_operator.settings import read_settings
 from helm.generator.__main__ import CHART
-from tests.chart.rendering import MATRIX, NAMESPACE, Helm
+from tests.chart.rendering import MATRIX, NAMESPACE, RELEASE, Helm, Rendered
 from tests.cluster.tools import ToolFailed
 
 pytestmark = pytest.mark.control_plane
@@ -169,6 +169,19 @@ def test_the_default_runtime_is_one_that_the_operator_takes(helm: Helm) -> None:
     document = rendered.one("FineTuneRuntime")
     document["metadata"] = {"name": document["metadata"]["name"]}
     assert FineTuneRuntime.model_validate(document).metadata.name == "a100"
+
+
+@pytest.mark.parametrize("served", [False, True], ids=["kind unknown", "kind served"])
+def test_nothing_deletes_a_runtime_and_every_way_of_making_it_says_whose_it_is(helm: Helm, served: bool) -> None:
+    options = ("--api-versions", "finetune-operator.io/v1alpha1/FineTuneRuntime") if served else ()
+    printed = helm.release("template", {"defaultRuntime": {"enabled": True}}, options=options)
+    annotations = Rendered(tuple(yaml.safe_load_all(printed))).one("FineTuneRuntime")["metadata"]["annotations"]
+    if served:
+        assert annotations == {"helm.sh/resource-policy": "keep"}
+    else:
+        assert annotations["helm.sh/hook-delete-policy"] == "hook-failed"
+        assert annotations["meta.helm.sh/release-name"] == RELEASE
+        assert annotations["meta.helm.sh/release-namespace"] == NAMESPACE
 
 
 @pytest.mark.parametrize(

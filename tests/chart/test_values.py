@@ -75,7 +75,6 @@ def mappings(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tup
 
 # What stands below is another chart's, another object's, or a label, and is not ours to list.
 GIVEN_ON = {
-    ("defaultRuntime", "spec"),
     ("kuberay", "kuberay-operator"),
     ("kueue", "kueue"),
     ("dashboard", "labels"),
@@ -108,6 +107,10 @@ BAD = [
     ("no port", "networkPolicy.apiServerPorts", []),
     ("an interval without a unit", "serviceMonitor.interval", "30"),
     ("a switch as text", "crds.enabled", "true"),
+    ("a misspelled field of a runtime", "defaultRuntime.spec", {"storrage": "pvc://shared/runs"}),
+    ("a misspelled field deep in a runtime", "defaultRuntime.spec", {"pods": {"env": [{"name": "A", "valeu": "1"}]}}),
+    ("a core too few", "defaultRuntime.spec.workers", {"cpus": 0}),
+    ("memory without a unit", "defaultRuntime.spec.workers", {"memory": "64"}),
 ]
 
 
@@ -122,6 +125,8 @@ GOOD = [
     ("a toleration", "tolerations", [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}]),
     ("a secret in the environment", "extraEnv", [{"name": "A", "valueFrom": {"secretKeyRef": {}}}]),
     ("a share of a request", "apiServer.qps", 0.5),
+    ("a runtime", "defaultRuntime.spec", {"workers": {"cpus": 0.5, "memory": "64Gi"}, "storage": "s3://runs"}),
+    ("a label of a runtime's pods", "defaultRuntime.spec.pods", {"labels": {"cost-centre": "42"}}),
     ("values for all charts", "global", {"registry": "here"}),
     ("values for all of KubeRay's charts", "kuberay.global", {}),
 ]
