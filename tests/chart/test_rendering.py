@@ -137,6 +137,21 @@ def test_the_test_pod_is_not_one_of_the_operators(helm: Helm) -> None:
     assert rendered.one("Deployment")["spec"]["template"]["metadata"]["labels"].items() >= selector
 
 
+def test_the_test_pod_is_let_in_beside_those_who_may_ask_for_metrics(helm: Helm) -> None:
+    prometheus = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    rendered = helm.template({"networkPolicy": {"metricsFrom": [prometheus]}})
+    (allowed,) = rendered.one("NetworkPolicy")["spec"]["ingress"]
+    first, second = allowed["from"]
+    assert first == prometheus
+    selected = second["podSelector"]["matchLabels"].items()
+    assert rendered.one("Pod")["metadata"]["labels"].items() >= selected
+    assert not rendered.one("Deployment")["spec"]["template"]["metadata"]["labels"].items() >= selected
+
+
+def test_without_a_list_everybody_may_ask_for_metrics(helm: Helm) -> None:
+    assert helm.template().one("NetworkPolicy")["spec"]["ingress"] == [{"ports": [{"port": "metrics"}]}]
+
+
 def test_the_container_may_write_to_tmp_alone(helm: Helm) -> None:
     rendered = helm.template()
     assert rendered.container["securityContext"]["readOnlyRootFilesystem"] is True

@@ -15,14 +15,18 @@ from tests.cluster.images import TRAINER
 from tests.cluster.nodes.cluster import Cluster
 from tests.cluster.nodes.control import SERVER_PORT
 from tests.cluster.nodes.layout import NETWORK, NODES, Node
+from tests.cluster.processes import wait_until
 from tests.cluster_e2e.conftest import Say, Submit
-from tests.cluster_e2e.world import NAMESPACE, World
+from tests.cluster_e2e.world import CHART, NAMESPACE, World
 
 pytestmark = pytest.mark.cluster
 
 ENFORCER = "kube-network-policies"
 RAY_PORTS = (6379, 8265, 10001)
 """Of the head: its store, its dashboard with the Jobs API, Ray Client."""
+METRICS = 8080
+"""Of the operator."""
+PROMETHEUS = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
 TRY = """
 import socket, sys
 def reached(port):
@@ -147,10 +151,9 @@ def stranger(team: World) -> Iterator[str]:
     team.kubectl("delete", "pod", "stranger", "--wait=true")
 
 
-def reached(team: World, pod: str, address: str) -> list[int]:
-    """Ray's ports at an address that take a connection from a pod."""
-    ports = map(str, RAY_PORTS)
-    told = team.kubectl("exec", pod, "--container=ray", "--", "python3.11", "-c", TRY, address, *ports)
+def reached(team: World, pod: str, address: str, ports: tuple[int, ...] = RAY_PORTS) -> list[int]:
+    """Ports at an address that take a connection from a pod."""
+    told = team.kubectl("exec", pod, "--container=ray", "--", "python3.11", "-c", TRY, address, *map(str, ports))
     found: list[int] = json.loads(told)
     return found
 
@@ -171,3 +174,19 @@ def test_a_job_trains_and_only_its_own_pods_reach_its_ray(
         assert reached(team, stranger, worker["status"]["podIP"]) == []
     assert reached(team, stranger, head["status"]["podIP"]) == []
     team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed", seconds=600)
+
+
+def test_where_only_prometheus_may_ask_for_metrics_helms_own_test_still_passes(
+    team: World, enforced: None, stranger: str, product: Cluster
+) -> None:
+    selector = "--selector=app.kubernetes.io/component=operator"
+    listed = json.loads(product.kubectl("--namespace", NAMESPACE, "get", "pods", selector, "--output=json"))
+    address = listed["items"][0]["status"]["podIP"]
+    assert reached(team, stranger, address, (METRICS,)) == [METRICS]
+    upgrade = ("upgrade", "finetune-operator", CHART, "--namespace", NAMESPACE, "--reuse-values", "--set-json")
+    product.helm(*upgrade, f"networkPolicy.metricsFrom={json.dumps([PROMETHEUS])}")
+    try:
+        wait_until(lambda: reached(team, stranger, address, (METRICS,)) == [], "the policy to hold")
+        assert "Succeeded" in product.helm("test", "finetune-operator", "--namespace", NAMESPACE)
+    finally:
+        product.helm(*upgrade, "networkPolicy.metricsFrom=[]")
