@@ -1,8 +1,9 @@
 """Brings a Kubernetes cluster with two real nodes up on this machine, and takes it down.
 
-    python -m tests.cluster up [--install]      as root; `make cluster-up`. One that is up gets our code as it is now
-    python -m tests.cluster down                leaves nothing behind but the logs; `make cluster-down`
-    python -m tests.cluster images              makes the images alone
+    python -m tests.cluster up [--install]   as root; `make cluster-up`. One that is up gets our code as it is now.
+                                             KubeRay is on it, and what is printed installs the operator
+    python -m tests.cluster down             leaves nothing behind but the logs; `make cluster-down`
+    python -m tests.cluster images           makes the images alone
 
 What is missing on the machine is named, with the line to type; --install, or CI=true, has apt-get install it.
 """
@@ -15,10 +16,14 @@ import sys
 import time
 
 from tests.cluster.build import BuildError
+from tests.cluster.first_steps import commands, write_first_job
 from tests.cluster.images import ready_images
 from tests.cluster.nodes.cluster import down, up
 from tests.cluster.nodes.daemons import DaemonFailed
+from tests.cluster.nodes.kuberay import install_kuberay
+from tests.cluster.nodes.layout import layout
 from tests.cluster.nodes.needs import CannotRun
+from tests.cluster.tools import ToolFailed
 
 
 def main() -> int:
@@ -36,12 +41,15 @@ def main() -> int:
         else:
             began = time.monotonic()
             cluster = up(_say, install=options.install or in_ci)
+            install_kuberay(cluster, _say)
+            write_first_job(cluster)
             seconds = time.monotonic() - began
-            print(f"The cluster is up, in {seconds:.0f} s. To use it, and to install the operator on it:\n")
-            print(f"  export KUBECONFIG={cluster.layout.kubeconfig} PATH={cluster.programs['kubectl'].parent}:$PATH")
-            print("  kubectl get nodes\n\nTo take it down: make cluster-down")
-    except (BuildError, CannotRun, DaemonFailed, OSError) as error:
+            print(f"The cluster is up, with KubeRay, in {seconds:.0f} s. To install the operator and run a job:\n")
+            print(f"{commands(cluster.layout, cluster.programs)}\n\nTo take it down: make cluster-down")
+    except (BuildError, CannotRun, DaemonFailed, OSError, ToolFailed) as error:
         print(error, file=sys.stderr)
+        if layout().settings.exists():
+            print("\nThere is a cluster, or a part of one. To take it down: make cluster-down", file=sys.stderr)
         return 1
     return 0
 

@@ -18,7 +18,7 @@ import yaml
 from tests.cluster.nodes.cluster import Cluster
 from tests.trainers.factories import tiny_model, write_rows
 
-__all__ = ["CHART", "CLAIM", "NAMESPACE", "ROOT", "SMALL", "World", "install", "team_in", "tiny_job"]
+__all__ = ["CHART", "CLAIM", "NAMESPACE", "ROOT", "SMALL", "VALUES", "World", "install", "team_in", "tiny_job"]
 
 CLAIM = "shared"
 """A claim in the team's namespace that all pods can mount."""
@@ -32,6 +32,7 @@ defaultRuntime:
   enabled: true
   spec: {json.dumps({**SMALL, "storage": "pvc://shared/runs"})}
 """
+"""Of the chart: all that this cluster needs to be told."""
 _JOB = "finetune-operator.io/job"
 _ATTEMPT = "finetune-operator.io/attempt"
 _ROLE = "finetune-operator.io/role"

@@ -97,19 +97,33 @@ class Cluster:
 def up(say: Say, install: bool = False) -> Cluster:
     """Brings the cluster up, or finds it up and gives its nodes our code as it is now.
 
-    Raises CannotRun, BuildError, DaemonFailed or OSError, each with a reason.
+    Raises CannotRun, BuildError, DaemonFailed or OSError, each with a reason; what was begun is taken down then.
     """
     needs.check(install, say)
     place, programs = layout(), {name: program_path(name, say) for name in PROGRAMS}
     cluster = Cluster(place, programs, ready_images(say))
-    began = time.monotonic()
+    is_other = _store_of(place) != cluster.images.store.name  # nodes that began with other packages
+    is_new = is_other or not daemons.running(place, "kube-apiserver")  # or what is left of one whose processes are gone
+    if is_new:
+        down()
+    try:
+        _bring_up(cluster, is_new, say)
+    except BaseException:  # Ctrl-C too
+        if is_new:
+            say(f"taking down what was begun; its logs stay in {place.logs}")
+            down()
+        raise
+    return cluster
+
+
+def _bring_up(cluster: Cluster, is_new: bool, say: Say) -> None:
+    """All of it, until DNS answers."""
+    place, programs, began = cluster.layout, cluster.programs, time.monotonic()
 
     def tell(what: str) -> None:
         say(f"{time.monotonic() - began:5.1f} s  {what}")
 
-    is_other = _store_of(place) != cluster.images.store.name  # nodes that began with other packages
-    if is_other or not daemons.running(place, "kube-apiserver"):  # or what is left of one whose processes are gone
-        down()
+    if is_new:
         _prepare(place)
         _identities(place).write_text(cluster.images.store.name, encoding="utf-8")
     for node in NODES:
@@ -128,7 +142,6 @@ def up(say: Say, install: bool = False) -> Cluster:
     dns = "/apis/apps/v1/namespaces/kube-system/deployments/coredns"
     daemons.wait(place, lambda: cluster.client.get(dns)["status"].get("readyReplicas"), "DNS", *CONTROL_PLANE)
     tell("DNS answers")
-    return cluster
 
 
 def down(keep_logs: bool = True) -> None:

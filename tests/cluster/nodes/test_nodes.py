@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from tests.cluster.images import SANDBOX
-from tests.cluster.nodes import daemons, needs
+from tests.cluster.images import SANDBOX, Images
+from tests.cluster.nodes import cluster, daemons, machine, needs
 from tests.cluster.nodes.certificates import new_authority
 from tests.cluster.nodes.configs import cni_config, containerd_config, kubelet_config
 from tests.cluster.nodes.layout import API_ADDRESS, DNS_ADDRESS, HOST_ADDRESS, NETWORK, NODES, SERVICES, Layout
@@ -94,3 +94,28 @@ def test_a_process_is_found_by_the_socket_in_its_command_line(tmp_path: Path) ->
         wait_until(lambda: daemons.processes_naming(mark) == [ours.pid], "the process to be seen")
         daemons.kill_all([ours.pid])
         assert ours.wait(10) == -9
+
+
+@pytest.mark.parametrize("was_up", [False, True], ids=["a new one", "one that was up"])
+def test_only_a_cluster_that_was_begun_now_is_taken_down_when_it_cannot_come_up(
+    place: Layout, monkeypatch: pytest.MonkeyPatch, was_up: bool
+) -> None:
+    calls: list[str] = []
+
+    def fail(*node: object) -> None:
+        calls.append("begin")
+        raise OSError("no more namespaces")
+
+    monkeypatch.setattr(needs, "check", lambda install, say: None)
+    monkeypatch.setattr(cluster, "layout", lambda: place)
+    monkeypatch.setattr(cluster, "program_path", lambda name, say: Path(name))
+    monkeypatch.setattr(cluster, "ready_images", lambda say: Images(Path("store"), Path("archive")))
+    monkeypatch.setattr(cluster, "down", lambda: calls.append("down"))
+    monkeypatch.setattr(daemons, "running", lambda layout, name: was_up)
+    monkeypatch.setattr(machine, "make_namespace", fail)
+    if was_up:
+        place.run.mkdir()
+        (place.run / "identities").write_text("store")
+    with pytest.raises(OSError, match="no more namespaces"):
+        cluster.up(lambda text: None)
+    assert calls == (["begin"] if was_up else ["down", "begin", "down"])
