@@ -17,6 +17,8 @@ from tests.cluster_e2e.world import NAMESPACE, World
 pytestmark = pytest.mark.cluster
 
 EVERY = 100
+MOST_LOST = 2 * EVERY
+"""Steps since the newest checkpoint: an interval, and those that are made while the next one is being written."""
 JOB = "finetune-operator.io/job"
 SPREAD = {"topology": {"mode": "spread", "key": "kubernetes.io/hostname"}}
 LONG = {
@@ -114,6 +116,7 @@ def test_a_job_whose_trainer_runs_out_of_memory_goes_on_with_smaller_micro_batch
     long["training"]["microBatchSize"] = 2
     job = submit("too-large", long)
     team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
+    seen = team.saved(job)
     pod = min(pod["metadata"]["name"] for pod in team.pods(job, "worker"))
     team.kubectl("exec", pod, "--container=ray", "--", "python3.11", "-c", taking)
     team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed all the same", seconds=600)
@@ -121,7 +124,8 @@ def test_a_job_whose_trainer_runs_out_of_memory_goes_on_with_smaller_micro_batch
     assert first["outcome"] == "OutOfMemory"
     assert re.search(f"killed by {killers} for want of memory", first["message"])
     assert "spec.cluster.workers.memory" in first["message"]
-    assert second["resumedFromStep"] >= EVERY
+    assert second["resumedFromStep"] >= seen
+    assert team.steps_made(job)[-1] - second["resumedFromStep"] < MOST_LOST
     assert team.status(job)["resolved"]["microBatchSize"] == 1
     assert team.status(job)["progress"]["step"] == STEPS
 
@@ -131,12 +135,14 @@ def test_a_job_whose_head_is_deleted_goes_on_in_another_attempt(
 ) -> None:
     job = submit("headless", long)
     team.wait(job, lambda: team.saved(job) > 0, "a first checkpoint")
+    seen = team.saved(job)
     (head,) = team.pods(job, "head")
     team.kubectl("delete", "pod", head["metadata"]["name"], "--grace-period=0", "--force")
     team.wait(job, lambda: team.phase(job) == "Succeeded", "the job to succeed all the same", seconds=600)
     first, second = team.status(job)["attempts"]
     assert first["outcome"] in ("NodeLost", "Preempted")
-    assert second["resumedFromStep"] >= EVERY
+    assert second["resumedFromStep"] >= seen
+    assert team.steps_made(job)[-1] - second["resumedFromStep"] < MOST_LOST
     assert team.status(job)["progress"]["step"] == STEPS
 
 
@@ -201,8 +207,14 @@ def test_a_job_that_loses_a_node_goes_on_with_what_is_left_until_it_is_back(
         assert {pod["spec"].get("nodeName") for pod in team.pods(job, "worker") if is_running(pod)} == {"node-1"}
     finally:
         team.cluster.restore(lost)
-    team.wait(job, lambda: team.world_size(job) == 2, "both to train again", seconds=600)
+    team.wait(
+        job, lambda: team.world_size(job) == 2 and len(team.resumptions(job)) > 1, "both to train again", seconds=600
+    )
     assert len(team.status(job)["attempts"]) == 1
+    (made, after_loss), *_, (grown_at, with_both) = team.resumptions(job)
+    assert after_loss >= seen
+    assert made - after_loss < MOST_LOST
+    assert with_both >= grown_at > after_loss
 
 
 def is_running(pod: dict[str, Any]) -> bool:

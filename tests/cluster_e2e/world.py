@@ -98,13 +98,20 @@ class World:
         return self.cluster.client.items(f"/api/v1/namespaces/{self.namespace}/pods?labelSelector={selector}")
 
     def steps_made(self, job: str) -> list[int]:
-        """Every optimizer step of its run as the metrics tell, in order."""
+        """Every optimizer step of its first attempt as the metrics tell, in order."""
         return [int(line["step"]) for line in self._lines(job, "metrics.jsonl")]
 
     def trainings(self, job: str) -> int:
         """How often workers began to train, as its run's reports tell."""
         stages = [line["stage"] for line in self._lines(job, "progress.jsonl")]
         return [stage for stage, _ in itertools.groupby(stages)].count("Training")
+
+    def resumptions(self, job: str) -> list[tuple[int, int]]:
+        """Of each group of workers after its run's first one: the step that the one before it told last, and its own
+        first."""
+        told = [line for line in self._lines(job, "progress.jsonl") if line["stage"] == "Training"]
+        groups = [list(lines) for _, lines in itertools.groupby(told, lambda line: line.get("resumedFromStep"))]
+        return [(before[-1]["step"], after[0]["resumedFromStep"]) for before, after in itertools.pairwise(groups)]
 
     def _lines(self, job: str, name: str) -> list[dict[str, Any]]:
         """Of a file in the folder of its first attempt, on the claim; a line that is being written is left out."""
