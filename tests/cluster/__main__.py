@@ -35,7 +35,10 @@ def main() -> int:
     in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
     try:
         if options.verb == "down":
-            down()
+            left = down()
+            if left:
+                print("This is left behind:", *left, sep="\n  ", file=sys.stderr)
+                return 1
         elif options.verb == "images":
             print(ready_images(_say).archive)
         else:

@@ -58,7 +58,7 @@ def cluster(say: Say) -> Iterator[Cluster]:
         pytest.skip(f"no cluster: {error}")
     yield one
     if not was_up:
-        down()
+        assert down() == []
 
 
 @pytest.fixture(scope="session")

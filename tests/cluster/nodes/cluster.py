@@ -144,8 +144,11 @@ def _bring_up(cluster: Cluster, is_new: bool, say: Say) -> None:
     tell("DNS answers")
 
 
-def down(keep_logs: bool = True) -> None:
-    """Takes all of it away, whatever of it there is: processes, pods, namespaces, mounts, groups, settings, files."""
+def down(keep_logs: bool = True) -> list[str]:
+    """Takes all of it away, whatever of it there is: processes, pods, namespaces, mounts, groups, settings, files.
+
+    Says what is there all the same.
+    """
     place = layout()
     for node in reversed(NODES[1:]):
         stop_node(place, node)
@@ -153,12 +156,14 @@ def down(keep_logs: bool = True) -> None:
         daemons.kill(place, name)  # nobody needs what it would still write
     stop_node(place, NODES[0])
     machine.restore_settings(place)
+    left = machine.left_behind(place)
     shutil.rmtree(place.run, ignore_errors=True)
     for path in place.root.iterdir() if place.root.exists() else ():
         if path.is_dir() and not (keep_logs and path == place.logs):
             shutil.rmtree(path)
         elif path.is_file():
             path.unlink()
+    return left
 
 
 def _prepare(place: Layout) -> None:

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.cluster.nodes.configs import BRIDGE
-from tests.cluster.nodes.daemons import kill_all
-from tests.cluster.nodes.layout import HOST_ADDRESS, NETWORK, Layout, Node
+from tests.cluster.nodes.daemons import kill_all, processes_naming
+from tests.cluster.nodes.layout import HOST_ADDRESS, NETWORK, NODES, Layout, Node
 
 __all__ = [
     "keep_settings",
     "kill_group",
+    "left_behind",
     "make_group",
     "make_namespace",
     "remove_group",
@@ -51,22 +54,53 @@ def keep_settings(layout: Layout) -> None:
     if not layout.settings.exists():
         settings = {name: (_SYS / name).read_text(encoding="ascii").strip() for name in _SETTINGS}
         absent = [path for path in _STRAYS if not Path(path).exists()]
-        layout.settings.write_text(json.dumps({"settings": settings, "absent": absent}), encoding="utf-8")
+        before = {"settings": settings, "absent": absent, "chains": sorted(_chains())}
+        layout.settings.write_text(json.dumps(before), encoding="utf-8")
 
 
 def restore_settings(layout: Layout) -> None:
     """Makes it so again."""
-    if layout.settings.exists():
-        before = json.loads(layout.settings.read_text(encoding="utf-8"))
-        for name, value in before["settings"].items():
-            if (_SYS / name).read_text(encoding="ascii").strip() != value:
-                (_SYS / name).write_text(value, encoding="ascii")
-        for path in map(Path, before["absent"]):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        layout.settings.unlink()
+    before = _before(layout)
+    for name in _changed(before):
+        (_SYS / name).write_text(before["settings"][name], encoding="ascii")
+    for path in map(Path, before["absent"]):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def left_behind(layout: Layout) -> list[str]:
+    """What of a cluster is still on this machine, one line each: all that the functions here and `daemons` make, and
+    what differs from before."""
+    before = _before(layout)
+    pids = {pid for folder in (layout.run, layout.pki) for pid in processes_naming(str(folder))}
+    found = [f"process {pid}" for pid in sorted(pids | {pid for node in NODES for pid in _members(node)})]
+    found += [f"mount {point}" for folder in (layout.run, layout.root) for point in _mounts_below(folder)]
+    found += [f"network namespace {node.namespace}" for node in NODES if Path("/run/netns", node.namespace).exists()]
+    found += [f"network link {_HOST_END}"] * Path("/sys/class/net", _HOST_END).exists()
+    found += [f"control group {group}" for node in NODES for group in _groups(node) if group.exists()]
+    found += [f"chain of iptables {chain}" for chain in sorted(_chains() - {*before["chains"]})]
+    found += [f"setting {name}, which was {before['settings'][name]}" for name in _changed(before)]
+    return found + [f"file {path}" for path in before["absent"] if Path(path).exists()]
+
+
+def _before(layout: Layout) -> dict[str, Any]:
+    """What `keep_settings` wrote down; where there is nothing, nothing is known to have changed."""
+    kept = json.loads(layout.settings.read_text(encoding="utf-8")) if layout.settings.exists() else {}
+    return {"settings": {}, "absent": [], "chains": []} | kept
+
+
+def _changed(before: dict[str, Any]) -> list[str]:
+    settings = before["settings"].items()
+    return [name for name, value in settings if (_SYS / name).read_text(encoding="ascii").strip() != value]
+
+
+def _chains() -> set[str]:
+    """Those of this machine's own rules that Kubernetes and CNI make."""
+    program = shutil.which("iptables-save", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    rules = subprocess.run([program], capture_output=True, text=True).stdout if program else ""
+    return {line.split()[0][1:] for line in rules.splitlines() if line.startswith((":KUBE-", ":CNI-"))}
 
 
 def make_namespace(node: Node, first: Node) -> None:
@@ -144,8 +178,7 @@ def kill_group(node: Node) -> None:
 
 def remove_group(node: Node) -> None:
     """The group, and those of its pods; they must be empty."""
-    for hierarchy in _hierarchies():
-        group = hierarchy / node.cgroup.strip("/")
+    for group in _groups(node):
         if group.exists():
             below = sorted((path for path in group.rglob("*") if path.is_dir()), key=lambda path: -len(path.parts))
             for path in [*below, group]:
@@ -155,15 +188,23 @@ def remove_group(node: Node) -> None:
 
 def unmount_below(folder: Path) -> None:
     """Everything that is mounted there, the last one first."""
-    for line in reversed(Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()):
-        point = line.split()[1].encode().decode("unicode_escape")
-        if Path(point).is_relative_to(folder):
-            subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
+    for point in reversed(_mounts_below(folder)):
+        subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
+
+
+def _mounts_below(folder: Path) -> list[str]:
+    mounts = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+    points = [line.split()[1].encode().decode("unicode_escape") for line in mounts]
+    return [point for point in points if Path(point).is_relative_to(folder)]
+
+
+def _groups(node: Node) -> list[Path]:
+    return [hierarchy / node.cgroup.strip("/") for hierarchy in _hierarchies()]
 
 
 def _members(node: Node) -> Iterator[int]:
-    for hierarchy in _hierarchies():
-        for file in (hierarchy / node.cgroup.strip("/")).rglob("cgroup.procs"):
+    for group in _groups(node):
+        for file in group.rglob("cgroup.procs"):
             with contextlib.suppress(OSError):
                 yield from map(int, file.read_text(encoding="ascii").split())
 

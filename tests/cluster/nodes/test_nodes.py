@@ -88,6 +88,29 @@ def test_a_process_number_that_was_given_away_is_nobody_of_ours(place: Layout) -
     assert not (place.run / "etcd.pid").exists()
 
 
+def test_what_a_cluster_left_behind_is_named_with_what_was_before(
+    place: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "NODES", ())  # another run's may be here
+    monkeypatch.setattr(machine, "_STRAYS", (str(tmp_path / "stray"), str(tmp_path)))
+    monkeypatch.setattr(machine, "_SETTINGS", ("vm/panic_on_oom", "vm/overcommit_memory"))
+    place.root.mkdir()
+    machine.keep_settings(place)
+    nothing = machine.left_behind(place)
+    (tmp_path / "stray").mkdir()
+    before = json.loads(place.settings.read_text())
+    before["settings"]["vm/panic_on_oom"] = "7"
+    place.settings.write_text(json.dumps(before))
+    with subprocess.Popen([sys.executable, "-c", "input()", str(place.pki)], stdin=subprocess.PIPE) as ours:
+        left = machine.left_behind(place)
+        ours.kill()
+    assert {*left} - {*nothing} == {
+        f"process {ours.pid}",
+        "setting vm/panic_on_oom, which was 7",
+        f"file {tmp_path / 'stray'}",
+    }
+
+
 def test_a_process_is_found_by_the_socket_in_its_command_line(tmp_path: Path) -> None:
     mark = str(tmp_path / "containerd.sock")
     with subprocess.Popen([sys.executable, "-c", "input()", mark], stdin=subprocess.PIPE) as ours:
