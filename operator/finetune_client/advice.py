@@ -21,6 +21,12 @@ __all__ = ["Advice", "advice_for", "typed"]
 _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 
+_MENDED = (
+    *("Forbidden", "KubeRayMissing", "KubeRaySilent", "NameTaken", "NamespaceTerminating", "PodsNotCreated"),
+    "Refused",
+)
+"""Reasons of condition ClusterReady whose message says what is to be done."""
+
 _QUEUED = (
     "kubectl get workloads shows the queue; Kueue makes no workload of a job whose scheduling.priorityClass is no "
     "WorkloadPriorityClass"
@@ -120,14 +126,16 @@ def _of_waiting(view: JobView) -> Advice:
 
 
 def _for_the_cluster(view: JobView, reason: str, message: str) -> str:
-    if reason == "Starting" or reason == "Deleting":
+    if reason in ("BackingOff", "Deleting", "Starting", "Suspended"):
         return ""
-    if reason != "PodsWaiting":
-        return "It starts by itself once that is mended"
-    if any(word in message for word in _IMAGE):
+    if reason in _IMAGE:
         return "Correct the image (spec.cluster.image, or the runtime's) or its pull secret: kubectl get events"
-    if any(word in message for word in _CONFIG):
+    if reason in _CONFIG:
         return "Create what the pod names, a secret or a config map, in the job's namespace; it then starts by itself"
+    if reason == "VolumesNotMounted":
+        return "Create what is missing in the job's namespace, or name another; it then starts by itself"
+    if reason in _MENDED:
+        return "It starts by itself once that is mended"
     if "persistentvolumeclaim" in message:
         return "Create the claim in the job's namespace (kubectl get pvc), or name another; it then starts by itself"
     if "Insufficient" in message or "node(s)" in message:

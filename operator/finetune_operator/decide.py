@@ -33,10 +33,11 @@ from finetune_api.spec import Action
 from finetune_operator import checkpoints, endings, names
 from finetune_operator.conditions import TRAINING_STAGES, Finding
 from finetune_operator.decision import Create, Decision, Delete, Event, Merge
-from finetune_operator.describe import Scene, describe, events, obstacle, resized
+from finetune_operator.describe import Scene, describe, events, resized
 from finetune_operator.kinds import CONFIG_MAP, FINETUNE_JOB, RAY_JOB, Key
 from finetune_operator.launch import Blocked, Launch, Prepared, expected_config_maps, judge_spec, prepare
 from finetune_operator.observe import Document, Observed
+from finetune_operator.obstacles import Obstacle, obstacles
 from finetune_operator.policies.classification import CANCELLED, SUCCEEDED, Ending, classify, evidence
 from finetune_operator.policies.deadline import active_due, start_due, used_up
 from finetune_operator.policies.hang import hang_due
@@ -184,6 +185,15 @@ class _Pass:
         last = self.draft.last
         return self.seen.pods.get(last.number, ()) if last is not None else ()
 
+    def _obstacle(self) -> Obstacle | None:
+        """What keeps the attempt that goes on from having its cluster. Looked at again when there may be something."""
+        attempt, ray_job = self.draft.open, self._ray_job()
+        if attempt is None or attempt.admitted_at is None or (ray_job is not None and ray_job.running):
+            return None
+        found = list(obstacles(None if self.seen.one_machine else ray_job, self.pods))
+        self.moments += [one.since for one in found if one.since is not None and one.since > self.now]
+        return next((one for one in found if one.since is None or one.since <= self.now), None)
+
     def _follow_attempt(self) -> None:
         attempt, ray_job = self.draft.open, self._ray_job()
         checkpoints.keep_newest(self.draft, self.report)
@@ -267,9 +277,10 @@ class _Pass:
 
     def _watch_clocks(self, ray_job: RayJobState) -> None:
         attempt, heartbeat, progress = self.draft.attempts[-1], self._heartbeat(), self.report.progress
+        hindered = self._obstacle()
         due = [
             active_due(attempt, self.draft.active_seconds, self.seen.lifecycle),
-            start_due(attempt, heartbeat is not None, self.seen.lifecycle, obstacle(self.pods)),
+            start_due(attempt, heartbeat is not None, self.seen.lifecycle, hindered.message if hindered else ""),
             hang_due(attempt, heartbeat, self.seen.policy, progress.doing if progress is not None else None),
         ]
         first = min((one for one in due if one is not None), key=lambda one: one.at, default=None)
@@ -461,7 +472,7 @@ class _Pass:
             Scene(
                 hold=self.hold,
                 ray_job=self._ray_job(),
-                pods=self.pods if attempt is not None else (),
+                obstacle=self._obstacle(),
                 progress=progress,
                 leftovers=tuple(one.name for one in over if one.deleting or one.name in doomed),
                 queue=self._queue(),

@@ -20,17 +20,15 @@ from finetune_operator.conditions import (
     running,
 )
 from finetune_operator.decision import Event
+from finetune_operator.obstacles import Obstacle
 from finetune_operator.policies.suspend import Hold
-from finetune_operator.states import PodState, RayJobState
+from finetune_operator.states import RayJobState
 from finetune_operator.status import Draft, clip
 from finetune_operator.times import written
 
-__all__ = ["Scene", "describe", "events", "obstacle", "resized"]
+__all__ = ["Scene", "describe", "events", "resized"]
 
 _EVENT_LENGTH = 1024
-_LONGEST_WORDS = 300
-"""Of what a kubelet says; a registry's whole answer may be in it."""
-_STARTING = ("ContainerCreating", "PodInitializing")
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class Scene:
     hold: Hold
     ray_job: RayJobState | None
     """Of the attempt that goes on."""
-    pods: tuple[PodState, ...]
-    """Of the attempt that goes on."""
+    obstacle: Obstacle | None
+    """What keeps the attempt that goes on from starting."""
     progress: Progress | None
     """What the attempt that goes on said last."""
     leftovers: tuple[str, ...]
@@ -89,17 +87,6 @@ def resized(before: int | None, now: int | None, planned: int) -> list[Event]:
     return [Event("Normal", "WorkersComplete", f"Training goes on with all {now} processes: there is room again.")]
 
 
-def obstacle(pods: tuple[PodState, ...]) -> str:
-    """What keeps the pods from starting, in the words of the first that says so; empty when nothing does."""
-    for pod in pods:
-        if pod.unschedulable:
-            return f"pod {pod.name} cannot be scheduled: {pod.unschedulable}"
-        if pod.waiting_reason and pod.waiting_reason not in _STARTING:
-            said = clip(pod.waiting_message.strip(), _LONGEST_WORDS)
-            return f"pod {pod.name} waits: {pod.waiting_reason}" + (f" ({said})" if said else "")
-    return ""
-
-
 def _phase(draft: Draft, scene: Scene) -> Phase:
     attempt = draft.open
     if attempt is not None:
@@ -134,9 +121,9 @@ def _cluster_ready(draft: Draft, scene: Scene) -> Finding:
         return Finding("ClusterReady", "True", "Running", f"RayJob {ray_job.name} has its cluster.")
     if attempt.admitted_at is None:
         return Finding("ClusterReady", "False", "Queued", "There is no cluster while the attempt waits.")
-    hindered = obstacle(scene.pods)
-    reason = "PodsWaiting" if hindered else "Starting"
-    return Finding("ClusterReady", "False", reason, hindered or f"RayJob {attempt.ray_job} starts its cluster.")
+    if scene.obstacle is not None:
+        return Finding("ClusterReady", "False", scene.obstacle.reason, scene.obstacle.message)
+    return Finding("ClusterReady", "False", "Starting", f"RayJob {attempt.ray_job} starts its cluster.")
 
 
 def _running(draft: Draft, scene: Scene) -> Finding:

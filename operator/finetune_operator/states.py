@@ -6,6 +6,7 @@ reads as absent. `observe` and the policies see these types and never a raw stat
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -21,11 +22,13 @@ __all__ = [
     "OUTCOME_ATTEMPT_KEY",
     "OUTCOME_KEY",
     "PROGRESS_KEY",
+    "STARTING",
     "STOP_KEY",
     "PodState",
     "RayJobState",
     "Report",
     "project_pod",
+    "project_ray_job_status",
     "read_pod",
     "read_ray_job",
     "read_report",
@@ -43,11 +46,19 @@ STOP_KEY = "stop-attempt"
 """The number of an attempt that is asked to save a checkpoint and to stop: the one key that the operator writes. Rank 0
 reads it in the answers to its own patches."""
 
+STARTING = frozenset({"ContainerCreating", "PodInitializing"})
+"""Reasons for waiting that are no trouble by themselves."""
+
 _JOB_ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _DEPLOYMENT_ENDED = frozenset({"Complete", "Failed", "ValidationFailed"})
-_STARTING = frozenset({"ContainerCreating", "PodInitializing"})
-"""Reasons for waiting that are no trouble."""
-_CONDITIONS = frozenset({"DisruptionTarget", "PodScheduled", "Ready"})
+_CONDITIONS = frozenset({"DisruptionTarget", "PodReadyToStartContainers", "PodScheduled", "Ready"})
+_VOLUMES = (
+    ("secret", "secretName", "Secret"),
+    ("configMap", "name", "ConfigMap"),
+    ("persistentVolumeClaim", "claimName", "PersistentVolumeClaim"),
+)
+"""Sources of volumes that somebody must have made: where a pod has the name, and of what kind it is."""
+_REPLICA_FAILURE = "ReplicaFailure"
 _LARGEST = 1 << 53
 """No run counts further; a number above it was not written by the trainers, and would not fit into a status."""
 
@@ -71,6 +82,13 @@ class RayJobState:
     started_at: datetime | None
     ended_at: datetime | None
     deleting: bool
+    pods_refused: str = ""
+    """Why KubeRay cannot create a pod: a quota, Pod Security, an admission webhook."""
+
+    @property
+    def untouched(self) -> bool:
+        """KubeRay has said nothing of it yet."""
+        return not (self.deployment_status or self.job_status)
 
     @property
     def finished(self) -> bool:
@@ -115,6 +133,10 @@ class PodState:
     deleting: bool
     waiting_message: str = ""
     """What the kubelet says to `waiting_reason`: which image, which secret."""
+    mounting_since: datetime | None = None
+    """When the kubelet took the pod, of a pod whose volumes and network are not there yet."""
+    volumes: tuple[str, ...] = ()
+    """What it mounts that somebody else must have made, such as "Secret keys"."""
 
     @property
     def failed(self) -> bool:
@@ -150,7 +172,15 @@ def read_ray_job(document: Document) -> RayJobState:
         started_at=_time(status, "startTime"),
         ended_at=_time(status, "endTime"),
         deleting=text(metadata, "deletionTimestamp") != "",
+        pods_refused=next((text(one, "message") or text(one, "reason") for one in _replica_failures(status)), ""),
     )
+
+
+def project_ray_job_status(status: Any) -> Document:
+    """Of a RayJob's status what `read_ray_job` needs: not the cluster and its pods."""
+    kept = only(status, "jobStatus", "jobDeploymentStatus", "reason", "message", "startTime", "endTime")
+    failures = [only(one, "type", "status", "reason", "message") for one in _replica_failures(status)]
+    return kept | {"rayClusterStatus": {"conditions": failures}} if failures else kept
 
 
 def read_pod(document: Document) -> PodState:
@@ -177,6 +207,8 @@ def read_pod(document: Document) -> PodState:
         ready=text(conditions.get("Ready"), "status") == "True",
         deleting=text(metadata, "deletionTimestamp") != "",
         waiting_message=text(waiting, "message"),
+        mounting_since=_time(status, "startTime") if _is_mounting(status, conditions) else None,
+        volumes=tuple(_volumes(document)),
     )
 
 
@@ -185,10 +217,15 @@ def project_pod(document: Document) -> Document:
     metadata, status = at(document, "metadata"), at(document, "status")
     kept = ("name", "namespace", "uid", "resourceVersion", "labels", "ownerReferences", "deletionTimestamp")
     statuses = ("containerStatuses", "initContainerStatuses")
+    named = [
+        {source: only(at(volume, source), key) for source, key, _ in _VOLUMES if text(volume, source, key)}
+        for volume in items(at(document, "spec"), "volumes")
+    ]
+    volumes = [volume for volume in named if volume]
     return {
         "metadata": only(metadata, *kept),
-        "spec": only(at(document, "spec"), "nodeName"),
-        "status": only(status, "phase", "reason", "message")
+        "spec": only(at(document, "spec"), "nodeName") | ({"volumes": volumes} if volumes else {}),
+        "status": only(status, "phase", "reason", "message", "startTime")
         | {
             "conditions": [
                 only(condition, "type", "status", "reason", "message")
@@ -263,7 +300,33 @@ def _waiting(status: Any) -> Any:
     """What the container waits for that tells most."""
     states = [at(one, "state", "waiting") for one in _containers(status)]
     given = [state for state in states if text(state, "reason")]
-    return next((state for state in given if text(state, "reason") not in _STARTING), given[0] if given else None)
+    return next((state for state in given if text(state, "reason") not in STARTING), given[0] if given else None)
+
+
+def _is_mounting(status: Any, conditions: dict[str, Any]) -> bool:
+    """Whether no container can start yet. An image is pulled only when PodReadyToStartContainers holds."""
+    waits = [at(one, "state", "waiting") for one in _containers(status)]
+    nothing_began = bool(waits) and all(text(one, "reason") in STARTING for one in waits)
+    return nothing_began and text(conditions.get("PodReadyToStartContainers"), "status") != "True"
+
+
+def _volumes(pod: Any) -> Iterator[str]:
+    """The plan is left out: the operator makes it."""
+    labels = at(pod, "metadata", "labels")
+    job, attempt = names.job_of(labels), names.attempt_of(labels)
+    plan = names.plan_config_map(job, attempt) if job is not None and attempt is not None else None
+    for volume in items(at(pod, "spec"), "volumes"):
+        for source, key, kind in _VOLUMES:
+            name = text(volume, source, key)
+            if name and (kind, name) != ("ConfigMap", plan):
+                yield f"{kind} {name}"
+
+
+def _replica_failures(status: Any) -> Iterator[Any]:
+    """KubeRay's condition that a pod could not be created, where it holds."""
+    for condition in items(at(status, "rayClusterStatus"), "conditions"):
+        if text(condition, "type") == _REPLICA_FAILURE and text(condition, "status") == "True":
+            yield condition
 
 
 def _model(kind: type[C], data: Any, key: str) -> C | None:

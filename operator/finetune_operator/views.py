@@ -13,6 +13,7 @@ from finetune_api.spec.lifecycle import MANAGER
 from finetune_operator import names
 from finetune_operator.policies.dependencies import dependency_names
 from finetune_operator.raw import Document, at, only
+from finetune_operator.states import project_ray_job_status
 
 __all__ = [
     "BY_JOB",
@@ -39,7 +40,6 @@ _RAY_JOB_METADATA = (
     *("name", "namespace", "uid", "resourceVersion", "labels", "ownerReferences"),
     *("creationTimestamp", "deletionTimestamp"),
 )
-_RAY_JOB_STATUS = ("jobStatus", "jobDeploymentStatus", "reason", "message", "startTime", "endTime")
 
 
 def is_ours(job: Document) -> bool:
@@ -87,14 +87,13 @@ def project_object(document: Document) -> Document:
 
 
 def project_ray_job(document: Document) -> Document:
-    """Identity, spec.suspend, and of the status what `states.read_ray_job` reads: not the cluster and its pods."""
-    spec, status = at(document, "spec"), at(document, "status")
+    """Identity, spec.suspend, and of the status what `states.read_ray_job` reads."""
     kept = only(document["metadata"], *_RAY_JOB_METADATA)
     annotations = only(at(document, "metadata", "annotations"), names.DIGEST_ANNOTATION)
     return {
         "metadata": {**kept, "annotations": annotations} if annotations else kept,
-        "spec": only(spec, "suspend"),
-        "status": only(status, *_RAY_JOB_STATUS),
+        "spec": only(at(document, "spec"), "suspend"),
+        "status": project_ray_job_status(at(document, "status")),
     }
 
 

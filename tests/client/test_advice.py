@@ -29,34 +29,52 @@ def view(*conditions: dict[str, Any], phase: str = "Pending", **status: Any) -> 
     return JobView.of({**document, "status": known | status})
 
 
-def waiting_pods(message: str) -> JobView:
-    return view(condition("ClusterReady", "False", "PodsWaiting", message), phase="Starting")
+def hindered(reason: str, message: str) -> JobView:
+    return view(condition("ClusterReady", "False", reason, message), phase="Starting")
 
 
 ROWS = [
     (
         "an image that does not exist",
-        waiting_pods("pod tiny-1-head waits: ImagePullBackOff"),
+        hindered("ImagePullBackOff", "pod tiny-1-head waits: ImagePullBackOff"),
         "ImagePullBackOff",
         "Correct the image",
     ),
     (
         "a secret that is not there",
-        waiting_pods("pod tiny-1-head waits: CreateContainerConfigError"),
+        hindered("CreateContainerConfigError", "pod tiny-1-head waits: CreateContainerConfigError"),
         "CreateContainerConfigError",
         "a secret or a config map, in the job's namespace",
     ),
     (
         "a claim that is not there",
-        waiting_pods('pod a cannot be scheduled: persistentvolumeclaim "runs" not found'),
+        hindered("Unschedulable", 'pod a cannot be scheduled: persistentvolumeclaim "runs" not found'),
         'persistentvolumeclaim "runs" not found',
         "Create the claim",
     ),
     (
         "GPUs that nobody has",
-        waiting_pods("pod a cannot be scheduled: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu."),
+        hindered("Unschedulable", "pod a cannot be scheduled: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu."),
         "Insufficient nvidia.com/gpu",
         "Ask for fewer or other workers",
+    ),
+    (
+        "a pod whose volumes are not there",
+        hindered("VolumesNotMounted", "pod a waits for its volumes, or for its network. It mounts Secret b"),
+        "It mounts Secret b",
+        "Create what is missing in the job's namespace",
+    ),
+    (
+        "pods that a quota forbids",
+        hindered("PodsNotCreated", "KubeRay cannot create the pods of RayJob a-1: exceeded quota"),
+        "exceeded quota",
+        "It starts by itself once that is mended",
+    ),
+    (
+        "a container that nobody foresaw",
+        hindered("CrashLoopBackOff", "pod a waits: CrashLoopBackOff"),
+        "CrashLoopBackOff",
+        "finetune describe",
     ),
     (
         "KubeRay that is not installed",
@@ -128,7 +146,9 @@ def test_every_way_to_fail_is_followed_by_something_to_do(kind: FailureClass) ->
 
 
 def test_a_row_says_the_first_words_of_why() -> None:
-    seen = waiting_pods("pod a cannot be scheduled: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu, and so on")
+    seen = hindered(
+        "Unschedulable", "pod a cannot be scheduled: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu, and so on"
+    )
     created = seen.created_at
     assert created is None
     [_, row] = job_table([seen], JobView.of(seen.document).status.conditions[0].last_transition_time)

@@ -59,6 +59,20 @@ def test_a_failed_cluster_is_replaced_by_another(jobs: Jobs, running: Operator, 
     running.wait(jobs.has("tiny-2"), "the first RayJob to be gone")
 
 
+def test_pods_that_a_quota_forbids_are_told_of_until_there_is_room(
+    jobs: Jobs, running: Operator, kuberay: KubeRay, nodes: Kwok
+) -> None:
+    quotas = f"/api/v1/namespaces/{jobs.namespace}/resourcequotas"
+    jobs.api.create(quotas, {"metadata": {"name": "small"}, "spec": {"hard": {"pods": "0"}}})
+    jobs.submit("tiny", GPUS | jobs.with_storage())
+    refused = ("False", "PodsNotCreated")
+    running.wait(lambda: jobs.condition("tiny", "ClusterReady") == refused, "the status to tell of the quota")
+    [told] = [one["message"] for one in jobs.status("tiny")["conditions"] if one["type"] == "ClusterReady"]
+    assert "exceeded quota: small" in told
+    jobs.api.delete(f"{quotas}/small")
+    running.wait(lambda: jobs.condition("tiny", "ClusterReady")[0] == "True", "the cluster to be there")
+
+
 def test_a_suspended_job_holds_no_pods_and_a_deleted_one_leaves_none(
     jobs: Jobs, running: Operator, kuberay: KubeRay, nodes: Kwok
 ) -> None:

@@ -125,7 +125,7 @@ def test_pods_that_cannot_start_are_told_in_the_condition() -> None:
     cluster.settle()
     scheduled = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes: too few GPUs"}
     cluster.pod("example-1-w0", {"phase": "Pending", "conditions": [scheduled]}).settle()
-    assert cluster.holds("ClusterReady") == ("False", "PodsWaiting")
+    assert cluster.holds("ClusterReady") == ("False", "Unschedulable")
     assert "too few GPUs" in cluster.says("ClusterReady")
 
 

@@ -32,10 +32,12 @@ KEYS = [
     "metadata", "spec", "status", "name", "uid", "labels", "ownerReferences", "controller", "creationTimestamp",
     "deletionTimestamp", "suspend", "jobDeploymentStatus", "jobStatus", "reason", "message", "startTime", "endTime",
     "phase", "nodeName", "conditions", "type", "containerStatuses", "initContainerStatuses", "state", "lastState",
-    "waiting", "terminated", "exitCode", "data", ATTEMPT_KEY, PROGRESS_KEY, OUTCOME_KEY, names.ATTEMPT_LABEL,
+    "waiting", "terminated", "exitCode", "volumes", "secret", "secretName", "rayClusterStatus", "data", ATTEMPT_KEY,
+    PROGRESS_KEY, OUTCOME_KEY, names.ATTEMPT_LABEL,
 ]  # fmt: skip
 VALUES = [
-    "True", "False", "Ready", "PodScheduled", "DisruptionTarget", "Failed", "2026-01-01T12:00:00Z", "9999", "1",
+    "True", "False", "Ready", "PodScheduled", "DisruptionTarget", "ReplicaFailure", "Failed", "9999", "1",
+    "2026-01-01T12:00:00Z",
     "0001-01-01T00:00:00+14:00", "ray", "{}", "[" * 9999, '{"stage": "Training", "updatedAt": "2026-01-01T12:00:00"}',
 ]  # fmt: skip
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(VALUES)

@@ -20,7 +20,7 @@ __all__ = ["active_due", "start_due", "used_up"]
 def start_due(attempt: Attempt, has_reported: bool, lifecycle: Lifecycle, obstacle: str = "") -> Due | None:
     """When `attempt` is too late; None when its trainers have started, or while it waits in a queue.
 
-    `obstacle` is what the pods say about why they do not start; it becomes part of the message.
+    `obstacle` is what keeps them from starting, as far as it is known; it becomes part of the message.
     """
     if attempt.admitted_at is None or has_reported or attempt.running_at is not None:
         return None
