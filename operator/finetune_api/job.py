@@ -36,9 +36,9 @@ class Condition(Contract):
 
     type: Annotated[str, Field(max_length=316)]
     """Valid, Admitted, ClusterReady, Running, RolloutFaithful, RolloutsTeach, Checkpointed, Suspended,
-    ArtifactsPublished, Complete or Failed."""
+    ArtifactsPublished, StatusKept, Complete or Failed."""
     status: Literal["True", "False", "Unknown"]
-    """Whether it holds."""
+    """True, False or Unknown."""
     reason: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")]
     """Why, in a word for machines."""
     message: Annotated[str, Field(max_length=4096)] = ""
@@ -151,7 +151,7 @@ class Status(Contract):
     observed_generation: int | None = None
     """The generation of the spec that this status is about."""
     phase: Phase = Phase.PENDING
-    """The state in a word."""
+    """Pending, Queued, Starting, Running, Suspended, Succeeded or Failed."""
     method: str | None = None
     """The method's name, such as sft."""
     tuning: str | None = None
@@ -177,7 +177,7 @@ class Status(Contract):
     next_attempt_at: datetime | None = None
     """When the next attempt may start, after a failure."""
     failure: FailureClass | None = None
-    """Class of the failure that ended the job."""
+    """Class of the failure that ended the job, such as DataError."""
     post_mortem: PostMortem | None = None
     """What is known of the last attempt that failed."""
     finished_at: datetime | None = None

@@ -146,13 +146,23 @@ def _object(model: type[Contract], children: Iterable[str]) -> Schema:
         },
     }
     for name in children:
-        properties[name] = _field(model.model_fields[name])
+        field = _field(model.model_fields[name])
+        properties[name] = _without_choices(field) if name == "status" else field
     return {
         "type": "object",
         "description": _sentence(model.__doc__),
         "required": ["spec"],
         "properties": properties,
     }
+
+
+def _without_choices(schema: Any) -> Any:
+    """A CRD outlives operators: a newer one has words that it does not know, and must be able to write them."""
+    if isinstance(schema, list):
+        return [_without_choices(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _without_choices(value) for key, value in schema.items() if key != "enum"}
 
 
 def _model(model: type[BaseModel]) -> Schema:

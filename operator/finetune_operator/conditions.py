@@ -40,7 +40,7 @@ JOBS_FAULT = frozenset({FailureClass.USER_ERROR, FailureClass.DATA_ERROR})
 _MESSAGE_LIMIT = 4096
 _ORDER = (
     *("Valid", "Admitted", "ClusterReady", "Running", "RolloutFaithful", "RolloutsTeach", "Checkpointed", "Suspended"),
-    *("ArtifactsPublished", "Complete", "Failed"),
+    *("ArtifactsPublished", "StatusKept", "Complete", "Failed"),
 )
 _PLACES = {name: place for place, name in enumerate(_ORDER)}
 

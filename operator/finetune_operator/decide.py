@@ -38,6 +38,7 @@ from finetune_operator.kinds import CONFIG_MAP, FINETUNE_JOB, RAY_JOB, Key
 from finetune_operator.launch import Blocked, Launch, Prepared, expected_config_maps, judge_spec, prepare
 from finetune_operator.observe import Document, Observed
 from finetune_operator.obstacles import Obstacle, obstacles
+from finetune_operator.outdated import status_kept
 from finetune_operator.policies.classification import CANCELLED, SUCCEEDED, Ending, classify, evidence
 from finetune_operator.policies.deadline import active_due, start_due, used_up
 from finetune_operator.policies.hang import hang_due
@@ -492,6 +493,9 @@ class _Pass:
     def _decision(self) -> Decision:
         wait = min(((moment - self.now).total_seconds() for moment in self.moments), default=None)
         again = None if wait is None else max(wait, 0.01)
+        unkept = self.seen.unkept
+        if unkept or (unkept is not None and self.draft.condition("StatusKept") is not None):
+            self.draft.find(status_kept(unkept))
         status = self.draft.to_status()
         document = status.to_document() if status is not None else None
         creates, deletes, merges = tuple(self.creates), tuple(self.deletes), tuple(self.merges)

@@ -166,6 +166,8 @@ def _kind(finding: Finding, was: str | None, why: str | None) -> Literal["Normal
         return "Warning"
     if finding.type == "ClusterReady":
         return "Warning" if finding.reason == "NameTaken" else None
+    if finding.type == "StatusKept":
+        return "Warning" if finding.status == "False" and was != "False" else None
     if finding.type == "Admitted":
         waits = finding.reason in ("Queued", "DependencyPending")
         return "Normal" if waits or (finding.status == "True" and why == "Queued") else None

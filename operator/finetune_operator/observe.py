@@ -47,6 +47,8 @@ class World:
     """FineTuneJobs that the job's URIs name, by name; None where there is none."""
     one_machine: bool = False
     """All that the job starts runs on one machine and sees the same files; pods do not."""
+    unkept: tuple[str, ...] | None = None
+    """Fields of the status that the cluster does not keep; None where none was written yet."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Observed:
     """Kinds of which an object that is not in `own` does not exist."""
     dependencies: Mapping[str, Document | None] = field(default_factory=dict)
     one_machine: bool = False
+    unkept: tuple[str, ...] | None = None
 
 
 def observe(world: World) -> Observed:
@@ -128,6 +131,7 @@ def observe(world: World) -> Observed:
         watched=frozenset(world.children),
         dependencies=world.dependencies,
         one_machine=world.one_machine,
+        unkept=world.unkept,
     )
 
 

@@ -28,13 +28,13 @@ from finetune_operator import names, starts
 from finetune_operator.cluster.protocol import Cluster, Document
 from finetune_operator.decide import decide
 from finetune_operator.decision import Create, Decision, Delete
-from finetune_operator.errors import AlreadyExists, ApiError, Conflict, NotFound
+from finetune_operator.errors import AlreadyExists, ApiError, Conflict, Invalid, NotFound
 from finetune_operator.events import EventRecorder
 from finetune_operator.kinds import CONFIG_MAP, FINETUNE_JOB, RAY_JOB, Key, Kind
 from finetune_operator.logs import about
 from finetune_operator.metrics import Metrics
 from finetune_operator.observe import World, observe
-from finetune_operator.outdated import OUTDATED_CRD, dropped_fields, outdated_message
+from finetune_operator.outdated import dropped_fields, is_there, outdated_message, place_of
 from finetune_operator.raw import controller_uid, version_of
 from finetune_operator.refusals import (
     KUBERAY_MISSING,
@@ -46,6 +46,7 @@ from finetune_operator.refusals import (
     was_refused,
 )
 from finetune_operator.settings import Settings
+from finetune_operator.status import without
 from finetune_operator.transitions import count_transition
 
 __all__ = ["Reconciler"]
@@ -68,7 +69,8 @@ class _Memory:
     written_at: datetime | None = None
     begun: str = ""
     begun_at: datetime | None = None
-    told_of_crd: bool = False
+    unkept: tuple[str, ...] | None = None
+    """Fields of the status that the cluster does not keep; None before the first write."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,14 @@ class Reconciler:
         if world is None:
             self._memories.pop(key, None)
             return None
-        if version_of(world.job) == self._memories.setdefault(key, _Memory()).replaced:
+        memory = self._memories.setdefault(key, _Memory())
+        if version_of(world.job) == memory.replaced:
             return _WATCH_SECONDS
         with about(namespace=key.namespace, job=key.name, attempt=_present_attempt(world.job).get("number")):
-            return await self._pass(key, await self._with_present_attempt(world))
+            unkept = memory.unkept
+            again = await self._pass(key, await self._with_present_attempt(replace(world, unkept=unkept)))
+            # Of what a write has found out no watch may tell.
+            return again if (memory.unkept or ()) == (unkept or ()) else _sooner(again, _WATCH_SECONDS)
 
     async def _pass(self, key: Key, world: World) -> float | None:
         for _ in range(_LOOKS):
@@ -273,7 +279,7 @@ class Reconciler:
     async def _write_status(self, key: Key, job: Document, status: Document) -> None:
         """Raises Conflict where the job has changed: the next pass decides anew."""
         try:
-            written = await self._cluster.replace_status(FINETUNE_JOB, {**job, "status": status})
+            written, refused = await self._kept_status(job, status)
         except NotFound:
             return  # deleted meanwhile, and what it owned goes with it
         memory = self._memories.setdefault(key, _Memory())
@@ -281,11 +287,30 @@ class Reconciler:
         memory.replaced = version_of(job) if version_of(written) != version_of(job) else ""
         memory.written_at = self._clock()
         count_transition(self._metrics, job, status)
-        if not memory.told_of_crd and (dropped := list(dropped_fields(status, written.get("status")))):
-            memory.told_of_crd = True
-            message = outdated_message(dropped)
-            _log.warning(message)
-            await self._events.record(job, "Warning", OUTDATED_CRD, message)
+        kept = written.get("status")
+        earlier = [path for path in memory.unkept or () if not is_there(path, kept)]
+        unkept = tuple(dict.fromkeys([*earlier, *refused, *dropped_fields(status, kept)]))
+        if unkept and unkept != memory.unkept:
+            _log.warning(outdated_message(list(unkept)))
+        memory.unkept = unkept
+
+    async def _kept_status(self, job: Document, status: Document) -> tuple[Document, list[str]]:
+        """The job as the server has it after the write, and the fields that it did not take.
+
+        Raises Invalid where what it refuses is no field of the status.
+        """
+        refused: list[str] = []
+        while True:
+            try:
+                return await self._cluster.replace_status(FINETUNE_JOB, {**job, "status": status}), refused
+            except Invalid as error:
+                fields = [field for field, _ in error.causes if field.startswith("status.")]
+                rest = without(status, map(place_of, fields))
+                if rest == status:
+                    raise
+                _log.debug("a status is written without %s: %s", ", ".join(fields), error.message)
+                refused += fields
+                status = rest
 
     def _until_progress_is_due(self, key: Key, job: Document, decision: Decision) -> float | None:
         """Seconds until a status that only brings news of progress may be written; None for now."""

@@ -25,7 +25,7 @@ from finetune_api.progress import Artifact, Outcome, Progress, Result, SavedChec
 from finetune_operator.conditions import TRAINING_STAGES, Finding, conditions, find, updated
 from finetune_operator.times import sane, whole
 
-__all__ = ["Draft", "clip", "job_progress", "project", "read_status"]
+__all__ = ["Draft", "clip", "job_progress", "project", "read_status", "without"]
 
 _METRICS_LIMIT = 16
 _FIRST_METRICS = (
@@ -64,7 +64,7 @@ def read_status(document: Any) -> Status | None:
         try:
             return _with_sane_times(Status.model_validate(document))
         except ValidationError as error:
-            document = _without(document, [details["loc"] for details in error.errors(include_url=False)])
+            document = without(document, [details["loc"] for details in error.errors(include_url=False)])
     return None
 
 
@@ -208,6 +208,20 @@ def clip(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
+def without(document: Any, places: Iterable[tuple[int | str, ...]]) -> Any:
+    """A copy of `document` with what stands at `places` taken out; where nothing stands, what should hold it."""
+    repaired = copy.deepcopy(document)
+    found = {_nearest(repaired, place) for place in places}
+    # The last entries of a list first: taking one out moves those behind it.
+    for place in sorted(found, key=lambda place: [(str(type(step)), step) for step in place], reverse=True):
+        holder = repaired
+        for step in place[:-1]:
+            holder = holder[step]
+        if place and _has(holder, place[-1]):
+            del holder[place[-1]]
+    return repaired
+
+
 def _phase(outcome: Outcome | None, progress: Progress | None) -> Phase:
     if outcome is not None:
         return Phase.SUCCEEDED if outcome.result is Result.SUCCEEDED else Phase.FAILED
@@ -239,20 +253,6 @@ def _end_of(listed: Iterable[Condition]) -> datetime | None:
     """When a job ended whose status names no moment: a condition that says so counts too."""
     ended = [one for one in listed if one.type in ("Complete", "Failed") and one.status == "True"]
     return min((one.last_transition_time for one in ended), default=None)
-
-
-def _without(document: Any, places: Iterable[tuple[int | str, ...]]) -> Any:
-    """A copy of `document` with what stands at `places` taken out; where nothing stands, what should hold it."""
-    repaired = copy.deepcopy(document)
-    found = {_nearest(repaired, place) for place in places}
-    # The last entries of a list first: taking one out moves those behind it.
-    for place in sorted(found, key=lambda place: [(str(type(step)), step) for step in place], reverse=True):
-        holder = repaired
-        for step in place[:-1]:
-            holder = holder[step]
-        if place and _has(holder, place[-1]):
-            del holder[place[-1]]
-    return repaired
 
 
 def _nearest(document: Any, place: tuple[int | str, ...]) -> tuple[int | str, ...]:

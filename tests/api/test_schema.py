@@ -5,6 +5,7 @@ A real server judges them too, in tests/control_plane; what can be known without
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -214,3 +215,10 @@ def test_no_field_has_a_name_that_yaml_takes_for_a_truth_value() -> None:
     for crd in custom_resource_definitions().values():
         found = set(names(crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]))
         assert found & {"on", "off", "yes", "no", "y", "n", "true", "false"} == set()
+
+
+def test_a_status_may_hold_words_that_the_crd_does_not_know_and_a_spec_may_not() -> None:
+    version = custom_resource_definitions()["finetunejobs.finetune-operator.io.yaml"]["spec"]["versions"][0]
+    properties = version["schema"]["openAPIV3Schema"]["properties"]
+    assert '"enum"' in json.dumps(properties["spec"])
+    assert '"enum"' not in json.dumps(properties["status"])

@@ -59,17 +59,18 @@ def test_a_failed_cluster_is_replaced_by_another(jobs: Jobs, running: Operator, 
     running.wait(jobs.has("tiny-2"), "the first RayJob to be gone")
 
 
-def test_pods_that_a_quota_forbids_are_told_of_until_there_is_room(
+def test_pods_that_the_namespace_forbids_are_told_of_until_it_allows_them(
     jobs: Jobs, running: Operator, kuberay: KubeRay, nodes: Kwok
 ) -> None:
-    quotas = f"/api/v1/namespaces/{jobs.namespace}/resourcequotas"
-    jobs.api.create(quotas, {"metadata": {"name": "small"}, "spec": {"hard": {"pods": "0"}}})
+    limits = f"/api/v1/namespaces/{jobs.namespace}/limitranges"
+    small = {"type": "Container", "max": {"cpu": "1m"}}
+    jobs.api.create(limits, {"metadata": {"name": "small"}, "spec": {"limits": [small]}})
     jobs.submit("tiny", GPUS | jobs.with_storage())
     refused = ("False", "PodsNotCreated")
-    running.wait(lambda: jobs.condition("tiny", "ClusterReady") == refused, "the status to tell of the quota")
+    running.wait(lambda: jobs.condition("tiny", "ClusterReady") == refused, "the status to tell of it")
     [told] = [one["message"] for one in jobs.status("tiny")["conditions"] if one["type"] == "ClusterReady"]
-    assert "exceeded quota: small" in told
-    jobs.api.delete(f"{quotas}/small")
+    assert "maximum cpu usage per Container is 1m" in told
+    jobs.api.delete(f"{limits}/small")
     running.wait(lambda: jobs.condition("tiny", "ClusterReady")[0] == "True", "the cluster to be there")
 
 

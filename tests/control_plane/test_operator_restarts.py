@@ -141,10 +141,29 @@ def test_a_crd_older_than_the_operator_is_told_of_and_its_jobs_go_on(
         one.wait(jobs.has("tiny-1"), "its RayJob")
         jobs.run("tiny")
         one.wait(lambda: "OutdatedCRD" in jobs.events("tiny"), "the job's Event")
+        assert jobs.condition("tiny", "StatusKept") == ("False", "OutdatedCRD")
         [told] = [line for line in one.log() if "is older than the operator" in line["message"]]
         assert "does not keep status.progress. Bring it to the operator's version" in told["message"]
         jobs.succeed("tiny")
         one.wait(jobs.is_at("tiny", "Succeeded"), "the job to succeed")
+
+
+def test_a_failure_whose_class_the_crd_does_not_allow_ends_the_job_all_the_same(
+    jobs: Jobs, server: Server, tmp_path: Path
+) -> None:
+    def older(version: dict[str, Any]) -> None:
+        status = version["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]
+        status["failure"]["enum"] = status["postMortem"]["properties"]["failureClass"]["enum"] = ["DataError"]
+
+    with operator(tmp_path, server.kubeconfig, jobs.namespace) as one, another_crd(jobs, older):
+        jobs.submit("tiny")
+        one.wait(jobs.has("tiny-1"), "its RayJob")
+        jobs.run("tiny")
+        jobs.fail("tiny", exit_code=2)
+        one.wait(jobs.is_at("tiny", "Failed"), "the job to fail")
+        one.wait(lambda: jobs.condition("tiny", "StatusKept") == ("False", "OutdatedCRD"), "the status to say why")
+        assert jobs.condition("tiny", "Failed") == ("True", "UserError")
+        assert not jobs.status("tiny").keys() & {"failure", "postMortem"}
 
 
 @contextmanager
