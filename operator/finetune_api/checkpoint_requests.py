@@ -43,13 +43,15 @@ class KeepBest(Contract):
 
 
 class Rules(Contract):
-    """Which checkpoints stay, beside the newest whole one and pinned ones."""
+    """Which checkpoints of each training stay, beside its newest whole one and pinned ones."""
 
     keep_last: Positive | None = None
     """null: all, but for what a quota takes away."""
     keep_every: Positive | None = None
     keep_best: KeepBest | None = None
     quota_bytes: Positive | None = None
+    drop_others: bool = False
+    """Of trainings other than that of the newest checkpoint only pinned ones stay."""
 
 
 class ToList(Contract):

@@ -350,6 +350,15 @@ def test_rules_can_be_given(ckpt: Finetune, run: Run, options: list[str], left: 
     assert run.there() == left
 
 
+def test_what_another_training_saved_goes_when_somebody_says_so(ckpt: Finetune, run: Run) -> None:
+    save(run.storage, start(run.storage), 5, job="made again")
+    assert ckpt("gc", "bot", "--keep-last", "1", "--yes").code == 0
+    assert run.there() == [5, 30]
+    assert "the newest that is whole; one of the last 2; of another training" in ckpt("ls", "bot").stdout
+    assert ckpt("gc", "bot", "--drop-others", "--yes").code == 0
+    assert run.there() == [5]
+
+
 @pytest.mark.parametrize(
     ("option", "value", "right"),
     [

@@ -249,6 +249,21 @@ def test_a_checkpoint_of_another_seed_model_or_job_is_not_used(place: Place) -> 
     assert [place.resumed_from(name) for name in ("seed", "model", "job")] == [None, None, None]
 
 
+def test_a_job_that_is_made_again_leaves_what_the_one_before_saved_and_tells_of_it(place: Place) -> None:
+    first = place.plan({"training.maxSteps": 20}, whenBehind="wait")
+    place.train(first, "first")
+    again = place.plan({"training.maxSteps": 9}, everySteps=3, keepLast=1, whenBehind="wait")
+    assert again.checkpoint is not None
+    place.train(again.model_copy(update={"checkpoint": again.checkpoint.model_copy(update={"job": "x"})}), "again")
+    assert place.steps() == [9, 20]
+    told = [one for one in place.said("again").splitlines() if "are of another training" in one]
+    assert len(set(told)) == 1
+    assert told[0].startswith("2 of the checkpoints at file://")
+    assert told[0].endswith("/checkpoints --drop-others")
+    place.train(first, "third")
+    assert place.resumed_from("third") == 20
+
+
 def test_resume_never_begins_at_step_0(place: Place) -> None:
     place.train(place.plan({"training.maxSteps": 10}), "first")
     place.train(place.plan({"training.maxSteps": 10}, resume="never"), "second")

@@ -40,6 +40,7 @@ from finetune_trainers.resizing import Growth, first_size, room_in_ray, tell_of_
 from finetune_trainers.worker_process import train
 
 if TYPE_CHECKING:
+    from finetune_trainers.checkpoint.storage.protocol import Storage
     from finetune_trainers.worker import WorkerResult
 
 __all__ = ["RayWorkers"]
@@ -188,7 +189,8 @@ class RayWorkers:
 
     def _fit(self, prepared: PreparedRun, workdir: Path, tell: Callable[[str], None]) -> WorkerResult:
         """One group after the other, until one trains to its end or fails for a reason."""
-        number, left, saved = 0, MOST_REPLACEMENTS, _saved_step(self._plan, workdir)
+        number, left, saved = 0, MOST_REPLACEMENTS, -1
+        before = _last_attempt(self._plan)
         wanted = self._plan.workers.replicas
         while True:
             size = self._size(wanted, tell, (workdir / STOP_FILE).exists)
@@ -205,7 +207,7 @@ class RayWorkers:
             except Exception as error:
                 if is_unexplained(error) and self._kills.any_new():
                     raise killed_by_kernel(error) from error
-                if (now := _saved_step(self._plan, workdir)) > saved:
+                if (now := _saved_step(self._plan, workdir, before)) > saved:
                     left, saved = MOST_REPLACEMENTS, now
                 if not left or not self._resumes or not is_loss(error):
                     raise
@@ -312,19 +314,35 @@ def _shut_down() -> None:
     ray.shutdown()
 
 
-def _saved_step(plan: RunPlan, workdir: Path) -> int:
-    """Optimizer steps in the newest checkpoint; -1 for none. Where workers share a bucket and no disk with this
-    process, their reports lie elsewhere and the bucket is asked."""
+def _last_attempt(plan: RunPlan) -> int:
+    """The last attempt that has begun at the bucket with the checkpoints; 0 for none. What others saved there may be
+    another training's."""
+    from finetune_trainers.checkpoint.fence import current_epoch
+
+    with suppress(StorageError):
+        if (storage := _bucket_of(plan)) is not None:
+            return current_epoch(storage)
+    return 0
+
+
+def _saved_step(plan: RunPlan, workdir: Path, before: int) -> int:
+    """Optimizer steps in the newest checkpoint since attempt `before`; -1 for none. Where workers share a bucket and no
+    disk with this process, their reports lie elsewhere and the bucket is asked."""
     last = last_report(workdir / PROGRESS_FILE)
     if last is not None and last.checkpoint is not None:
         return last.checkpoint.step
-    if plan.checkpoint is None or plan.checkpoint.uri is None or not in_bucket(plan.checkpoint.uri):
-        return -1
     from finetune_trainers.checkpoint.find import find_newest
+
+    with suppress(StorageError):
+        if (storage := _bucket_of(plan)) is not None and (newest := find_newest(storage).manifest) is not None:
+            return newest.intent.step if newest.intent.epoch > before else -1
+    return -1
+
+
+def _bucket_of(plan: RunPlan) -> Storage | None:
+    """Where the checkpoints are, if that is a bucket. Raises StorageError."""
+    if plan.checkpoint is None or plan.checkpoint.uri is None or not in_bucket(plan.checkpoint.uri):
+        return None
     from finetune_trainers.checkpoint.storage.opening import open_storage
 
-    try:
-        newest = find_newest(open_storage(plan.checkpoint.uri, exclusive=True)).manifest
-    except StorageError:
-        return -1
-    return -1 if newest is None else newest.intent.step
+    return open_storage(plan.checkpoint.uri, exclusive=True)

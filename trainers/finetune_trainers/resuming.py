@@ -83,6 +83,8 @@ class Search:
         self._storage, self._state, self._context, self._best, self._tell = storage, state, context, best, tell
         self.rejected: list[str] = []
         """"id: reason" of each that was passed over, the newest first. On rank 0."""
+        self.others: list[Manifest] = []
+        """Of these, those of other trainings."""
 
     def find(self, mine: Intent | None) -> Found | None:
         """The newest that is whole and of the training that would save `mine` (rank 0's; None: look for none)."""
@@ -103,6 +105,7 @@ class Search:
                 self._reject(str(found.checkpoint), str(found.damages[0]), str(found))
             elif reasons := differences(found.intent, mine):
                 reason = "; ".join(reasons)
+                self.others.append(found)
                 self._reject(str(found.id), reason, f"checkpoint {found.id} is not used: {reason}")
             else:
                 yield found

@@ -35,7 +35,7 @@ from finetune_trainers.checkpoint.commit import begin
 from finetune_trainers.checkpoint.engine_state import EngineState
 from finetune_trainers.checkpoint.fence import Fence, SupersededError
 from finetune_trainers.checkpoint.flushes import Flushes
-from finetune_trainers.checkpoint.manifest import Parent
+from finetune_trainers.checkpoint.manifest import Manifest, Parent
 from finetune_trainers.checkpoint.orphans import wait_for_writers
 from finetune_trainers.checkpoint.retention import Best, Retention
 from finetune_trainers.checkpoint.storage.opening import open_storage
@@ -147,6 +147,7 @@ class Checkpoints:
         mine = self._intents.intent(taken.fence, 0, {}, self._now())
         found = search.find(mine if self._settings.resume else None)
         self.rejected = search.rejected
+        self._tell_of_others(search.others)
         resumed = None
         if found is not None:
             seed, total_steps = self._plan.optimization.seed, self._prepared.total_steps
@@ -169,6 +170,15 @@ class Checkpoints:
         for checkpoint in settled.completed:
             self._tell(f"checkpoint {checkpoint} was completed: the attempt before had written all of it")
         return _Taken(fence, self._storage.exclusive)
+
+    def _tell_of_others(self, others: Sequence[Manifest]) -> None:
+        if others:
+            newest = "The newest of them stays" if len(others) > 1 else "It stays"
+            self._tell(
+                f"{len(others)} of the checkpoints at {self._uri} are of another training and take"
+                f" {sum(one.bytes for one in others):,} bytes. {newest} until somebody says"
+                f" finetune ckpt gc {self._uri} --drop-others"
+            )
 
     def _begin(self, taken: _Taken) -> Begin:
         settings, parent = self._settings, self._intents.parent

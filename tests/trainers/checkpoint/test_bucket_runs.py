@@ -19,7 +19,7 @@ from finetune_trainers.buckets import fetch_artifact
 from finetune_trainers.checkpoint.find import find_newest
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.places import cache_folder
-from finetune_trainers.ray_workers import _saved_step
+from finetune_trainers.ray_workers import _last_attempt, _saved_step
 from tests.cluster.s3 import S3
 from tests.factories import runtime
 from tests.trainers.conftest import SmallWorld
@@ -68,7 +68,8 @@ def test_a_killed_run_goes_on_from_the_bucket_alone_and_the_next_job_from_its_ar
     storage = f"s3://{server.bucket()}/runs"
     endless = in_storage(small_world.plan({"training.maxSteps": 100_000, "checkpoint": {"everySteps": 5}}), storage)
     killed_at = trained_and_killed(endless, tmp_path / "first")
-    assert _saved_step(endless, tmp_path / "head") >= killed_at, "a pod that sees none of the workers' files"
+    assert _saved_step(endless, tmp_path / "head", 0) >= killed_at, "a pod that sees none of the workers' files"
+    assert _saved_step(endless, tmp_path / "head", _last_attempt(endless)) == -1, "what was there before is no progress"
     for gone in ("first", "cache"):
         shutil.rmtree(tmp_path / gone)
 

@@ -7,11 +7,13 @@ from contextlib import suppress
 import pytest
 
 from finetune_trainers.checkpoint import layout
+from finetune_trainers.checkpoint.admin.looking import listing_of
 from finetune_trainers.checkpoint.commit import abandon, begin
 from finetune_trainers.checkpoint.fence import SupersededError
 from finetune_trainers.checkpoint.find import find_newest
 from finetune_trainers.checkpoint.layout import CheckpointId
 from finetune_trainers.checkpoint.listing import listed
+from finetune_trainers.checkpoint.manifest import DataState
 from finetune_trainers.checkpoint.pins import pin, unpin
 from finetune_trainers.checkpoint.retention import Retention
 from finetune_trainers.checkpoint.storage.errors import StorageFullError
@@ -20,7 +22,7 @@ from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.checkpoint.sweep import plan_sweep, sweep
 from finetune_trainers.checkpoint.write import announce
 from tests.trainers.checkpoint.faulting import Crash, FaultingStorage, Schedule, SimulatedDisk
-from tests.trainers.checkpoint.saving import intent_of, save, start, write_all
+from tests.trainers.checkpoint.saving import SMALL, intent_of, save, start, write_all
 from tests.trainers.checkpoint.synthetic import NOON
 from tests.trainers.checkpoint.test_crashes import blob, put
 
@@ -218,3 +220,65 @@ def test_what_was_half_deleted_is_never_completed_again() -> None:
         assert there(storage) in ([10, 20], [20]), schedule.names[at]
         at += 1
     assert at > 30
+
+
+OTHERS = {
+    "a job that was deleted and made again": {"job": "uid-2"},
+    "other data": {"data": DataState(seed=7, epoch=0, cursor=80, digest="2" * 64)},
+    "another global batch": {"global_batch": 2},
+    "other parameters": {"tensors": SMALL[:1]},
+}
+
+
+@pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
+def test_the_newest_of_another_training_stays_however_much_this_one_saves(
+    storage: Storage, change: dict[str, object]
+) -> None:
+    fence = start(storage)
+    for step in (400, 500):
+        save(storage, fence, step)
+    fence = start(storage)
+    for step in (10, 20, 30):
+        save(storage, fence, step, **change)
+        sweep(storage, ONE, fence)
+        assert there(storage) == [step, 500]
+    row = listing_of(storage, ONE, NOON).checkpoints[-1]
+    assert row.keep
+    assert row.reasons[-1] == "of another training"
+    assert find_newest(storage, deep=True).rejected == ()
+    assert sweep(storage, Retention(keep_last=1, drop_others=True), fence).deleted == (CheckpointId(1, 500),)
+
+
+def test_an_attempt_of_the_same_training_replaces_what_earlier_ones_saved(storage: Storage) -> None:
+    fence = start(storage)
+    save(storage, fence, 10)
+    fence = start(storage)
+    save(storage, fence, 20, world=3, attempt=2, writer={"torch": "9"})
+    assert sweep(storage, ONE, fence).deleted == (CheckpointId(1, 10),)
+
+
+def test_an_import_counts_with_the_training_that_goes_on_from_it(storage: Storage) -> None:
+    fence = start(storage)
+    save(storage, fence, 10, data=None)
+    fence = start(storage)
+    save(storage, fence, 20)
+    assert sweep(storage, ONE, fence).deleted == (CheckpointId(1, 10),)
+
+
+def test_an_import_does_not_make_one_training_of_two(storage: Storage) -> None:
+    fence = start(storage)
+    save(storage, fence, 10)
+    fence = start(storage)
+    save(storage, fence, 20, **OTHERS["other data"])
+    fence = start(storage)
+    save(storage, fence, 30, data=None)
+    assert sweep(storage, ONE, fence).deleted == (CheckpointId(2, 20),)
+
+
+def test_a_damaged_manifest_does_not_hide_whose_checkpoint_it_was(storage: Storage) -> None:
+    fence = start(storage)
+    damaged = save(storage, fence, 500)
+    storage.replace(layout.manifest(damaged.id), b"{}")
+    fence = start(storage)
+    save(storage, fence, 10, job="uid-2")
+    assert sweep(storage, ONE, fence).deleted == (), "a person may mend it"

@@ -1,21 +1,39 @@
 """Whether a checkpoint is one of this very training: what must be the same, and what may differ. Pure.
 
 The job, the base model, the adapter, the parameters, the data and its order, and the global batch must be the same; the
-number of workers, the micro-batch, the ZeRO stage and the precision may differ. Called by `saving` before it resumes.
+number of workers, the micro-batch, the ZeRO stage and the precision may differ. Called by `resuming` before it goes on
+from one, and by those who decide what stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from finetune_trainers.checkpoint.manifest import Intent
 
-__all__ = ["differences"]
+__all__ = ["differences", "trainings"]
 
 
 def differences(found: Intent, mine: Intent) -> list[str]:
     """Why the checkpoint of `found` cannot be gone on from by a training that would save `mine`; none when it can."""
     return list(_differences(found, mine))
+
+
+def trainings(found: Iterable[Intent | None]) -> list[int]:
+    """The number of the training of each: 0 is the first one's. Of None nothing is known; it counts with the first."""
+    known: list[Intent] = []
+    return [0 if intent is None else _number(intent, known) for intent in found]
+
+
+def _number(intent: Intent, known: list[Intent]) -> int:
+    """One without data, such as an import, is of any training that is the same in all else. What is found out of the
+    data then counts for those that follow."""
+    for number, one in enumerate(known):
+        if not differences(intent, one):
+            known[number] = one if one.data is not None else one.model_copy(update={"data": intent.data})
+            return number
+    known.append(intent)
+    return len(known) - 1
 
 
 def _differences(found: Intent, mine: Intent) -> Iterator[str]:

@@ -1,9 +1,12 @@
 """Which checkpoints stay. Pure; `sweep` carries it out.
 
-Every rule only adds to what is kept, and the newest valid checkpoint is kept before any rule is asked, so no policy and
-no combination of them can lose it. A quota takes away again, the least useful first, and stops before that one, before
-pinned ones, and before those that the caller protects (such as the one that the run resumed from, which is known
-to be readable). Dates have no part in it.
+Several trainings may have saved at one place (`identity`): of a job that was deleted and made again, or whose data
+changed. Each is judged alone, so that none counts among the last or the best of another. Every rule only adds to what
+is kept, and the newest valid checkpoint of each training is kept before any rule is asked, so no policy and no
+combination of them can lose it. A quota takes away again, the least useful first and those of the newest training last,
+and stops before the newest valid ones, before pinned ones, and before those that the caller protects (such as the one
+that the run resumed from, which is known to be readable). Trainings other than that of the newest checkpoint go as a
+whole where somebody says so. Dates have no part in it.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ class Retention(Contract):
     keep_best: Best | None = None
     quota_bytes: Positive | None = None
     """Of all checkpoints' own files together; what may not be deleted may exceed it."""
+    drop_others: bool = False
+    """Of trainings other than that of the newest checkpoint nothing stays but what is pinned or in use."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Candidate:
     bytes: int
     metrics: dict[str, float] = field(default_factory=dict)
     pinned: bool = False
+    training: int = 0
+    """The number of its training; 0 is that of the newest checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -65,36 +72,44 @@ class Verdict:
 def choose(
     candidates: Sequence[Candidate],
     policy: Retention,
-    newest_valid: CheckpointId | None,
+    newest_valid: Collection[CheckpointId],
     protected: Collection[CheckpointId] = (),
 ) -> list[Verdict]:
     """A verdict for each candidate, newest first.
 
-    `newest_valid` None: nothing is known to be readable, and everything stays.
+    `newest_valid` has one of each training; where one has none, nothing is known to be readable, and all of it stays.
     """
     ordered = sorted(candidates, key=lambda candidate: candidate.id, reverse=True)
-    if newest_valid is None:
-        return [Verdict(candidate.id, True, ("no checkpoint is known to be whole",)) for candidate in ordered]
-    firm = {candidate.id: _firm(candidate, newest_valid, protected) for candidate in ordered}
-    wished = _wishes([candidate for candidate in ordered if candidate.id <= newest_valid], policy)
-    dropped = _over_quota(ordered, firm, wished, policy)
-    verdicts = []
-    for candidate in ordered:
-        reasons = (*firm[candidate.id], *wished.get(candidate.id, ()))
-        if candidate.id in dropped:
-            verdicts.append(Verdict(candidate.id, False, (f"over the quota of {policy.quota_bytes} bytes",)))
-        else:
-            verdicts.append(Verdict(candidate.id, bool(reasons), reasons or ("no rule keeps it",)))
-    return verdicts
+    whole = {candidate.training: candidate.id for candidate in ordered if candidate.id in newest_valid}
+    dropped = {candidate.id for candidate in ordered if policy.drop_others and 0 in whole and candidate.training}
+    firm = {one.id: _firm(one, whole.get(one.training), one.id in dropped, protected) for one in ordered}
+    wished: dict[CheckpointId, tuple[str, ...]] = {}
+    for training, newest in sorted(whole.items()):
+        own = [one for one in ordered if one.training == training and one.id <= newest and one.id not in dropped]
+        wished |= _wishes(own, policy)
+    over = _over_quota(ordered, firm, wished, policy)
+    return [_verdict(one, (*firm[one.id], *wished.get(one.id, ())), one.id in over, policy) for one in ordered]
 
 
-def _firm(candidate: Candidate, newest_valid: CheckpointId, protected: Collection[CheckpointId]) -> tuple[str, ...]:
+def _verdict(candidate: Candidate, reasons: tuple[str, ...], is_over: bool, policy: Retention) -> Verdict:
+    keep, another = bool(reasons) and not is_over, ("of another training",) if candidate.training else ()
+    if is_over:
+        reasons = (f"over the quota of {policy.quota_bytes} bytes",)
+    return Verdict(candidate.id, keep, (reasons or ("no rule keeps it",)) + another)
+
+
+def _firm(
+    candidate: Candidate, newest_valid: CheckpointId | None, is_dropped: bool, protected: Collection[CheckpointId]
+) -> tuple[str, ...]:
     """Reasons that no quota overrules. What is newer than the newest valid one is damaged: a person may mend it."""
     reasons = []
-    if candidate.id == newest_valid:
-        reasons.append("the newest that is whole")
-    if candidate.id > newest_valid:
-        reasons.append("newer than the newest that is whole")
+    if not is_dropped:
+        if newest_valid is None:
+            reasons.append("no checkpoint of its training is known to be whole")
+        elif candidate.id == newest_valid:
+            reasons.append("the newest that is whole")
+        elif candidate.id > newest_valid:
+            reasons.append("newer than the newest that is whole")
     if candidate.pinned:
         reasons.append("pinned")
     if candidate.id in protected:

@@ -13,7 +13,7 @@ since only it knows that nobody is about to name a blob which is there already.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -23,12 +23,18 @@ from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.documents import BadDocumentError, parse, sealed
 from finetune_trainers.checkpoint.fence import Fence, current_epoch, demand_fence
 from finetune_trainers.checkpoint.find import read_manifest, verified
+from finetune_trainers.checkpoint.identity import trainings
 from finetune_trainers.checkpoint.layout import CheckpointId
 from finetune_trainers.checkpoint.listing import Listing, listed
 from finetune_trainers.checkpoint.manifest import Abandoned, Intent, Manifest
 from finetune_trainers.checkpoint.pins import is_pinned
 from finetune_trainers.checkpoint.retention import Candidate, Retention, Verdict, choose
-from finetune_trainers.checkpoint.storage.errors import StorageConflictError, StorageFullError, StorageMissingError
+from finetune_trainers.checkpoint.storage.errors import (
+    StorageConflictError,
+    StorageFullError,
+    StorageMissingError,
+    StorageTornError,
+)
 from finetune_trainers.checkpoint.storage.protocol import Storage
 
 __all__ = ["SweepPlan", "Swept", "Tombstone", "clear_leftovers", "plan_sweep", "sweep"]
@@ -74,7 +80,8 @@ def plan_sweep(
     """What `sweep` would do now. Reads, and changes nothing."""
     folders = listed(storage)
     pins = {layout.pinned(stored.name) for stored in storage.list(layout.PINS)}
-    candidates, leftovers, manifests, newest = [], [], [], None
+    settled: list[tuple[Listing, Intent | None]] = []
+    leftovers, manifests = [], []
     for listing in folders.values():
         if listing.is_deleting or _is_dead(storage, listing):
             leftovers.append(listing.checkpoint)
@@ -83,12 +90,12 @@ def plan_sweep(
             if isinstance(found, Abandoned):
                 leftovers.append(listing.checkpoint)
                 continue
-            if newest is None and isinstance(verified(storage, listing), Manifest):
-                newest = listing.checkpoint
             if isinstance(found, Manifest):
                 manifests.append(found)
-            candidates.append(_candidate(listing, found if isinstance(found, Manifest) else None, pins))
-    verdicts = choose(candidates, policy, newest, protected)
+            settled.append((listing, found.intent if isinstance(found, Manifest) else _intent(storage, listing)))
+    numbers = trainings(intent for _, intent in settled)
+    candidates = [_candidate(*one, pins, number) for one, number in zip(settled, numbers, strict=True)]
+    verdicts = choose(candidates, policy, _newest_whole(storage, folders, candidates), protected)
     kept = {verdict.id for verdict in verdicts if verdict.keep}
     readable = {manifest.id for manifest in manifests}
     blobs = _orphans(storage, folders, manifests, kept) if fence is not None and kept <= readable else ()
@@ -137,9 +144,31 @@ def _is_leftover(storage: Storage, listing: Listing) -> bool:
     return listing.is_deleting or _is_dead(storage, listing)
 
 
-def _candidate(listing: Listing, manifest: Manifest | None, pins: Collection[CheckpointId | None]) -> Candidate:
-    metrics = manifest.intent.metrics if manifest else {}
-    return Candidate(listing.checkpoint, sum(listing.sizes.values()), dict(metrics), listing.checkpoint in pins)
+def _candidate(
+    listing: Listing, intent: Intent | None, pins: Collection[CheckpointId | None], training: int
+) -> Candidate:
+    metrics = dict(intent.metrics) if intent else {}
+    size = sum(listing.sizes.values())
+    return Candidate(listing.checkpoint, size, metrics, listing.checkpoint in pins, training)
+
+
+def _intent(storage: Storage, listing: Listing) -> Intent | None:
+    """Of a checkpoint whose manifest cannot be read; None when it cannot be either."""
+    try:
+        return parse(storage.read(layout.intent(listing.checkpoint)), Intent)
+    except (BadDocumentError, StorageMissingError, StorageTornError):
+        return None
+
+
+def _newest_whole(
+    storage: Storage, folders: dict[CheckpointId, Listing], candidates: Iterable[Candidate]
+) -> list[CheckpointId]:
+    """Of each training, of which the newest are first."""
+    found: dict[int, CheckpointId] = {}
+    for one in candidates:
+        if one.training not in found and isinstance(verified(storage, folders[one.id]), Manifest):
+            found[one.training] = one.id
+    return list(found.values())
 
 
 def _is_dead(storage: Storage, listing: Listing) -> bool:

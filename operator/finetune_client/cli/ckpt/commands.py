@@ -298,6 +298,9 @@ def gc(
     keep_every: KeepEvery = None,
     keep_best: KeepBest = None,
     quota: Quota = None,
+    drop_others: Annotated[
+        bool, typer.Option("--drop-others", help="Delete what other trainings than the newest one saved.")
+    ] = False,
     dry_run: DryRun = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     take_over: TakeOver = False,
@@ -305,7 +308,9 @@ def gc(
 ) -> None:
     """Delete what no rule keeps, what was never completed, and shared files that nothing refers to.
 
-    The newest whole checkpoint and pinned ones stay, whatever the rules. Rules are the job's where it is known. While a
+    The newest whole checkpoint and pinned ones stay, whatever the rules. Rules are the job's where it is known. A job
+    that was deleted and made again, and one whose data changed, is another training: rules are applied to each alone,
+    and the newest of each stays unless you say --drop-others. While a
     run seems to be at work nothing is deleted: that is, while its folder is in use, or until its last sign of life (its
     start, or the begin of a save) is an hour old, or three times its longest pause between saves.
 
@@ -316,7 +321,7 @@ def gc(
     """
     from finetune_client.cli.ckpt import verbs
 
-    keeping = verbs.Keeping(keep_last, keep_every, keep_best, quota)
+    keeping = verbs.Keeping(keep_last, keep_every, keep_best, quota, drop_others)
     raise typer.Exit(verbs.gc(where, keeping, dry_run, yes, take_over, output is Output.JSON))
 
 

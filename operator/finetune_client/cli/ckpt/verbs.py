@@ -6,7 +6,7 @@ import getpass
 import socket
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,13 @@ class Keeping:
     best: str | None = None
     """METRIC[:min|max[:COUNT]]."""
     quota: str | None = None
+    drop_others: bool = False
 
     def rules(self, known: requests.Rules | None) -> requests.Rules:
         """Those of the command line where there are any, else those that are `known`, else none: all stay. Raises
         ValueError."""
-        if self == Keeping():
-            return known or requests.Rules()
+        if replace(self, drop_others=False) == Keeping():
+            return (known or requests.Rules()).model_copy(update={"drop_others": self.drop_others})
         last = self.last
         if last is None and (self.every is not None or self.best is not None):
             last = (known.keep_last if known else None) or _KEEP_LAST
@@ -74,6 +75,7 @@ class Keeping:
             keep_every=self.every,
             keep_best=None if self.best is None else _best(self.best),
             quota_bytes=None if self.quota is None else _bytes_of(self.quota, "--quota"),
+            drop_others=self.drop_others,
         )
 
 

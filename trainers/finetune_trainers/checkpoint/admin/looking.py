@@ -26,6 +26,7 @@ from finetune_trainers.checkpoint.admin.activity import activity_at
 from finetune_trainers.checkpoint.admin.choosing import manifest_of
 from finetune_trainers.checkpoint.documents import BadDocumentError, parse
 from finetune_trainers.checkpoint.find import read_manifest, verified
+from finetune_trainers.checkpoint.identity import trainings
 from finetune_trainers.checkpoint.layout import CheckpointId
 from finetune_trainers.checkpoint.listing import Listing, listed
 from finetune_trainers.checkpoint.manifest import ITEM_BYTES, Abandoned, Intent, Manifest, ParamGroup
@@ -61,7 +62,7 @@ def listing_of(storage: Storage, policy: Retention, now: datetime) -> Checkpoint
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         judged = list(pool.map(lambda listing: _judged(storage, listing), folders.values()))
     newest = next((one.listing.checkpoint for one in judged if one.state is CheckpointState.WHOLE), None)
-    verdicts = {verdict.id: verdict for verdict in _verdicts(judged, pins, policy, newest)}
+    verdicts = {verdict.id: verdict for verdict in _verdicts(judged, pins, policy)}
     shared = sum(stored.bytes for stored in storage.list(layout.BLOBS))
     rows = [_summary(one, pins, verdicts.get(one.listing.checkpoint)) for one in judged]
     return CheckpointList(
@@ -107,20 +108,17 @@ def _reason_of_tombstone(storage: Storage, checkpoint: CheckpointId) -> str:
         return ""
 
 
-def _verdicts(
-    judged: Sequence[_Judged], pins: Mapping[CheckpointId, Pin | None], policy: Retention, newest: CheckpointId | None
-) -> list[Verdict]:
-    candidates = [
-        Candidate(
-            one.listing.checkpoint,
-            sum(one.listing.sizes.values()),
-            one.intent.metrics if one.intent is not None else {},
-            one.listing.checkpoint in pins,
-        )
-        for one in judged
-        if one.is_checkpoint
-    ]
-    return choose(candidates, policy, newest)
+def _verdicts(judged: Sequence[_Judged], pins: Mapping[CheckpointId, Pin | None], policy: Retention) -> list[Verdict]:
+    found = [one for one in judged if one.is_checkpoint]
+    candidates, whole = [], dict[int, CheckpointId]()
+    for one, training in zip(found, trainings(one.intent for one in found), strict=True):
+        checkpoint = one.listing.checkpoint
+        metrics = one.intent.metrics if one.intent is not None else {}
+        size = sum(one.listing.sizes.values())
+        candidates.append(Candidate(checkpoint, size, metrics, checkpoint in pins, training))
+        if one.state is CheckpointState.WHOLE:
+            whole.setdefault(training, checkpoint)
+    return choose(candidates, policy, whole.values())
 
 
 def _summary(one: _Judged, pins: Mapping[CheckpointId, Pin | None], verdict: Verdict | None) -> CheckpointSummary:
