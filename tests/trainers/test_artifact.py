@@ -33,6 +33,7 @@ pytestmark = PEFT_ASKS_TRANSFORMERS
 CPU = torch.device("cpu")
 ROWS = PreparedSource(
     folder="/cache/data/1",
+    content="c",
     source="file:///data/train.jsonl",
     weight=1.0,
     num_rows=1200,

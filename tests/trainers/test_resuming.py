@@ -256,9 +256,9 @@ def test_a_job_that_is_made_again_leaves_what_the_one_before_saved_and_tells_of_
     assert again.checkpoint is not None
     place.train(again.model_copy(update={"checkpoint": again.checkpoint.model_copy(update={"job": "x"})}), "again")
     assert place.steps() == [9, 20]
-    told = [one for one in place.said("again").splitlines() if "are of another training" in one]
+    told = [one for one in place.said("again").splitlines() if "of another training" in one]
     assert len(set(told)) == 1
-    assert told[0].startswith("2 of the checkpoints at file://")
+    assert told[0].startswith("2 checkpoints of another training (")
     assert told[0].endswith("/checkpoints --drop-others")
     place.train(first, "third")
     assert place.resumed_from("third") == 20

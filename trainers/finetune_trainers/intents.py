@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from blake3 import blake3
+from pydantic import JsonValue
 
 from finetune_api.plan import CheckpointPlan, RunPlan
 from finetune_trainers.checkpoint.documents import canonical
@@ -67,6 +68,9 @@ class Intents:
         )
 
     def _data_digest(self) -> str:
-        """The caches are named by content: their names stand for the data, wherever the cache is."""
-        sources = [[Path(source.folder).name, source.weight] for source in self._prepared.data.train]
-        return blake3(canonical(sources)).hexdigest()  # type: ignore[arg-type]
+        """Of what is learned from; and of what it was made of, which names the caches, wherever they are. The latter is
+        all that the first checkpoints say, and changes with the code that makes it."""
+        sources = self._prepared.data.train
+        content: list[JsonValue] = [[source.content, source.weight] for source in sources]
+        made_of: list[JsonValue] = [[Path(source.folder).name, source.weight] for source in sources]
+        return "+".join(blake3(canonical(one)).hexdigest() for one in (content, made_of))

@@ -31,6 +31,8 @@ class PreparedSource(Contract):
     """One source of rows, tokenized into a folder of the cache."""
 
     folder: str
+    content: str
+    """blake3 of what is learned from in the folder: tokens, masks, sequences."""
     source: str
     weight: float
     num_rows: int

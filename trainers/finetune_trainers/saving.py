@@ -173,11 +173,10 @@ class Checkpoints:
 
     def _tell_of_others(self, others: Sequence[Manifest]) -> None:
         if others:
-            newest = "The newest of them stays" if len(others) > 1 else "It stays"
+            what = "A checkpoint" if len(others) == 1 else f"{len(others)} checkpoints"
             self._tell(
-                f"{len(others)} of the checkpoints at {self._uri} are of another training and take"
-                f" {sum(one.bytes for one in others):,} bytes. {newest} until somebody says"
-                f" finetune ckpt gc {self._uri} --drop-others"
+                f"{what} of another training ({sum(one.bytes for one in others):,} bytes) at {self._uri}; the newest"
+                f" stays until somebody says finetune ckpt gc {self._uri} --drop-others"
             )
 
     def _begin(self, taken: _Taken) -> Begin:

@@ -12,6 +12,7 @@ from finetune_trainers.prepared import PreparedSource
 def source(num_sequences: int, weight: float = 1.0) -> PreparedSource:
     return PreparedSource(
         folder="/none",
+        content="c",
         source="file:///none.jsonl",
         weight=weight,
         num_rows=num_sequences,

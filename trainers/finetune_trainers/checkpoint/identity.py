@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from finetune_trainers.checkpoint.manifest import Intent
+from pydantic import ValidationError
+
+from finetune_api.spec import Lora
+from finetune_trainers.checkpoint.manifest import DataState, Intent
 
 __all__ = ["differences", "trainings"]
 
@@ -26,14 +29,20 @@ def trainings(found: Iterable[Intent | None]) -> list[int]:
 
 
 def _number(intent: Intent, known: list[Intent]) -> int:
-    """One without data, such as an import, is of any training that is the same in all else. What is found out of the
-    data then counts for those that follow."""
+    """What a checkpoint says of its training's data counts for those that follow. One without data, such as an import,
+    is of any training that is the same in all else."""
     for number, one in enumerate(known):
         if not differences(intent, one):
-            known[number] = one if one.data is not None else one.model_copy(update={"data": intent.data})
+            known[number] = one.model_copy(update={"data": _joined(one.data, intent.data)})
             return number
     known.append(intent)
     return len(known) - 1
+
+
+def _joined(one: DataState | None, other: DataState | None) -> DataState | None:
+    if one is None or other is None:
+        return one or other
+    return one.model_copy(update={"digest": "+".join(sorted(one.digests | other.digests))})
 
 
 def _differences(found: Intent, mine: Intent) -> Iterator[str]:
@@ -42,19 +51,27 @@ def _differences(found: Intent, mine: Intent) -> Iterator[str]:
     before, now = _digest(found), _digest(mine)
     if before != now:
         yield f"it was trained from another model (digest {before[:12]}, and this one's is {now[:12]})"
-    if found.adapter != mine.adapter or _shapes(found) != _shapes(mine):
+    if _adapter(found) != _adapter(mine) or _shapes(found) != _shapes(mine):
         yield "it trained other parameters (spec.tuning differs)"
     if found.global_batch != mine.global_batch:
         yield f"its global batch was {found.global_batch} sequences, and this one's is {mine.global_batch}"
     if found.data is not None and mine.data is not None:
         if found.data.seed != mine.data.seed:
             yield f"its data had the order of seed {found.data.seed}, and this one's seed is {mine.data.seed}"
-        if found.data.digest != mine.data.digest:
+        if not found.data.digests & mine.data.digests:
             yield "it was trained on other data (spec.data or spec.method differs)"
 
 
 def _digest(intent: Intent) -> str:
     return intent.base_model.digest if intent.base_model is not None else ""
+
+
+def _adapter(intent: Intent) -> object:
+    """What an older release did not know is as its default has it; what this one does not know differs."""
+    try:
+        return None if intent.adapter is None else Lora.model_validate(intent.adapter)
+    except ValidationError:
+        return intent.adapter
 
 
 def _shapes(intent: Intent) -> dict[tuple[str, str], tuple[int, ...]]:

@@ -130,7 +130,12 @@ class DataState(Contract):
     cursor: Count
     """Rows or sequences of the present pass done."""
     digest: str
-    """Of the prepared data; other data under the same cursor would be silently wrong."""
+    """Of the prepared data; other data under the same cursor would be silently wrong. Several, with + between: one that
+    is the same is enough."""
+
+    @property
+    def digests(self) -> set[str]:
+        return set(self.digest.split("+"))
 
 
 class Parent(Contract):

@@ -52,6 +52,8 @@ CODE_VERSION = 1
 
 
 ROWS = "rows.jsonl"
+_CONTENT = ("tokens.npy", "trained.npy", "offsets.npy", "bin_rows.npy", "bin_offsets.npy", "marks.npy", ROWS)
+"""What is learned from; the other files follow from these."""
 
 
 class FileRecord(Contract):
@@ -74,6 +76,12 @@ class SourceManifest(Contract):
     notes: list[str] = Field(default_factory=list)
     """What a person should know about how the rows were read."""
     files: dict[str, FileRecord]
+
+    @property
+    def content(self) -> str:
+        """Digest of what is learned from. Other code may come to the same by another key."""
+        found = [[name, self.files[name].digest] for name in _CONTENT if name in self.files]
+        return blake3(json.dumps(found).encode()).hexdigest()
 
 
 def cache_key(files: Sequence[Path], facts: Mapping[str, Any]) -> str:

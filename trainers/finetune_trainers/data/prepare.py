@@ -132,6 +132,7 @@ class _Preparation:
             source=place.source.source,
             weight=place.source.weight,
             from_cache=from_cache,
+            content=manifest.content,
             **figures,
         )
 
