@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -222,7 +223,7 @@ def test_what_was_half_deleted_is_never_completed_again() -> None:
     assert at > 30
 
 
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "a job that was deleted and made again": {"job": "uid-2"},
     "other data": {"data": DataState(seed=7, epoch=0, cursor=80, digest="2" * 64)},
     "another global batch": {"global_batch": 2},
@@ -232,7 +233,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
 def test_the_newest_of_another_training_stays_however_much_this_one_saves(
-    storage: Storage, change: dict[str, object]
+    storage: Storage, change: dict[str, Any]
 ) -> None:
     fence = start(storage)
     for step in (400, 500):
