@@ -58,6 +58,10 @@ type: $(INSTALLED) ## Check types, strictly
 test: lint type verify ## Everything that must hold: lint, type, verify, then the tests in lanes
 	$(RUN)/python -m tests.lanes $(PYTEST_ARGS)
 
+.PHONY: test-long
+test-long: $(INSTALLED) ## The tests that draw at random, with many more draws; the real model under 20 kills (hours)
+	FINETUNE_LONG=1 $(RUN)/python -m pytest $$(grep -rl FINETUNE_LONG tests --include='test_*.py') $(PYTEST_ARGS)
+
 .PHONY: generate
 generate: $(INSTALLED) ## Write the CRDs, the chart's README and schema, and manifests/base from what they follow from
 	$(RUN)/python -m finetune_api.schema manifests/crd
