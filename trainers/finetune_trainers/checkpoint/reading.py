@@ -24,6 +24,8 @@ from finetune_trainers.checkpoint.verify import Damage, differing_rows, rows_dam
 
 __all__ = ["DamagedError", "RestorePlan", "SliceReader", "Targets"]
 
+_FEW_BYTES = 16 << 20
+
 Targets = Mapping[Wanted[SliceKey], memoryview]
 """What is wanted, and the memory for it: bytes, as many as the elements have."""
 
@@ -99,7 +101,7 @@ class SliceReader:
         restore = self.plan(targets)
         # Made before the threads start: two of them may read chunks of one source.
         digests: _Digests = {piece.source: {} for read in restore.reads.reads for piece in read.pieces}
-        with _pool(min(len(restore.reads.reads), self._storage.requests.at_once)) as run:
+        with _pool(self._num_threads(restore)) as run:
             list(run(lambda read: self._read(read, targets, digests), restore.reads.reads))
             others = [source for source, collected in digests.items() if not self._is_whole(source, collected)]
             spans = self._table_spans(others)
@@ -109,6 +111,13 @@ class SliceReader:
             more = f"; and {len(damages) - 3} more" if len(damages) > 3 else ""
             raise DamagedError("; ".join(map(str, damages[:3])) + more)
         return restore
+
+    def _num_threads(self, restore: RestorePlan) -> int:
+        """A disk answers a few megabytes before threads are there; a bucket takes its time for any request."""
+        requests = self._storage.requests
+        if restore.bytes_read <= _FEW_BYTES and not requests.buffered:
+            return 1
+        return min(len(restore.reads.reads), requests.at_once)
 
     def _place(self, source: Source[SliceKey]) -> _Place:
         return self._places[source.file, source.offset]
