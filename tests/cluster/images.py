@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tests.cluster.build import BuildError, Say, cache_folder, cached, program_path
 from tests.cluster.dockerfile import Dockerfile, read_dockerfile
-from tests.cluster.layers import Image, Layer, Start, write_archive, write_layer
+from tests.cluster.layers import Image, Layer, Start, compressed_size, write_archive, write_layer
 from tests.cluster.processes import started, wait_until
 
 __all__ = [
@@ -54,9 +54,9 @@ _PYTHON = "python3.11"
 """Debian's, at the same path here and in the images."""
 _HOME = "opt/finetune"
 _LIBRARY = f"{_HOME}/lib/{_PYTHON}/site-packages"
-_LEFT_OUT = ("dev", "var/cache/apt", "var/lib/apt/lists", "var/log", "usr/share/doc", "usr/share/man", "debootstrap")
 _LAYERS = "layers.json"
-_USED = ("DEBIAN", "PACKAGES", "ACCOUNT", "EXTRAS", "CYCLONEDX")
+_OF_DEBIAN = ("DEBIAN", "PACKAGES", "ACCOUNT", "LEFT_OUT")
+_USED = (*_OF_DEBIAN, "EXTRAS", "CYCLONEDX")
 """Arguments of the Dockerfiles that are followed here; the others choose what only Docker makes."""
 
 
@@ -66,6 +66,11 @@ class Images:
 
     store: Path
     archive: Path
+
+    def compressed_size(self, name: str) -> int:
+        """Bytes of one image as a registry keeps it."""
+        blobs = self.store / "containerd" / "io.containerd.content.v1.content" / "blobs"
+        return compressed_size(self.archive, name, blobs)
 
 
 def ready_images(say: Say) -> Images:
@@ -122,7 +127,7 @@ def _make_packages(into: Path, say: Say) -> None:
 
 def _debian_layer(dockerfile: Dockerfile, say: Say) -> tuple[Layer, Path]:
     """The layer of Debian, and its file, which is kept: it changes with the list of packages alone."""
-    asked = [dockerfile.arguments[name] for name in ("DEBIAN", "PACKAGES", "ACCOUNT")]
+    asked = [dockerfile.arguments[name] for name in _OF_DEBIAN]
 
     def make(into: Path) -> None:
         say(f"Debian {asked[0]} with {asked[1]}")
@@ -175,14 +180,22 @@ def _debian(dockerfile: Dockerfile, work: Path) -> Path:
     include = ",".join(dockerfile.words("PACKAGES"))
     suite = dockerfile.arguments["DEBIAN"]
     _run(["debootstrap", "--variant=minbase", f"--include={include}", suite, folder])
-    for name in _LEFT_OUT:
-        shutil.rmtree(folder / name, ignore_errors=True)
+    leave_out(folder, ["/dev", "/debootstrap", *dockerfile.words("LEFT_OUT")])
     for name in ("dev", "proc", "sys"):
         (folder / name).mkdir(exist_ok=True)
     (folder / "etc" / "resolv.conf").unlink(missing_ok=True)  # of this machine
     with (folder / "etc" / "passwd").open("a", encoding="utf-8") as passwd:
         passwd.write(f"{dockerfile.arguments['ACCOUNT']}\n")
     return folder
+
+
+def leave_out(root: Path, patterns: Iterable[str]) -> None:
+    """As `rm -rf` does in a container whose root this folder is."""
+    for path in [path for pattern in patterns for path in root.glob(pattern.lstrip("/"))]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _packages(dockerfile: Dockerfile, work: Path) -> Path:

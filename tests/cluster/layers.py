@@ -11,12 +11,13 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["Image", "Layer", "Start", "write_archive", "write_layer"]
+__all__ = ["Image", "Layer", "Start", "compressed_size", "write_archive", "write_layer"]
 
 _EPOCH = 315532800
 """1980: zip files, which some of the contents are, know no time before."""
@@ -109,6 +110,33 @@ def write_archive(out: IO[bytes], images: Sequence[Image], blobs: Mapping[str, P
             info.size = path.stat().st_size
             with path.open("rb") as file:
                 tar.addfile(info, file)
+
+
+def compressed_size(archive: Path, name: str, blobs: Path) -> int:
+    """Bytes of an image's layers as registries keep them, by gzip. `blobs` is a folder of containerd's that has those
+    which are not in the archive."""
+    with tarfile.open(archive) as tar:
+        index = json.loads(_read(tar, "index.json"))
+        (named,) = (one for one in index["manifests"] if one["annotations"]["io.containerd.image.name"] == name)
+        layers = [_blob(one["digest"]) for one in json.loads(_read(tar, _blob(named["digest"])))["layers"]]
+        size = 0
+        for path in layers:
+            inside = tar.extractfile(path) if path in tar.getnames() else None
+            with inside or (blobs / path.removeprefix("blobs/")).open("rb") as file:
+                size += _zipped(file)
+    return size
+
+
+def _read(tar: tarfile.TarFile, name: str) -> bytes:
+    file = tar.extractfile(name)
+    assert file is not None
+    return file.read()
+
+
+def _zipped(file: IO[bytes]) -> int:
+    packer = zlib.compressobj(wbits=31)  # gzip's format
+    size = sum(len(packer.compress(chunk)) for chunk in iter(lambda: file.read(1 << 20), b""))
+    return size + len(packer.flush())
 
 
 class _Digesting(io.RawIOBase):

@@ -44,6 +44,14 @@ def test_ours_have_no_compiler(path: Path) -> None:
     assert not {"g++", "gcc", "build-essential", "ninja-build"} & set(read_dockerfile(path).words("PACKAGES"))
 
 
+def test_the_operators_leaves_the_official_client_to_those_who_have_a_kubeconfig() -> None:
+    """It is four times as large as everything else that is installed there."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert read_dockerfile(OURS[0]).words("EXTRAS") == ["--extra", "operator"]
+    assert not [line for line in extras["operator"] if line.startswith("kubernetes")]
+    assert [line for line in extras["client"] if line.startswith("kubernetes")]
+
+
 @pytest.mark.parametrize("path", OURS, ids=lambda path: path.parent.name)
 def test_ours_list_the_packages_of_every_environment_that_they_have(path: Path) -> None:
     text = path.read_text(encoding="utf-8")

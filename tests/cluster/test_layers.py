@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.layers import Image, Layer, Start, write_archive, write_layer
+from tests.cluster.layers import Image, Layer, Start, compressed_size, write_archive, write_layer
 
 
 @pytest.fixture
@@ -81,6 +82,23 @@ def test_an_archive_leads_from_the_name_to_every_blob(tree: Path, tmp_path: Path
     assert config["config"]["Env"][1:] == ["A=1"]
     assert config["config"]["Env"][0].startswith("PATH=")
     assert [len(blob(one)) for one in manifest["layers"]] == [layer.size]
+
+
+def test_an_images_size_is_that_of_its_layers_by_gzip_wherever_they_are(tmp_path: Path) -> None:
+    layers, blobs = [], tmp_path / "blobs"
+    (blobs / "sha256").mkdir(parents=True)
+    for name in ("below", "above"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "words").write_text(f"{name} " * 100_000)
+        layers.append(write_layer(tmp_path / f"{name}.tar", {"": tmp_path / name}))
+    (blobs / layers[0].digest.replace(":", "/")).write_bytes((tmp_path / "below.tar").read_bytes())
+    images = [Image("mine:1", layers), Image("other:1", layers[1:])]
+    with (tmp_path / "images.tar").open("wb") as archive:
+        write_archive(archive, images, {layers[1].digest: tmp_path / "above.tar"})
+    zipped = [len(gzip.compress((tmp_path / f"{name}.tar").read_bytes())) for name in ("below", "above")]
+    sizes = [compressed_size(tmp_path / "images.tar", name, blobs) for name in ("mine:1", "other:1")]
+    assert sizes == pytest.approx([sum(zipped), zipped[1]], rel=0.1)
+    assert sizes[0] < layers[0].size / 10
 
 
 def test_a_layer_that_is_there_already_is_named_and_not_packed() -> None:

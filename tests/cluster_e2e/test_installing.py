@@ -35,6 +35,10 @@ def test_both_replicas_of_the_operator_are_ready_on_different_nodes(product: Clu
         assert container["image"] == OPERATOR
 
 
+def test_the_operators_image_is_slim(cluster: Cluster) -> None:
+    assert cluster.images.compressed_size(OPERATOR) < 150_000_000
+
+
 def test_one_replica_leads(product: Cluster) -> None:
     lease = found(product, "lease", "finetune-operator", "--namespace", NAMESPACE)
     names = [pod["metadata"]["name"] for pod in found(product, "pods", "--namespace", NAMESPACE)["items"]]

@@ -1,8 +1,8 @@
 """Where the API server is, whether to trust it, and who we are: by a kubeconfig, or by the account of our own pod.
 
 `connection` makes one `Login` and asks it at each request. A kubeconfig, with all its ways to log in, is read by the
-official client, which is imported for that alone: it and what it brings take as much memory as five hundred jobs. A pod
-is told by two variables and two files.
+official client, which is imported for that alone: it and what it brings take as much memory as five hundred jobs, and
+would be half of the operator's image, which does without it. A pod is told by two variables and two files.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class Login:
             else:
                 configuration = await _of_kubeconfig(self._file, self._context)
             self._trust(configuration)
+        except Unusable:
+            raise
         except Exception as error:  # a malformed file makes the client raise whatever its code stumbles over
             raise Unusable(f"{where} does not say how to reach a cluster: {error}") from error
         configuration.proxy = configuration.proxy or proxy_of_environment(str(configuration.host))
@@ -132,8 +134,11 @@ class _PodAccount:
 
 
 async def _of_kubeconfig(file: Path, context: str | None) -> Any:
-    from kubernetes.aio import config
-    from kubernetes.aio.client import Configuration
+    try:
+        from kubernetes.aio import config
+        from kubernetes.aio.client import Configuration
+    except ModuleNotFoundError as error:  # as in the operator's image, which is for pods
+        raise Unusable(f"{file}: a kubeconfig takes more packages: pip install 'finetune-operator[client]'") from error
 
     configuration: Any = Configuration()
     client: Any = config  # it has no types

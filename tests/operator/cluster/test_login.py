@@ -108,6 +108,18 @@ def test_an_account_that_is_not_whole_is_named_with_what_is_missing(account: Pat
     assert str(account / missing) in str(caught.value)
 
 
+def test_a_kubeconfig_without_the_official_client_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the operator's image."""
+    (tmp_path / "config").write_text("{}", encoding="utf-8")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "kubernetes"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(Unusable, match=r"/config: a kubeconfig takes .* pip install 'finetune-operator\[client\]'$"):
+        asyncio.run(Login(tmp_path / "config", None).load())
+
+
 def test_a_token_that_is_gone_is_told_like_a_server_that_is_away(
     account: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
