@@ -23,7 +23,13 @@ def operators(cluster: Cluster) -> list[dict[str, Any]]:
     return pods
 
 
-def test_an_upgrade_replaces_the_operators_pods_one_by_one(product: Cluster) -> None:
+def runtime(cluster: Cluster) -> str:
+    """Which object the release's runtime is."""
+    return cluster.kubectl("get", "finetuneruntime", "default", "--output=jsonpath={.metadata.uid}")
+
+
+def test_an_upgrade_replaces_the_operators_pods_one_by_one_and_leaves_the_runtime(product: Cluster) -> None:
+    named = runtime(product)
     before = {pod["metadata"]["name"] for pod in operators(product)}
     where = ("--namespace", NAMESPACE, "--reuse-values", "--set", "logLevel=debug")
     product.helm("upgrade", "finetune-operator", CHART, *where, "--wait", "--timeout", "110s")
@@ -31,6 +37,7 @@ def test_an_upgrade_replaces_the_operators_pods_one_by_one(product: Cluster) -> 
     product.kubectl("--namespace", NAMESPACE, *status)
     wait_until(lambda: not before & {pod["metadata"]["name"] for pod in operators(product)}, "the old pods to go")
     assert len(operators(product)) == 2
+    assert runtime(product) == named
 
 
 def test_jobs_outlive_the_release_and_are_looked_after_by_the_next_one(
@@ -38,12 +45,13 @@ def test_jobs_outlive_the_release_and_are_looked_after_by_the_next_one(
 ) -> None:
     job = submit("outlives", {**tiny, "suspend": True})
     team.wait(job, lambda: team.phase(job) == "Suspended", "the job to be suspended", seconds=60)
+    named = runtime(product)
     values = product.helm("get", "values", "finetune-operator", "--namespace", NAMESPACE, "--output", "yaml")
     product.helm("uninstall", "finetune-operator", "--namespace", NAMESPACE, "--wait", "--timeout", "110s")
     try:
         wait_until(lambda: not operators(product), "the operator to be gone")
         assert team.phase(job) == "Suspended"
-        assert "default" in product.kubectl("get", "finetuneruntimes", "--output=name")
+        assert runtime(product) == named
     finally:
         where = ("--namespace", NAMESPACE, "--values", "-", "--wait", "--timeout", "110s")
         product.helm("install", "finetune-operator", CHART, *where, stdin=values)
