@@ -152,6 +152,10 @@ class Status(Contract):
     """The generation of the spec that this status is about."""
     phase: Phase = Phase.PENDING
     """Pending, Queued, Starting, Running, Suspended, Succeeded or Failed."""
+    reason: str | None = None
+    """Why it waits or has failed, in a word; absent where the phase says it all."""
+    message: str | None = None
+    """The same in a sentence."""
     method: str | None = None
     """The method's name, such as sft."""
     tuning: str | None = None

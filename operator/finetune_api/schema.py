@@ -52,6 +52,7 @@ _COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("Tuning", "string", ".status.tuning", 0),
     ("GPUs", "integer", ".status.resolved.gpus", 0),
     ("Phase", "string", ".status.phase", 0),
+    ("Reason", "string", ".status.reason", 0),
     ("Step", "integer", ".status.progress.step", 0),
     ("Steps", "integer", ".status.progress.totalSteps", 0),
     ("Ckpt", "integer", ".status.checkpoint.step", 0),
@@ -62,6 +63,7 @@ _COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("Reward", "string", ".status.progress.metrics.reward", 1),
     ("ETA", "integer", ".status.progress.etaSeconds", 1),
     ("RayJob", "string", ".status.rayJob", 1),
+    ("Message", "string", ".status.message", 1),
 )
 
 

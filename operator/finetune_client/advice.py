@@ -13,6 +13,7 @@ from finetune_api.job import Phase
 from finetune_api.spec.lifecycle import MANAGER
 from finetune_client.commands import about
 from finetune_client.views import JobView
+from finetune_operator.conditions import why
 from finetune_operator.kinds import Key
 from finetune_operator.raw import text
 
@@ -71,9 +72,11 @@ def advice_for(view: JobView) -> Advice:
     if view.phase is Phase.SUSPENDED or (view.wants_suspension and not view.status.attempts):
         suspended = view.condition("Suspended")
         return Advice(_sentence(suspended.message) if suspended else "", typed("resume", view))
+    told = why(view.phase, view.status.conditions)
+    lost = told.message if told is not None and told.type == "StatusKept" else ""
     if view.phase is Phase.RUNNING:
-        return Advice(next="" if view.wants_suspension else typed("logs", view, "-f"))
-    return _of_waiting(view)
+        return Advice(_sentence(lost), "" if view.wants_suspension else typed("logs", view, "-f"))
+    return Advice(_sentence(lost)) if lost else _of_waiting(view)
 
 
 def _of_the_end(view: JobView) -> Advice:

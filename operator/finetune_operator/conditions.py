@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Literal
 
 from finetune_api.failures import Failure, FailureClass
-from finetune_api.job import Condition
+from finetune_api.job import Condition, Phase
 from finetune_api.progress import Artifact, Outcome, Progress, Result, SavedCheckpoint, Stage
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "rollouts_teach",
     "running",
     "updated",
+    "why",
 ]
 
 TRAINING_STAGES = frozenset({Stage.TRAINING, Stage.EVALUATING, Stage.EXPORTING, Stage.DONE})
@@ -42,6 +43,8 @@ _ORDER = (
     *("Valid", "Admitted", "ClusterReady", "Running", "RolloutFaithful", "RolloutsTeach", "Checkpointed", "Suspended"),
     *("ArtifactsPublished", "StatusKept", "Complete", "Failed"),
 )
+_ORDINARY = frozenset({"Deleting", "NotStarted", "Queued", "Starting", "Suspended"})
+"""Reasons that say no more than the phase."""
 _PLACES = {name: place for place, name in enumerate(_ORDER)}
 
 
@@ -90,6 +93,18 @@ def updated(
 def find(listed: Iterable[Condition], name: str) -> Condition | None:
     """The condition of type `name`, or None."""
     return next((condition for condition in listed if condition.type == name), None)
+
+
+def why(phase: Phase, listed: Iterable[Condition]) -> Condition | None:
+    """The condition that tells why a job waits or has failed; None where nothing is to be told beyond the phase."""
+    if phase is Phase.SUCCEEDED:
+        return None
+    telling = {"Failed": "True", "Valid": "False"}
+    if phase is not Phase.RUNNING:
+        telling |= {"Suspended": "True", "ClusterReady": "False", "Admitted": "False"}
+    telling["StatusKept"] = "False"
+    said = {condition.type: condition for condition in listed if condition.reason not in _ORDINARY}
+    return next((said[type] for type, status in telling.items() if type in said and said[type].status == status), None)
 
 
 def running(result: str | None, progress: Progress | None) -> Finding:

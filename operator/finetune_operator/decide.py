@@ -52,7 +52,7 @@ from finetune_operator.policies.retention import (
 from finetune_operator.policies.suspend import Hold, can_save, hold_on, saves_until
 from finetune_operator.settings import Settings
 from finetune_operator.states import STOP_KEY, PodState, RayJobState, Report
-from finetune_operator.status import Draft, clip, job_progress
+from finetune_operator.status import Draft, clip, in_brief, job_progress
 from finetune_operator.times import after, sane, written
 
 __all__ = ["Create", "Decision", "Delete", "Event", "Merge", "decide"]
@@ -550,5 +550,6 @@ def _fault(job: Any, seen: Observed, now: datetime, error: Exception) -> Decisio
         condition["lastTransitionTime"] = before["lastTransitionTime"]
     if before == condition:
         return Decision(requeue_after=_FAULT_SECONDS)
+    status |= {"reason": condition["reason"], "message": in_brief(message)}
     status["conditions"] = [condition, *(one for one in others if one.get("type") != "Valid")]
     return Decision(status=status, events=(Event("Warning", "InternalError", message),), requeue_after=_FAULT_SECONDS)

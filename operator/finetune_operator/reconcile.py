@@ -334,7 +334,7 @@ class _Refused(Exception):
 def _without_progress(status: Document) -> Document:
     """What a person would call a change of state."""
     return {
-        **{name: value for name, value in status.items() if name != "progress"},
+        **{name: value for name, value in status.items() if name not in ("message", "progress")},
         "attempts": [{**attempt, "step": None} for attempt in status.get("attempts") or []],
         "conditions": [{**condition, "message": None} for condition in status.get("conditions") or []],
     }

@@ -14,6 +14,7 @@ from typing import Any
 from finetune_operator.errors import ApiError, Forbidden, NotFound
 from finetune_operator.kinds import FINETUNE_JOB, RAY_JOB, Kind
 from finetune_operator.raw import at, items
+from finetune_operator.status import in_brief
 
 __all__ = ["KUBERAY_MISSING", "Refusal", "is_left_over", "name_taken", "refusal_of", "refused_status", "was_refused"]
 
@@ -90,6 +91,7 @@ def refused_status(
         if name in before:
             status[name] = before[name]
     status.setdefault("phase", "Pending")
+    status |= {"reason": refusal.reason, "message": in_brief(refusal.message)}
     status["conditions"] = _with(status.get("conditions") or [], before.get("conditions") or [], refusal, job, now)
     return status if status != before else None
 

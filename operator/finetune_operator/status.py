@@ -22,10 +22,10 @@ from finetune_api.failures import FailureClass
 from finetune_api.job import Attempt, Condition, JobProgress, Phase, PostMortem, Resolved, Status
 from finetune_api.plan import RunPlan
 from finetune_api.progress import Artifact, Outcome, Progress, Result, SavedCheckpoint
-from finetune_operator.conditions import TRAINING_STAGES, Finding, conditions, find, updated
+from finetune_operator.conditions import TRAINING_STAGES, Finding, conditions, find, updated, why
 from finetune_operator.times import sane, whole
 
-__all__ = ["Draft", "clip", "job_progress", "project", "read_status", "without"]
+__all__ = ["Draft", "clip", "in_brief", "job_progress", "project", "read_status", "without"]
 
 _METRICS_LIMIT = 16
 _FIRST_METRICS = (
@@ -49,6 +49,7 @@ _FIRST_METRICS = (
 left is for rewards that fail, and then for the others as they were reported."""
 _ARTIFACTS_LIMIT = 8
 _ATTEMPTS_LIMIT = 10
+_LINE_LIMIT = 256
 _REPAIRS = 32
 
 
@@ -128,12 +129,14 @@ class Draft:
     def to_status(self) -> Status | None:
         """The status as it now is; None when it is the one that stands."""
         last = self.last
+        listed = updated(self.standing.conditions, self.findings.values(), self.now, self.generation)
         values: dict[str, Any] = {
             "observed_generation": max(self.generation, self.standing.observed_generation or 0),
             "phase": self.phase,
+            **_told(why(self.phase, listed)),
             "method": self.method,
             "tuning": self.tuning,
-            "conditions": updated(self.standing.conditions, self.findings.values(), self.now, self.generation),
+            "conditions": listed,
             "resolved": self.resolved,
             "progress": self.progress,
             "checkpoint": self.checkpoint,
@@ -169,12 +172,15 @@ def project(
     knows which spec it speaks of.
     """
     failure = outcome.failure if outcome else None
+    phase = _phase(outcome, progress)
+    listed = conditions(outcome, progress, now, previous.conditions if previous else (), generation)
     return Status(
         observed_generation=generation,
-        phase=_phase(outcome, progress),
+        phase=phase,
+        **_told(why(phase, listed)),
         method=plan.method.chosen if plan else None,
         tuning=plan.tuning.chosen if plan else None,
-        conditions=conditions(outcome, progress, now, previous.conditions if previous else (), generation),
+        conditions=listed,
         progress=job_progress(outcome, progress),
         failure=failure.failure_class if failure else None,
         artifacts=outcome.artifacts[:_ARTIFACTS_LIMIT] if outcome else [],
@@ -203,6 +209,11 @@ def job_progress(outcome: Outcome | None, progress: Progress | None) -> JobProgr
     )
 
 
+def in_brief(message: str) -> str:
+    """`message` in a line, as a column has room for it."""
+    return clip(" ".join(message.split()), _LINE_LIMIT)
+
+
 def clip(text: str, length: int) -> str:
     """`text`, cut to what a field may hold."""
     return text if len(text) <= length else text[: length - 1] + "…"
@@ -220,6 +231,12 @@ def without(document: Any, places: Iterable[tuple[int | str, ...]]) -> Any:
         if place and _has(holder, place[-1]):
             del holder[place[-1]]
     return repaired
+
+
+def _told(condition: Condition | None) -> dict[str, Any]:
+    if condition is None:
+        return {"reason": None, "message": None}
+    return {"reason": condition.reason, "message": in_brief(condition.message)}
 
 
 def _phase(outcome: Outcome | None, progress: Progress | None) -> Phase:

@@ -11,6 +11,7 @@ from finetune_client.advice import advice_for
 from finetune_client.cli.jobs.tables import age, job_table
 from finetune_client.telling import summary
 from finetune_client.views import JobView
+from finetune_operator.conditions import why
 from finetune_operator.times import written
 from tests.client.conftest import JOB
 from tests.factories import with_changes
@@ -143,6 +144,18 @@ def test_every_way_to_fail_is_followed_by_something_to_do(kind: FailureClass) ->
     assert advice.why == "It broke."
     assert advice.next
     assert "{" not in advice.next
+
+
+@pytest.mark.parametrize("seen", [pytest.param(row[1], id=row[0]) for row in ROWS])
+def test_what_is_told_is_what_kubectl_shows(seen: JobView) -> None:
+    told = why(seen.phase, seen.status.conditions)
+    assert told is None or told.message == advice_for(seen).why
+
+
+def test_a_cluster_that_does_not_keep_the_status_is_told_of_beside_a_job_that_runs() -> None:
+    lost = condition("StatusKept", "False", "OutdatedCRD", "This cluster's CRD is older.")
+    for phase in ("Starting", "Running"):
+        assert advice_for(view(lost, phase=phase)).why == "This cluster's CRD is older."
 
 
 def test_a_row_says_the_first_words_of_why() -> None:

@@ -59,11 +59,25 @@ def test_get_shows_the_columns(kubectl: Tool, stored_job: Store, api: Client) ->
     }
     api.replace(f"{JOBS}/shown/status", stored | {"status": status})
     head, row = kubectl("get", "ftj", "shown").splitlines()
-    assert head.split() == ["NAME", "METHOD", "TUNING", "GPUS", "PHASE", "STEP", "STEPS", "CKPT", "RESTARTS", "AGE"]
+    of_training = ["STEP", "STEPS", "CKPT", "RESTARTS", "AGE"]
+    assert head.split() == ["NAME", "METHOD", "TUNING", "GPUS", "PHASE", "REASON", *of_training]
     assert row.split()[:-1] == ["shown", "sft", "lora", "Running", "3", "9", "2", "0"]  # what is unknown stays empty
     wide, row = kubectl("get", "ftj", "shown", "-o", "wide").splitlines()
-    assert wide.split() == [*head.split(), "QUEUE", "LOSS", "REWARD", "ETA", "RAYJOB"]
+    assert wide.split() == [*head.split(), "QUEUE", "LOSS", "REWARD", "ETA", "RAYJOB", "MESSAGE"]
     assert row.split()[-2:] == ["0.125", "0.75"]
+
+
+def test_get_shows_why_a_job_waits_in_a_word_and_wide_in_a_sentence(
+    kubectl: Tool, stored_job: Store, api: Client
+) -> None:
+    stored = stored_job(job_document(name="waits"))
+    message = "pod waits-1-head waits: ImagePullBackOff (no such image)"
+    status = {"phase": "Starting", "reason": "ImagePullBackOff", "message": message}
+    api.replace(f"{JOBS}/waits/status", stored | {"status": status})
+    _, row = kubectl("get", "ftj", "waits").splitlines()
+    assert row.split()[:-1] == ["waits", "Starting", "ImagePullBackOff", "0"]
+    _, row = kubectl("get", "ftj", "waits", "-o", "wide").splitlines()
+    assert row.endswith(message)
 
 
 def test_runtimes_have_a_short_name(kubectl: Tool) -> None:

@@ -30,7 +30,19 @@ from finetune_operator.states import STOP_KEY
 from finetune_operator.times import written
 from tests.factories import job, job_document, runtime_document
 
-__all__ = ["ARTIFACT", "NOON", "SETTINGS", "Cluster", "another_job", "failed", "saved", "stopped", "succeeded"]
+__all__ = [
+    "ARTIFACT",
+    "NOON",
+    "SETTINGS",
+    "Cluster",
+    "another_job",
+    "break_attempt",
+    "failed",
+    "saved",
+    "started",
+    "stopped",
+    "succeeded",
+]
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 SETTINGS = Settings(pod_name="test")
@@ -314,3 +326,18 @@ class Cluster:
     def _uid(self) -> str:
         self._last_uid += 1
         return f"{self._name}-uid-{self._last_uid}"
+
+
+def started(changes: dict[str, Any] | None = None) -> Cluster:
+    """A job whose first attempt trains."""
+    cluster = Cluster(changes)
+    cluster.settle()
+    cluster.running().wait(60).report(step=1).settle()
+    return cluster
+
+
+def break_attempt(cluster: Cluster, kind: FailureClass = FailureClass.NODE_LOST, step: int = 1) -> Cluster:
+    """The attempt that goes on fails."""
+    cluster.outcome(failed(kind, step=step)).ended(message="exit code 1")
+    cluster.settle()
+    return cluster

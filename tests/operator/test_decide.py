@@ -24,24 +24,19 @@ from finetune_operator.kinds import (
 )
 from finetune_operator.observe import World, observe
 from tests.factories import job_document
-from tests.operator.decide_factories import NOON, SETTINGS, Cluster, another_job, failed, stopped, succeeded
+from tests.operator.decide_factories import (
+    NOON,
+    SETTINGS,
+    Cluster,
+    another_job,
+    break_attempt,
+    failed,
+    started,
+    stopped,
+    succeeded,
+)
 
 GONE = Decision()
-
-
-def started(changes: dict[str, Any] | None = None) -> Cluster:
-    """A job whose first attempt trains."""
-    cluster = Cluster(changes)
-    cluster.settle()
-    cluster.running().wait(60).report(step=1).settle()
-    return cluster
-
-
-def break_attempt(cluster: Cluster, kind: FailureClass = FailureClass.NODE_LOST, step: int = 1) -> Cluster:
-    """The attempt that goes on fails."""
-    cluster.outcome(failed(kind, step=step)).ended(message="exit code 1")
-    cluster.settle()
-    return cluster
 
 
 # A job's first attempt
