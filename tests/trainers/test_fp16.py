@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ import pytest
 import torch
 
 from finetune_api.plan import Device, RunPlan
+from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.engine_state import EngineState
+from finetune_trainers.checkpoint.find import find_newest
 from finetune_trainers.context import SingleProcessContext
+from finetune_trainers.loop import LoopMemory
 from finetune_trainers.methods.building import build_method
 from finetune_trainers.worker import load
 from tests.trainers.conftest import SmallWorld
@@ -125,6 +128,45 @@ def test_a_scale_that_is_put_back_is_the_one_that_is_used(way: str, stepped: Any
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_a_scale_that_is_put_back_with_its_counts_changes_when_it_would_have(
+    way: str, stepped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, growth_interval=4))
+    monkeypatch.setitem(
+        WAYS, way, WAYS[way] | ({} if way == "torch" else {"deepspeed.config.fp16.loss_scale_window": 4})
+    )
+    before, after = [math.inf, 1.0, 1.0], [1.0, 1.0, math.inf, *[1.0] * 5]
+    whole = stepped(way)
+    scales_of(whole, before)
+    scale, counts = whole.scale, whole.state.loss_scale_counts
+    scales = scales_of(whole, after)
+    assert len(set(scales)) > 1
+    whole.engine.close()
+    rest = stepped(way)
+    rest.state.loss_scale, rest.state.loss_scale_counts = scale, counts
+    assert scales_of(rest, after) == scales
+
+
+def scales_of(one: Stepped, poisons: Sequence[float]) -> list[float]:
+    """After each step."""
+    scales = []
+    for number, poison in enumerate(poisons):
+        one.step(number, poison)
+        scales.append(one.scale)
+    return scales
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_checkpoint_without_counts_or_with_those_of_another_engine_is_taken(way: str, stepped: Any) -> None:
+    one = stepped(way)
+    one.step(0)
+    before = one.state.loss_scale_counts
+    for counts in ({}, {"of_another_engine": 3}):
+        one.state.loss_scale_counts = counts
+        assert one.state.loss_scale_counts == before
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_steps_in_fp16_are_those_of_fp32_but_for_their_rounding(
     way: str, small_world: SmallWorld, tmp_path: Path
 ) -> None:
@@ -153,6 +195,7 @@ def test_a_run_goes_on_with_the_scale_that_it_had_found_to_the_bit(
     plan = here(place.plan(planned_for_a_gpu() | {"training.maxSteps": 20} | WAYS[way] | config))
     assert place.train(plan, "whole").failure is None
     assert len(place.figures("whole", "grad_norm")) < len(place.figures("whole"))
+    at_the_end = scaling_of(place)
     place.forget(20)
     assert place.train(plan, "rest").failure is None
     assert place.resumed_from("rest") == 10
@@ -160,3 +203,14 @@ def test_a_run_goes_on_with_the_scale_that_it_had_found_to_the_bit(
         whole = place.figures("whole", figure)
         assert place.figures("rest", figure) == {step: value for step, value in whole.items() if step > 10}
     assert_same(place.artifact("rest"), place.artifact("whole"))
+    assert scaling_of(place) == at_the_end
+
+
+def scaling_of(place: Place) -> tuple[float | None, dict[str, int]]:
+    """As the newest checkpoint has it."""
+    manifest = find_newest(place.storage).manifest
+    assert manifest is not None
+    assert manifest.intent.step == 20
+    memory = LoopMemory.model_validate_json(place.storage.read(f"{layout.folder(manifest.id)}aux-00000-loop.json"))
+    assert memory.loss_scale_counts
+    return memory.loss_scale, memory.loss_scale_counts

@@ -72,7 +72,9 @@ class LoopMemory(Contract):
     method: dict[str, Any] = Field(default_factory=dict)
     """What the method remembers, as it gave it."""
     loss_scale: float | None = None
-    """Of fp16; filled in by whoever saves."""
+    """Of fp16; filled in by whoever saves, as what follows."""
+    loss_scale_counts: dict[str, int] = Field(default_factory=dict)
+    """What its next change depends on."""
 
 
 class SaveNews(NamedTuple):

@@ -143,6 +143,7 @@ def load(found: Found, engine: Engine, state: EngineState, context: WorkerContex
     engine.begin_step(0.0, (step - 1) / total_steps)  # opens what had opened by then
     state.load(read.engine)
     state.loss_scale = read.memory.loss_scale
+    state.loss_scale_counts = read.memory.loss_scale_counts
     if read.random is not None:
         _set_random(read.random, context.device)
     else:

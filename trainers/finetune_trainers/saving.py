@@ -305,7 +305,8 @@ class Checkpoints:
             flushes.failures[step] = f"no earlier one was written within {FINISH_SECONDS:.0f} s"
             return
         self._tell_of_unknown_metric(memory.seen_metrics)
-        memory = memory.model_copy(update={"loss_scale": self._state.loss_scale})
+        scaling = {"loss_scale": self._state.loss_scale, "loss_scale_counts": self._state.loss_scale_counts}
+        memory = memory.model_copy(update=scaling)
         intent = self._intents.intent(self._fence, step, memory.metrics, self._now())
         aux = {f"{RANDOM}.safetensors": save_tensors(random_state(self._context.device))}
         if self._context.rank == 0:

@@ -38,6 +38,10 @@ __all__ = ["EngineState", "Loaded", "UnknownLayoutError"]
 _PARAM = "param"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MODEL, _HELPER = "model", "critic"
+_GROWTH = "_growth_tracker"
+"""torch's count of steps since the scale changed."""
+_COUNTS = ("cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""DeepSpeed's; stage 0 forgives nothing and has no hysteresis."""
 
 
 class UnknownLayoutError(UserError):
@@ -251,6 +255,27 @@ class EngineState:
         else:
             _scaling(self._engine).cur_scale = scale
 
+    @property
+    def loss_scale_counts(self) -> dict[str, int]:
+        """What the next change of the scale depends on: steps, overflows, and those that are forgiven. By the engine's
+        own names."""
+        if self.loss_scale is None:
+            return {}
+        if isinstance(self._engine, TorchEngine):
+            return {_GROWTH: int(self._engine.scaler.state_dict()[_GROWTH])}
+        scaler = _counting(self._engine)
+        return {name: int(getattr(scaler, name)) for name in _COUNTS if hasattr(scaler, name)}
+
+    @loss_scale_counts.setter
+    def loss_scale_counts(self, counts: Mapping[str, int]) -> None:
+        """Those of another engine begin anew, and so do all of a checkpoint that has none."""
+        known = {name: count for name, count in counts.items() if name in self.loss_scale_counts}
+        if isinstance(self._engine, TorchEngine):
+            self._engine.scaler.load_state_dict({**self._engine.scaler.state_dict(), **known})
+        else:
+            for name, count in known.items():
+                setattr(_counting(self._engine), name, count)
+
 
 def _fresh_state(master: Tensor) -> dict[str, Tensor]:
     """What torch's fused AdamW makes at its first step."""
@@ -269,6 +294,12 @@ def _scaling(engine: Any) -> Any:
     """Where DeepSpeed's wrapper keeps the loss scale; None where there is no wrapper."""
     zero = engine.ds.optimizer
     return getattr(zero, "loss_scale_config", zero if hasattr(zero, "loss_scaler") else None)
+
+
+def _counting(engine: Any) -> Any:
+    """Where DeepSpeed counts what changes the scale."""
+    scaling = _scaling(engine)
+    return getattr(scaling, "loss_scaler", scaling)
 
 
 def _kind_of(engine: Any, world_size: int) -> str:
