@@ -217,6 +217,8 @@ class Verification(Contract):
     whole: bool
     """All of them are."""
     checkpoints: list[Damages]
+    deleted: list[str] = Field(default_factory=list)
+    """Asked for, and deleted while they were looked at, as a run does with old ones: not damaged."""
     bytes_read: int
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 
 from finetune_trainers.checkpoint import layout
-from finetune_trainers.checkpoint.admin.choosing import UnknownCheckpointError, chosen, manifest_of
+from finetune_trainers.checkpoint.admin.choosing import UnknownCheckpointError, chosen, manifest_of, unless_deleted
 from finetune_trainers.checkpoint.commit import abandon
 from finetune_trainers.checkpoint.layout import CheckpointId
+from finetune_trainers.checkpoint.reading import DamagedError
+from finetune_trainers.checkpoint.retention import Retention
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
+from finetune_trainers.checkpoint.sweep import sweep
 from tests.trainers.checkpoint.faulting import SimulatedDisk
-from tests.trainers.checkpoint.saving import intent_of, save, start, write_all
+from tests.trainers.checkpoint.saving import intent_of, restored, save, start, write_all
 
 
 @pytest.fixture
@@ -77,3 +80,19 @@ def test_what_is_no_checkpoint_is_not_taken_for_one(run: Storage) -> None:
     ):
         with pytest.raises(UnknownCheckpointError, match=why):
             manifest_of(run, checkpoint)
+
+
+def test_what_is_deleted_while_it_is_read_is_not_called_damaged() -> None:
+    storage = PosixStorage("/run", SimulatedDisk())
+    fence = start(storage)
+    first, second = save(storage, fence, 10), save(storage, fence, 20)
+    sweep(storage, Retention(keep_last=1), fence)
+    with (
+        pytest.raises(UnknownCheckpointError, match="was deleted while it was read") as told,
+        unless_deleted(storage, first.id),
+    ):
+        restored(storage, first)
+    assert told.value.known == [str(second.id)]
+    storage.delete([layout.shard(second.id, 0)])
+    with pytest.raises(DamagedError), unless_deleted(storage, second.id):
+        restored(storage, second)

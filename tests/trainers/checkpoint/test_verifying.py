@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from finetune_api.answers import Step
@@ -10,8 +12,10 @@ from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.admin.verifying import verification
 from finetune_trainers.checkpoint.commit import abandon
 from finetune_trainers.checkpoint.layout import CheckpointId
+from finetune_trainers.checkpoint.retention import Retention
 from finetune_trainers.checkpoint.storage.posix import PosixStorage
 from finetune_trainers.checkpoint.storage.protocol import Storage
+from finetune_trainers.checkpoint.sweep import sweep
 from tests.trainers.checkpoint.faulting import FaultingStorage, Schedule, SimulatedDisk
 from tests.trainers.checkpoint.saving import intent_of, save, start, write_all
 from tests.trainers.checkpoint.test_crashes import blob, put
@@ -45,6 +49,34 @@ def test_a_quick_look_reads_no_weights(run: Storage) -> None:
     found = verification(FaultingStorage(run, schedule), [FIRST, SECOND], False, lambda flow: None)
     assert found.whole
     assert [name for name in schedule.names if "safetensors" in name] == []
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_the_run_deletes_meanwhile_is_told_and_is_no_damage(deep: bool) -> None:
+    """At each request in turn the run sweeps."""
+    at, told = 0, []
+    while True:
+        storage = PosixStorage("/run", SimulatedDisk())
+        fence = start(storage)
+        put(storage, b"tokenizer")
+        save(storage, fence, 10, blobs=(blob(b"tokenizer"),))
+        save(storage, fence, 20)
+        schedule = Schedule(at=at, kind="delay", delay=partial(sweep, storage, Retention(keep_last=1), fence))
+        found = verification(FaultingStorage(storage, schedule), [SECOND, FIRST], deep, lambda flow: None)
+        assert found.whole, (schedule.names, found)
+        told.append([one.id for one in found.checkpoints if one.id == str(FIRST)] + found.deleted)
+        if not schedule.fired:
+            break
+        at += 1
+    assert told == [[str(FIRST)]] * (at + 1)
+    assert at > 3
+
+
+def test_a_checkpoint_that_is_half_deleted_is_no_damage(run: Storage) -> None:
+    run.create(layout.tombstone(FIRST), b"{}")
+    run.delete([layout.manifest(FIRST), layout.shard(FIRST, 0)])
+    found = verification(run, [SECOND, FIRST], False, lambda flow: None)
+    assert (found.whole, found.deleted) == (True, [str(FIRST)])
 
 
 def test_a_deep_look_names_file_and_elements(run: Storage) -> None:

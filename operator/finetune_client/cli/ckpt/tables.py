@@ -134,6 +134,7 @@ def verification(found: Verification) -> Iterator[str]:
     for one in found.checkpoints:
         yield f"{one.id}  {'whole' if one.whole else 'DAMAGED'}"
         yield from _damages(one)
+    yield from (f"{one}  deleted meanwhile" for one in found.deleted)
     damaged = sum(not one.whole for one in found.checkpoints)
     how = f"every byte ({size(found.bytes_read)})" if found.deep else "sizes, receipts and documents; --deep reads all"
     verdict = f"{damaged} of {len(found.checkpoints)} damaged" if damaged else "all whole"

@@ -46,6 +46,7 @@ from finetune_trainers.checkpoint.admin.choosing import (
     chosen,
     manifest_of,
     published,
+    unless_deleted,
 )
 from finetune_trainers.checkpoint.fence import SupersededError
 from finetune_trainers.checkpoint.find import read_manifest
@@ -128,7 +129,8 @@ def _compare(asked: ToCompare) -> Contract:
     other = storage if asked.uri_of_b is None else _open(asked.uri_of_b)
     a = Side(storage, manifest_of(storage, chosen(storage, asked.a)))
     b = Side(other, manifest_of(other, chosen(other, asked.b)))
-    return comparison(a, b, asked.states, tell_step())
+    with unless_deleted(storage, a.manifest.id), unless_deleted(other, b.manifest.id):
+        return comparison(a, b, asked.states, tell_step())
 
 
 def _plan(asked: ToPlan) -> Contract:
@@ -143,7 +145,9 @@ def _export(asked: ToExport) -> Contract:
     from finetune_trainers.checkpoint.admin.exporting import exported
 
     storage = _open(asked.uri)
-    return exported(storage, manifest_of(storage, chosen(storage, asked.id)), asked)
+    manifest = manifest_of(storage, chosen(storage, asked.id))
+    with unless_deleted(storage, manifest.id):
+        return exported(storage, manifest, asked)
 
 
 def _import(asked: ToImport) -> Contract:

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from finetune_trainers.checkpoint import layout
 from finetune_trainers.checkpoint.find import find_newest, read_manifest
 from finetune_trainers.checkpoint.layout import CheckpointId
 from finetune_trainers.checkpoint.listing import Listing, listed
 from finetune_trainers.checkpoint.manifest import Abandoned, Manifest
+from finetune_trainers.checkpoint.storage.errors import StorageMissingError, StorageTornError
 from finetune_trainers.checkpoint.storage.protocol import Storage
 from finetune_trainers.errors import UserError
 
-__all__ = ["NEWEST", "UnknownCheckpointError", "chosen", "manifest_of", "published"]
+__all__ = [
+    "NEWEST",
+    "UnknownCheckpointError",
+    "chosen",
+    "manifest_of",
+    "published",
+    "unless_deleted",
+    "was_deleted",
+]
 
 NEWEST = "newest"
 _SHORT = re.compile(r"(\d{1,18})(?:-e(\d{1,9}))?")
@@ -66,6 +76,27 @@ def manifest_of(storage: Storage, checkpoint: CheckpointId) -> Manifest:
         name = layout.manifest(checkpoint)
         raise UnknownCheckpointError(f"{name} cannot be read: {found.damages[0].what}; finetune ckpt repair may help")
     return found
+
+
+def was_deleted(storage: Storage, checkpoint: CheckpointId) -> bool:
+    """Whether a checkpoint that was there is gone, or going."""
+    listing = listed(storage, checkpoint)[checkpoint]
+    return listing.is_deleting or not listing.sizes
+
+
+@contextmanager
+def unless_deleted(storage: Storage, checkpoint: CheckpointId) -> Iterator[None]:
+    """Around what reads a checkpoint: when a run deletes it meanwhile, UnknownCheckpointError says so instead of a
+    damage that is none."""
+    try:
+        yield
+    except (StorageMissingError, StorageTornError):
+        if not was_deleted(storage, checkpoint):
+            raise
+        raise UnknownCheckpointError(
+            f"{checkpoint} was deleted while it was read, as a run does with old ones; finetune ckpt pin keeps one",
+            published(storage),
+        ) from None
 
 
 def _newest(storage: Storage) -> CheckpointId:

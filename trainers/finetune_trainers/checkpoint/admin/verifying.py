@@ -9,6 +9,7 @@ from finetune_api.answers import Step
 from finetune_api.checkpoints import Damages, FileDamage, Verification
 from finetune_trainers.answering import OnStep
 from finetune_trainers.checkpoint import layout
+from finetune_trainers.checkpoint.admin.choosing import was_deleted
 from finetune_trainers.checkpoint.find import Rejected, read_manifest
 from finetune_trainers.checkpoint.layout import CheckpointId
 from finetune_trainers.checkpoint.listing import Listing, listed
@@ -51,18 +52,22 @@ class _Meter:
 
 def verification(storage: Storage, asked: Sequence[CheckpointId], deep: bool, on_step: OnStep) -> Verification:
     """Verify published checkpoints. Memory is that of a few blocks, however large they are. What was given up is left
-    out: it never was a checkpoint."""
+    out: it never was a checkpoint. What a run deletes meanwhile is told, and is no damage."""
     folders = listed(storage)
     meter = _Meter(sum(_volume(storage, one) for one in asked) if deep else 0, on_step)
     counted: Storage = _Counted(storage, meter.add)  # type: ignore[assignment]
-    found = []
+    found, deleted = [], []
     for checkpoint in asked:
         meter.what = str(checkpoint)
         damages = _damages(counted, folders.get(checkpoint, Listing(checkpoint, {})), deep)
-        if damages is not None:
+        if damages and was_deleted(storage, checkpoint):
+            deleted.append(str(checkpoint))
+        elif damages is not None:
             found.append(damages_of(checkpoint, damages))
     whole = all(one.whole for one in found)
-    return Verification(uri=storage.uri, deep=deep, whole=whole, checkpoints=found, bytes_read=meter.done)
+    return Verification(
+        uri=storage.uri, deep=deep, whole=whole, checkpoints=found, deleted=deleted, bytes_read=meter.done
+    )
 
 
 def _damages(storage: Storage, listing: Listing, deep: bool) -> Sequence[Damage] | None:
