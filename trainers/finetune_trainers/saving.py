@@ -165,6 +165,11 @@ class Checkpoints:
         self._storage = open_storage(self._uri, self._pvc_root)
         if (seconds := wait_for_writers(self._storage)) >= 1:
             _log.info("waited %.0f s for what the attempt before had still to write", seconds)
+        if not self._storage.exclusive:
+            self._tell(
+                f"the store at {self._uri} does not honour conditional writes (If-None-Match). No checkpoint is torn by"
+                " that; but of two attempts that run at once both may publish, and the later one's counts"
+            )
         owner = f"{self._plan.namespace}/{self._plan.name}, attempt {attempt_number()}"
         fence, settled = begin(self._storage, owner, self._now())
         for checkpoint in settled.completed:

@@ -14,9 +14,9 @@ from typing import Literal
 
 __all__ = ["Fault", "FaultyEndpoint", "faulty_endpoint"]
 
-Fault = Literal["refuse", "reset", "lose", "freeze"]
+Fault = Literal["refuse", "reset", "lose", "freeze", "unconditional"]
 """503 in the server's place; closed before the server hears of it; carried out, and closed before the answer; carried
-out, and never answered."""
+out, and never answered; 501 in the server's place to what has a condition."""
 
 
 class FaultyEndpoint:
@@ -77,11 +77,18 @@ def _handler(endpoint: FaultyEndpoint) -> type[BaseHTTPRequestHandler]:
                 self._hang_up()
             elif fault == "refuse":
                 self._answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
+            elif fault == "unconditional" and self.headers.get("If-None-Match"):
+                self._answer(
+                    501, [], b"<Error><Code>NotImplemented</Code><Message>A header is not known</Message></Error>"
+                )
             else:
                 status, headers, content = self._ask(body)
                 if fault == "freeze":
                     endpoint.thawed.wait()
-                self._answer(status, headers, content) if fault is None else self._hang_up()
+                if fault in (None, "unconditional"):
+                    self._answer(status, headers, content)
+                else:
+                    self._hang_up()
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass  # noqa: N815 - names of the standard library's
 

@@ -22,6 +22,7 @@ from finetune_trainers.places import cache_folder
 from finetune_trainers.ray_workers import _last_attempt, _saved_step
 from tests.cluster.s3 import S3
 from tests.factories import runtime
+from tests.trainers.checkpoint.s3_faults import faulty_endpoint
 from tests.trainers.conftest import SmallWorld
 from tests.trainers.foreign_warnings import WHEN_TRAINING
 
@@ -104,6 +105,22 @@ def test_adapters_go_to_the_storage_and_the_model_that_they_are_merged_into_to_i
     adapter, model = (fetch_artifact(one.uri, "spec.model.source") for one in outcome.artifacts)
     assert (adapter / "adapter_model.safetensors").is_file()
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in model.iterdir()}
+
+
+def test_a_job_tells_once_that_its_store_does_not_honour_conditional_writes(
+    small_world: SmallWorld, server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"training.maxSteps": 4, "checkpoint": {"everySteps": 2, "whenBehind": "wait"}}
+    plan = in_storage(small_world.plan(settings), f"s3://{server.bucket()}/runs")
+    with faulty_endpoint(server.endpoint) as endpoint:
+        endpoint.choose = lambda number, what: "unconditional"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint.url)
+        outcome = small_world.train(plan, tmp_path / "run")
+    assert outcome.result is Result.SUCCEEDED, outcome.failure
+    seen = reports(tmp_path / "run")
+    assert max(one.checkpoint.step for one in seen if one.checkpoint is not None) == 4
+    told = {one.message for one in seen if one.message and "does not honour conditional writes" in one.message}
+    assert len(told) == 1
 
 
 def test_a_bucket_that_cannot_be_used_ends_a_run_before_anything_is_read(

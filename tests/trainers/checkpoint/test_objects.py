@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from finetune_trainers.checkpoint import layout
+from finetune_trainers.checkpoint.admin.upkeep import Mandate, collected
 from finetune_trainers.checkpoint.commit import begin
 from finetune_trainers.checkpoint.find import find_newest
+from finetune_trainers.checkpoint.retention import Retention
 from finetune_trainers.checkpoint.storage.errors import StorageDeniedError, StorageError, StorageUnavailableError
 from finetune_trainers.checkpoint.storage.opening import open_storage
 from finetune_trainers.checkpoint.storage.protocol import Storage
@@ -112,6 +114,19 @@ def test_a_burst_of_503_is_waited_out(faulty: Storage, endpoint: FaultyEndpoint)
     endpoint.choose = lambda number, what: "refuse" if number % 3 else None
     manifest = save(faulty, start(faulty), 10)
     assert restored(faulty, manifest) == original(manifest.intent)
+
+
+def test_a_store_without_conditional_writes_is_used_and_gc_tells_of_it(s3: S3, endpoint: FaultyEndpoint) -> None:
+    endpoint.forget()
+    endpoint.choose = lambda number, what: "unconditional"
+    found = open_storage(f"s3://{s3.bucket()}/run", options=s3.options() | {"endpoint": endpoint.url})
+    assert not found.exclusive
+    assert sum(what.startswith("PUT") for what in endpoint.seen) == 3 + 1 + 3, "tried twice more, and without"
+    fence = start(found)
+    manifest = save(found, fence, 10)
+    assert restored(found, manifest) == original(manifest.intent)
+    told = collected(found, Retention(), Mandate("ann", NOON, dry_run=False, take_over=True))
+    assert any("does not honour conditional writes" in note for note in told.notes)
 
 
 def test_a_store_that_is_away_is_said_to_be_away(s3: S3) -> None:

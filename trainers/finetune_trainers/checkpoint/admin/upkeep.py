@@ -74,11 +74,16 @@ def collected(storage: Storage, policy: Retention, mandate: Mandate) -> Collecti
         bytes=swept.num_bytes + blob_bytes,
         unfinished=swept.num_unfinished,
         activity=activity,
-        notes=list(_notes(at_work, is_crowded, swept)),
+        notes=list(_notes(storage, at_work, is_crowded, swept)),
     )
 
 
-def _notes(at_work: bool, is_crowded: bool, swept: Swept) -> Iterator[str]:
+def _notes(storage: Storage, at_work: bool, is_crowded: bool, swept: Swept) -> Iterator[str]:
+    if not storage.exclusive:
+        yield (
+            "the store does not honour conditional writes (If-None-Match): of two attempts that run at once both may"
+            " publish, and the later one's counts"
+        )
     if is_crowded:
         yield "the storage was full: run this again for what was never finished and for what nothing shares any more"
     if at_work:

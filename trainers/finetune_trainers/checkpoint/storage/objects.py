@@ -39,6 +39,8 @@ _PARTS_AT_ONCE = 8
 _REQUESTS_AT_ONCE = 32
 _BY_WORD: dict[str, type[StorageError]] = {
     "NoSuchBucket": StorageDeniedError,
+    "NotImplemented": StorageDeniedError,
+    "501 Not Implemented": StorageDeniedError,
     "InvalidRange": StorageTornError,
     "BadDigest": StorageTornError,
     "XAmzContentSHA256Mismatch": StorageTornError,

@@ -34,6 +34,8 @@ _RETRIES = {
     "retry_timeout": timedelta(minutes=3),
     "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=20), "base": 2},
 }
+_FEW_RETRIES = {**_RETRIES, "max_retries": 2}
+"""Of a request that may be answered by 501, which the library takes for something that will pass."""
 _REQUESTS = {"connect_timeout": timedelta(seconds=10), "read_timeout": timedelta(seconds=60), "timeout": "10 minutes"}
 
 
@@ -60,23 +62,25 @@ def open_storage(
         return ResilientStorage(PosixStorage(f"{pvc_root}/{uri.authority}/{uri.path}".rstrip("/")), patience)
     store = _bucket(uri, options or {})
     if exclusive is None:
-        exclusive = refuses_to_overwrite(ObjectStorage(store, uri.path, str(uri)))
+        asked = _bucket(uri, {"retry_config": _FEW_RETRIES, **(options or {})})
+        exclusive = refuses_to_overwrite(ResilientStorage(ObjectStorage(asked, uri.path, str(uri)), patience))
     return ResilientStorage(ObjectStorage(store, uri.path, str(uri), exclusive, _uploads(uri, options or {})), patience)
 
 
 def refuses_to_overwrite(storage: Storage) -> bool:
-    """Whether the store honours a conditional put, found by trying: some that speak like S3 ignore the condition."""
+    """Whether the store honours a conditional put, found by trying: some that speak like S3 ignore the condition, and
+    some refuse it."""
     name = f"probe-{secrets.token_hex(8)}"
     try:
         storage.create(name, b"1")
-    except StorageDeniedError as error:
-        if "conditional" in error.message.lower() or "not implemented" in error.message.lower():
-            return False
-        raise
+    except StorageDeniedError:
+        storage.replace(name, b"1")  # refused again, it is not for the condition
     try:
         storage.create(name, b"2")
     except StorageConflictError:
         return True
+    except StorageDeniedError:
+        return False
     finally:
         storage.delete([name])
     return False
