@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finetune_client.backends import pod_logs
+from finetune_client.backends import pod_logs, pod_tail
 from finetune_client.backends.kubernetes import KubernetesBackend
 from finetune_client.history import moments
 from finetune_client.views import LogChoice
@@ -42,7 +42,7 @@ class Connection:
     async def send(self, method: str, path: str, **how: Any) -> Any:
         return {"items": [pod(name) for name in self.pods]} if path.endswith("/pods") else JOB
 
-    async def lines(self, path: str, query: Any) -> AsyncGenerator[Any]:
+    async def lines(self, path: str, query: Any, silence: float | None = None) -> AsyncGenerator[Any]:
         with self._answer():
             while True:
                 await asyncio.sleep(0)
@@ -95,8 +95,8 @@ def test_what_is_left_early_is_closed(told: Any) -> None:
 
 
 def test_a_log_is_followed_into_the_pod_that_rank_0_has_moved_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pod_logs, "_MOVED_SECONDS", 0)
-    monkeypatch.setattr(pod_logs, "_LOOK_SECONDS", 0)
+    for module, name in ((pod_logs, "_MOVED_SECONDS"), (pod_logs, "LOOK_SECONDS"), (pod_tail, "LOOK_SECONDS")):
+        monkeypatch.setattr(module, name, 0.01)
 
     async def main() -> None:
         connection: Any = Connection("tiny-1-worker-a", "tiny-1-worker-b")

@@ -38,7 +38,9 @@ Document = dict[str, Any]
 _WRITTEN_BY_US = {"fieldManager": "finetune"}
 _MERGE_PATCH = "application/merge-patch+json"
 _PAGE = 500
-_WATCH_SECONDS = 240
+_WATCH_SECONDS = 120
+_SILENCE_SECONDS = _WATCH_SECONDS + 15.0
+"""A server ends a watch in time; one that says nothing for longer is not there any more."""
 _PATIENCE_SECONDS = 60.0
 """How long a watch goes on asking a server that does not answer."""
 _LONGEST_DELAY = 5.0
@@ -183,7 +185,8 @@ class KubernetesBackend:
             "timeoutSeconds": str(_WATCH_SECONDS),
             "fieldSelector": f"metadata.name={key.name}",
         }
-        async with aclosing(self._connection.lines(FINETUNE_JOB.path(key.namespace), query)) as lines:
+        path = FINETUNE_JOB.path(key.namespace)
+        async with aclosing(self._connection.lines(path, query, _SILENCE_SECONDS)) as lines:
             async for event in lines:
                 if event["type"] == "DELETED":
                     raise NoSuchJob(f"job {key.name} in namespace {key.namespace} was deleted")

@@ -37,6 +37,10 @@ _FAREWELL_SECONDS = 2.0
 _READ_AT_ONCE = 1 << 18
 _CHANNELS = "v4.channel.k8s.io"
 """How a command's streams share one WebSocket: the first byte of each message says whose it is."""
+_END_CHANNEL = 3
+_HANDSHAKE_SECONDS = 30.0
+_HEARTBEAT_SECONDS = 30.0
+"""Between two questions whether the other end is still there: a command may have nothing to say for hours."""
 _LONGEST_MESSAGE = 2000
 _DEEPEST = 21_000
 """Calls: two for a level of nesting, and some for us. An API server takes ten thousand levels, and what one job holds
@@ -113,9 +117,14 @@ class Connection:
         async with self._answered(method, method, path, query, body, content_type, timeout) as response:
             return _parsed(await response.read())
 
-    async def lines(self, path: str, query: Mapping[str, str]) -> AsyncGenerator[Any, None]:
-        """Each line of an answer that comes as long as the server likes, as JSON. However long a line is."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
+    async def lines(
+        self, path: str, query: Mapping[str, str], silence: float | None = None
+    ) -> AsyncGenerator[Any, None]:
+        """Each line of an answer that comes as long as the server likes, as JSON. However long a line is.
+
+        Raises Unreachable when nothing comes for `silence` seconds.
+        """
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=silence)
         async with self._answered("WATCH", "GET", path, query, None, JSON, timeout) as response:
             parts: list[bytes] = []
             async for chunk in response.content.iter_any():
@@ -130,24 +139,45 @@ class Connection:
     async def output(self, path: str, query: Sequence[tuple[str, str]]) -> AsyncGenerator[tuple[int, bytes]]:
         """What a command in a container prints, piece by piece: 1 and stdout, 2 and stderr, 3 and the end.
 
-        `path` is a pod's exec, which the server answers over a WebSocket.
+        `path` is a pod's exec, which the server answers over a WebSocket. Raises Unreachable where that is cut, or
+        falls silent for good, before the end was told.
         """
+        is_ended, broken = False, None
         try:
-            async with self._session.ws_connect(
-                self.host + path,
-                params=query,
-                protocols=(_CHANNELS,),
-                headers=await self._login.headers(),
-                max_msg_size=0,
-                **self._login.options(),
-            ) as socket:
+            async with await self._socket(path, query) as socket:
                 async for message in socket:
                     if message.type is aiohttp.WSMsgType.BINARY and message.data:
                         yield message.data[0], message.data[1:]
-        except aiohttp.WSServerHandshakeError as error:
-            raise api_error(error.status, HTTPStatus(error.status).phrase, f"GET {path} was refused") from error
+                        is_ended = message.data[0] == _END_CHANNEL
+                broken = socket.exception()
         except (aiohttp.ClientError, OSError) as error:
             raise Unreachable(f"GET {path}: {str(error) or 'no answer in time'}") from error
+        if not is_ended:
+            raise Unreachable(f"GET {path}: the connection was cut{f': {broken}' if broken else ''}")
+
+    async def _socket(self, path: str, query: Sequence[tuple[str, str]]) -> aiohttp.ClientWebSocketResponse:
+        """Asks again once after a new login where the server no longer knows us."""
+        for is_last in (False, True):
+            begun_at = asyncio.get_running_loop().time()
+            headers, options = await self._login.headers(), self._login.options()
+            try:
+                async with asyncio.timeout(_HANDSHAKE_SECONDS):
+                    socket: aiohttp.ClientWebSocketResponse = await self._session.ws_connect(
+                        self.host + path,
+                        params=query,
+                        protocols=(_CHANNELS,),
+                        headers=headers,
+                        heartbeat=_HEARTBEAT_SECONDS,
+                        timeout=aiohttp.ClientWSTimeout(ws_close=_FAREWELL_SECONDS),
+                        max_msg_size=0,
+                        **options,
+                    )
+                    return socket
+            except aiohttp.WSServerHandshakeError as error:
+                if error.status == HTTPStatus.UNAUTHORIZED and not is_last and await self._login.renew(begun_at):
+                    continue
+                raise api_error(error.status, HTTPStatus(error.status).phrase, f"GET {path} was refused") from error
+        raise AssertionError("the last answer is returned or raised")
 
     @asynccontextmanager
     async def _answered(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from finetune_operator.cluster import connection as connection_module
 from finetune_operator.cluster.connection import Connection, connect
 from finetune_operator.cluster.kubernetes import KubernetesCluster
 from finetune_operator.cluster.login import Unusable, proxy_of_environment
@@ -238,6 +239,69 @@ def test_a_commands_output_comes_piece_by_piece_with_its_channel(scene: Scene) -
     [asked] = scene.asked
     assert asked.query.getall("command") == ["sh", "-c"]
     assert asked.headers["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize("is_silent", [False, True], ids=["cut", "still open and silent for good"])
+def test_a_commands_output_that_stops_before_its_end_was_told_is_no_end(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, is_silent: bool
+) -> None:
+    monkeypatch.setattr(connection_module, "_HEARTBEAT_SECONDS", 0.1)
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse(protocols=("v4.channel.k8s.io",))
+        await socket.prepare(request)
+        await socket.send_bytes(b"\x01hello")
+        if is_silent:
+            await asyncio.Event().wait()  # nobody reads, so nobody answers a ping
+        assert request.transport is not None
+        request.transport.abort()
+        return socket
+
+    async def scenario(connection: Connection) -> None:
+        pieces = connection.output("/exec", [])
+        assert await anext(pieces) == (1, b"hello")
+        async with asyncio.timeout(60):
+            with pytest.raises(Unreachable, match="GET /exec: the connection was cut"):
+                await anext(pieces)
+
+    scene.play(answer, scenario)
+
+
+def test_a_command_is_run_for_who_has_logged_in_anew(scene: Scene) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if request.headers["Authorization"] == "Bearer secret":
+            scene.write_kubeconfig(str(request.url.origin()), token="new")
+            return status(401)
+        socket = web.WebSocketResponse(protocols=("v4.channel.k8s.io",))
+        await socket.prepare(request)
+        await socket.send_bytes(b'\x03{"status": "Success"}')
+        await socket.close()
+        return socket
+
+    async def scenario(connection: Connection) -> None:
+        now = asyncio.get_running_loop().time
+        asyncio.get_running_loop().time = lambda: now() + 3600  # type: ignore[method-assign]
+        assert [channel async for channel, _ in connection.output("/exec", [])] == [3]
+
+    scene.play(answer, scenario)
+
+
+def test_a_watch_whose_other_end_is_gone_without_a_word_is_unreachable(scene: Scene) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        await response.write(json.dumps(event("a")).encode() + b"\n")
+        await asyncio.Event().wait()
+        return response
+
+    async def scenario(connection: Connection) -> None:
+        lines = connection.lines("/watch", {}, silence=0.2)
+        assert (await anext(lines))["type"] == "ADDED"
+        with pytest.raises(Unreachable, match="GET /watch"):
+            await anext(lines)
+
+    scene.play(answer, scenario)
 
 
 def test_a_command_that_may_not_be_run_is_refused_and_one_without_a_server_has_no_answer(scene: Scene) -> None:

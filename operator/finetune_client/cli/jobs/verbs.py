@@ -154,7 +154,10 @@ def logs(where: Where, name: str, follow: bool, attempt: int | None, everyone: b
     """Print a log."""
 
     def work(client: Client) -> int:
-        for line in client.job(name).logs(follow=follow, attempt=attempt, everyone=everyone):
+        job = client.job(name)
+        if follow and attempt is None and _has_yet_to_write(view := job.view()):
+            _say(f"Waiting for the log of job {name}, which is {summary(view)}")
+        for line in job.logs(follow=follow, attempt=attempt, everyone=everyone):
             if as_json:
                 told = _text({"source": line.source, "text": line.text}, "json", compact=True)
             else:
@@ -280,6 +283,12 @@ def _follow(job: Job, output: str, several: bool = False, to_stderr: bool = Fals
                 _tell_what_next(view)
                 return view.exit_code
     raise AssertionError("a job's views end when it is settled")
+
+
+def _has_yet_to_write(view: JobView) -> bool:
+    """Whether the newest attempt may be long in coming: in a queue, say, or for want of machines."""
+    has_ended = any(attempt.ended_at is not None for attempt in view.status.attempts[-1:])
+    return not view.is_settled and not has_ended and view.phase is not Phase.RUNNING
 
 
 def _told(view: JobView, output: str) -> str:
