@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +18,8 @@ import yaml
 
 from finetune_api.job import Phase
 from finetune_api.problems import InvalidManifest
-from finetune_client import Client, driven, runner
+from finetune_client import AsyncClient, Client, driven, runner
+from finetune_client.backends.local import LocalDrivers
 from finetune_client.backends.told import new_folder
 from finetune_client.cli.exits import ABSENT
 from finetune_client.errors import NoLog, NoSuchJob, Refused, Unreachable
@@ -65,6 +68,44 @@ def test_a_job_goes_on_without_its_client_and_is_found_by_another(
     with pytest.raises(NoSuchJob, match="there is no job tiny in namespace default"):
         job.status()
     assert list((tmp_path / "jobs").glob("default/tiny/*/outcome.json"))
+
+
+def test_of_several_who_submit_a_name_at_once_one_begins_it_and_the_others_are_told(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_TRAINER", "waits")
+
+    async def submitted() -> list[Any]:
+        async with AsyncClient(local=True, workdir=str(tmp_path / "jobs")) as one:
+            return await asyncio.gather(*(one.submit(JOB) for _ in range(4)), return_exceptions=True)
+
+    found = asyncio.run(submitted())
+    refused = [one for one in found if isinstance(one, InvalidManifest)]
+    assert len(refused) == 3, found
+    assert all("metadata.name" in str(one) and "job that is there already" in str(one) for one in refused)
+    assert len(list((tmp_path / "jobs").glob("default/tiny/*.pid"))) == 1
+
+
+def test_of_several_who_resume_a_job_at_once_one_starts_its_driver(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_TRAINER", "waits")
+    job = client.submit(with_changes(JOB, LASTING))
+    wait_until(lambda: job.status().phase is Phase.RUNNING)
+    job.suspend()
+    assert job.wait().phase is Phase.SUSPENDED
+    [file] = (tmp_path / "jobs").glob("default/tiny/*.pid")
+    wait_until(lambda: not driven.Driven(file.with_suffix("")).works)
+    drivers = LocalDrivers(str(tmp_path / "jobs"))
+    begun: list[int] = []
+    start = driven.Driven.start
+    monkeypatch.setattr(driven.Driven, "start", lambda *how: (begun.append(1), start(*how)))
+
+    async def resumed() -> None:
+        await asyncio.gather(*(drivers.resume(job.key) for _ in range(4)))
+
+    asyncio.run(resumed())
+    assert len(begun) == 1
 
 
 def test_files_that_are_not_there_are_told_before_anything_is_started(client: Client, tmp_path: Path) -> None:

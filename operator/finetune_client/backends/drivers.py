@@ -42,7 +42,8 @@ class Drivers(Protocol):
         ...
 
     async def start(self, key: Key, packed: str) -> None:
-        """Begin a job, from a packed submission."""
+        """Begin a job, from a packed submission. Raises FileExistsError where one of the name is there: of several who
+        come at once, one begins it."""
         ...
 
     async def told(self, key: Key) -> Told:
@@ -96,7 +97,10 @@ class DriversBackend:
         if key in await self._drivers.keys():
             raise taken(key, self.place)
         if not dry_run:
-            await self._drivers.start(key, packed)
+            try:
+                await self._drivers.start(key, packed)
+            except FileExistsError:  # somebody else was quicker
+                raise taken(key, self.place) from None
         return JobView.of(submitted.job, self.place)
 
     async def get(self, key: Key) -> JobView:

@@ -7,7 +7,10 @@ tells is on disk.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from finetune_client.backends.told import absent, new_folder
@@ -46,8 +49,7 @@ class LocalDrivers:
                 f"training needs packages that are not installed ({', '.join(missing)}); "
                 "install the trainers extra: pip install 'finetune-operator[trainers]'"
             )
-        driven = Driven(Path(new_folder(str(self._root), key)))
-        await asyncio.to_thread(driven.start, {SUBMISSION_VARIABLE: packed})
+        await asyncio.to_thread(self._start, key, packed)
 
     async def told(self, key: Key) -> Told:
         """See Drivers."""
@@ -63,28 +65,57 @@ class LocalDrivers:
 
     async def resume(self, key: Key) -> None:
         """See Drivers."""
-        driven = self._driven(key)
-        if not driven.works:
-            await asyncio.to_thread(driven.start, {})
+        await asyncio.to_thread(self._resume, key)
 
     async def remove(self, key: Key) -> None:
         """See Drivers."""
-        driven = self._driven(key)
-        await asyncio.to_thread(driven.stop)
-        driven.forget()
+        await asyncio.to_thread(self._remove, key)
 
     async def close(self) -> None:
         """See Drivers."""
 
+    def _start(self, key: Key, packed: str) -> None:
+        with self._alone(key):
+            if self._runs(key):
+                raise FileExistsError(key.name)
+            Driven(Path(new_folder(str(self._root), key))).start({SUBMISSION_VARIABLE: packed})
+
+    def _resume(self, key: Key) -> None:
+        with self._alone(key):
+            driven = self._driven(key)
+            if not driven.works:
+                driven.start({})
+
+    def _remove(self, key: Key) -> None:
+        with self._alone(key):
+            driven = self._driven(key)
+            driven.stop()
+            driven.forget()
+
     def _driven(self, key: Key) -> Driven:
-        files = [
-            file
-            for file in (self._root / key.namespace / key.name).glob("*.pid")
-            if SUBMITTED_NAME.fullmatch(file.stem)
-        ]
-        if not files:
+        runs = self._runs(key)
+        if not runs:
             raise absent(key, str(self._root), self.place)
-        return Driven(max(files).with_suffix(""))
+        return Driven(max(runs).with_suffix(""))
+
+    def _runs(self, key: Key) -> list[Path]:
+        """Their .pid files."""
+        return [file for file in self._folder(key).glob("*.pid") if SUBMITTED_NAME.fullmatch(file.stem)]
+
+    def _folder(self, key: Key) -> Path:
+        return self._root / key.namespace / key.name
+
+    @contextmanager
+    def _alone(self, key: Key) -> Iterator[None]:
+        """Nobody else starts or ends a driver of this name meanwhile. Whoever dies lets go."""
+        folder = self._folder(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(held)
 
 
 def names_of(namespace: str | None) -> list[str]:

@@ -107,8 +107,11 @@ class RayClientDrivers:
             actor = ray.remote(DriverActor).options(
                 name=_actor(key), namespace=_ACTORS, lifetime="detached", num_cpus=0, max_restarts=0
             )
-            handle: Any = actor.remote(new_folder(self._workdir, key), packed)
-            ray.get(handle.told.remote())  # a cluster that lacks our package says so here
+            try:
+                handle: Any = actor.remote(new_folder(self._workdir, key), packed)
+                ray.get(handle.told.remote())  # a cluster that lacks our package says so here
+            except ray.exceptions.ActorAlreadyExistsError as error:
+                raise FileExistsError(key.name) from error
 
         await self._done(create)
 
