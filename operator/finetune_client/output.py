@@ -6,10 +6,9 @@ Written by `driver`, read by the backends that start one. Pure.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["ATTEMPT_MARK", "JOB_MARK", "attempts_in", "lines_of", "newest_document"]
+__all__ = ["ATTEMPT_MARK", "JOB_MARK", "Reader", "attempts_in", "newest_document"]
 
 JOB_MARK = "::finetune-job:: "
 """Before the job, as JSON, in a line of its own."""
@@ -31,15 +30,32 @@ def newest_document(output: str) -> dict[str, Any] | None:
 
 def attempts_in(output: str) -> list[int]:
     """The attempts that have written something, in order."""
-    marks = (line.removeprefix(ATTEMPT_MARK) for line in output.split("\n")[:-1] if line.startswith(ATTEMPT_MARK))
-    return list(dict.fromkeys(int(number) for number in marks if number.isdecimal()))
+    reader = Reader()
+    reader.read(output)
+    return reader.attempts
 
 
-def lines_of(output: str, attempt: int) -> Iterator[str]:
-    """What that attempt's trainers have written, whole lines only."""
-    now = None
-    for line in output.split("\n")[:-1]:
-        if line.startswith(ATTEMPT_MARK):
-            now = line.removeprefix(ATTEMPT_MARK)
-        elif now == str(attempt) and not line.startswith(JOB_MARK):
-            yield line
+class Reader:
+    """Takes output piece by piece as it grows, and parts it by attempts. Pieces end anywhere, in a line too."""
+
+    def __init__(self) -> None:
+        self.attempts: list[int] = []
+        """Those that have written something, in order."""
+        self._rest = ""
+        self._now: int | None = None
+
+    def read(self, piece: str) -> list[tuple[int, str]]:
+        """The lines that are whole by now and were not before, each with the attempt whose trainers have written it."""
+        found: list[tuple[int, str]] = []
+        *lines, self._rest = (self._rest + piece).split("\n")
+        for line in lines:
+            if line.startswith(ATTEMPT_MARK):
+                self._begin(line.removeprefix(ATTEMPT_MARK))
+            elif self._now is not None and not line.startswith(JOB_MARK):
+                found.append((self._now, line))
+        return found
+
+    def _begin(self, number: str) -> None:
+        self._now = int(number) if number.isdecimal() else None
+        if self._now is not None and self._now not in self.attempts:
+            self.attempts.append(self._now)

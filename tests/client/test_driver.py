@@ -17,7 +17,7 @@ import pytest
 from finetune_api.job import Phase
 from finetune_client.driver import Teller
 from finetune_client.folders import JOB_FILE, SUSPEND_FILE, RunFolder
-from finetune_client.output import ATTEMPT_MARK, JOB_MARK, attempts_in, lines_of, newest_document
+from finetune_client.output import ATTEMPT_MARK, JOB_MARK, Reader, attempts_in, newest_document
 from finetune_client.submission import SUBMISSION_VARIABLE, Submitted
 from finetune_client.views import SUSPENDED_CODE, JobView
 from finetune_operator.kinds import Key
@@ -88,7 +88,7 @@ def test_a_job_runs_to_its_end_and_the_output_tells_both_log_and_job(drive: Driv
     assert view is not None
     assert (view.name, view.namespace, view.phase) == ("tiny", "team-a", Phase.SUCCEEDED)
     assert attempts_in(driving.output) == [1]
-    assert "the fake trainer starts" in list(lines_of(driving.output, 1))
+    assert (1, "the fake trainer starts") in Reader().read(driving.output)
     assert json.loads((tmp_path / "run" / JOB_FILE).read_text()) == view.document
 
 
@@ -196,5 +196,15 @@ def test_the_job_is_told_again_when_much_has_been_printed_since(tmp_path: Path) 
 def test_a_line_that_is_still_being_written_does_not_count() -> None:
     whole = f"{ATTEMPT_MARK}1\nhello\n{JOB_MARK}{json.dumps(document('Running', 1))}\n"
     assert newest_document(whole + JOB_MARK + '{"sta') == document("Running", 1)
-    assert list(lines_of(whole + "half a li", 1)) == ["hello"]
+    assert Reader().read(whole + "half a li") == [(1, "hello")]
     assert newest_document("") is None
+
+
+def test_output_is_read_alike_in_pieces_of_any_length() -> None:
+    mark = JOB_MARK + json.dumps(document("Running", 1))
+    whole = f"{mark}\nnobody's\n{ATTEMPT_MARK}1\nhello\n\n{mark}\nétrange\n{ATTEMPT_MARK}2\nagain\nhalf a li"
+    for length in (1, 2, 7, len(whole)):
+        reader = Reader()
+        found = [one for start in range(0, len(whole), length) for one in reader.read(whole[start : start + length])]
+        assert found == [(1, "hello"), (1, ""), (1, "étrange"), (2, "again")]
+        assert reader.attempts == [1, 2]

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from aiohttp import web
 
-from finetune_client.backends import pod_logs, pod_tail
+from finetune_client.backends import patience, pod_logs, pod_tail
 from finetune_client.backends.kubernetes import KubernetesBackend
 from finetune_client.cli.exits import ABSENT
 from finetune_client.errors import NoLog, NotAllowed, Refused
@@ -280,7 +280,7 @@ def test_an_attempt_that_ended_without_a_log_is_told_by_what_the_status_kept(tmp
 
 
 def test_a_log_that_cannot_be_read_is_an_error_and_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pod_tail, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(patience, "_PATIENCE_SECONDS", 0.5)
     monkeypatch.setattr(pod_tail, "_FOLLOW", "echo no such program >&2; exit 127 # {}")
     world = World(tmp_path, SHARED)
     world.write("tiny-1-head", line(1))

@@ -20,6 +20,7 @@ from finetune_api.problems import InvalidManifest
 from finetune_client import Client
 from finetune_client.backends.ray_client import RayClientDrivers
 from finetune_client.errors import NoSuchJob, Unreachable
+from finetune_operator.kinds import Key
 from tests.client.ray_head import RayHead, ray_head
 from tests.client.test_ray_jobs import SLOW, STEPS, document, trainers
 from tests.cluster.processes import wait_until
@@ -50,6 +51,8 @@ def test_a_job_outlives_the_client_that_submitted_it_and_another_one_follows_it_
         wait_until(lambda: job.status().phase is Phase.RUNNING, "the job to run", seconds=SLOW)
         with pytest.raises(InvalidManifest, match=r"metadata\.name: is the name of a job that is there already"):
             first.submit(document(world, "long"))
+        with pytest.raises(FileExistsError):
+            asyncio.run(begun_anyway(head.client_address, job.key))
     with Client(ray=head.client_address) as second:
         assert [view.name for view in second.list()] == ["long"]
         job = second.job("long")
@@ -66,6 +69,15 @@ def test_a_job_outlives_the_client_that_submitted_it_and_another_one_follows_it_
             job.status()
         assert second.list() == []
     wait_until(lambda: trainers() == [], "the trainers to end")
+
+
+async def begun_anyway(address: str, key: Key) -> None:
+    """A job is begun by somebody who looked for its name before it was there."""
+    drivers = await RayClientDrivers.open(address, None)
+    try:
+        await drivers.start(key, "")
+    finally:
+        await drivers.close()
 
 
 def test_an_address_where_nothing_listens_is_named() -> None:

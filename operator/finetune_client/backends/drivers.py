@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from codecs import getincrementaldecoder
 from collections.abc import AsyncGenerator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from finetune_client.backends.told import ended_without_a_word, not_settled, not
 from finetune_client.commands import about
 from finetune_client.driven import Told
 from finetune_client.errors import NoLog, Refused
-from finetune_client.output import attempts_in, lines_of
+from finetune_client.output import Reader
 from finetune_client.views import JobEvent, JobView, LogChoice, LogLine
 from finetune_operator.kinds import Key
 
@@ -118,22 +119,22 @@ class DriversBackend:
 
     async def logs(self, key: Key, which: LogChoice, follow: bool) -> AsyncGenerator[LogLine]:
         """See Backend. All processes of an attempt write one log, so there is no other to be had."""
-        output, num_told, attempt = b"", 0, which.attempt
+        reader, decoder = Reader(), getincrementaldecoder("utf-8")("replace")
+        place, attempt = 0, which.attempt
         while True:
             works = (await self._drivers.told(key)).works  # before what it said last is read
-            output += await self._drivers.output(key, len(output))
-            text = output.decode(errors="replace")
-            written = attempts_in(text)
-            attempt = attempt or (written[-1] if written else None)
-            if attempt in written:
-                lines = list(lines_of(text, attempt or 0))
-                for line in lines[num_told:]:
-                    yield LogLine(_LOG, line)
-                num_told = len(lines)
-            elif not follow or not works:
-                numbers = ", ".join(map(str, written)) or "none yet"
+            printed = await self._drivers.output(key, place)
+            place += len(printed)
+            lines = reader.read(decoder.decode(printed))
+            attempt = attempt or (reader.attempts[-1] if reader.attempts else None)
+            if attempt in reader.attempts:
+                for number, line in lines:
+                    if number == attempt:
+                        yield LogLine(_LOG, line)
+            elif reader.attempts or not follow or not works:
+                numbers = ", ".join(map(str, reader.attempts)) or "none yet"
                 raise NoLog(f"job {key.name} has no log of attempt {attempt or 1}; attempts with a log: {numbers}")
-            if not follow or not works or (written and written[-1] != attempt):
+            if not follow or not works or (reader.attempts and reader.attempts[-1] != attempt):
                 return
             await asyncio.sleep(LOOK_SECONDS)
 

@@ -14,7 +14,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from finetune_api.job import Phase
-from finetune_client.backends.pod_tail import LOOK_SECONDS, Line, Patience, PodTail
+from finetune_client.backends.patience import Patience
+from finetune_client.backends.pod_tail import LOOK_SECONDS, Line, PodTail
 from finetune_client.errors import ClientError, NoLog, Refused
 from finetune_client.views import JobView, LogChoice, LogLine
 from finetune_operator.cluster.connection import Connection

@@ -13,18 +13,18 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import NamedTuple
 
+from finetune_client.backends.patience import Patience
 from finetune_client.backends.refusals import error_for
-from finetune_client.errors import ClientError, NoLog, NotAllowed, Refused, Unreachable
+from finetune_client.errors import ClientError, NoLog, NotAllowed, Refused
 from finetune_operator.cluster.connection import Connection
 from finetune_operator.errors import ClusterError, NotFound
 from finetune_operator.kinds import POD, Key
 from finetune_operator.names import RAY_CONTAINER
 
-__all__ = ["LOOK_SECONDS", "Line", "Patience", "PodTail"]
+__all__ = ["LOOK_SECONDS", "Line", "PodTail"]
 
 LOOK_SECONDS = 2.0
 """Between two tries."""
-_PATIENCE_SECONDS = 60.0
 _STDOUT, _STDERR, _END = 1, 2, 3
 _LOG = '"$FINETUNE_WORKDIR/trainer.log"'
 _READ = f"test -e {_LOG} && tail -c +{{}} {_LOG}"
@@ -38,24 +38,6 @@ class Line(NamedTuple):
     text: str
     end: int
     """How many bytes of the file come before the next one."""
-
-
-class Patience:
-    """How long a server that is away, or a pod that cannot be read, is asked again."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-
-    def renew(self) -> None:
-        """There was an answer."""
-        self._since = None
-
-    def spend(self, error: ClientError) -> None:
-        """There was none. Raises the error when that has gone on for a minute, or where waiting does not help."""
-        now = asyncio.get_running_loop().time()
-        self._since = now if self._since is None else self._since
-        if not isinstance(error, Unreachable | Refused) or now >= self._since + _PATIENCE_SECONDS:
-            raise error
 
 
 class PodTail:

@@ -12,10 +12,12 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_client.backends.ray_tail import tail
 from finetune_client.errors import ClientError, NoSuchJob, NotAllowed, Refused, Unreachable
 
 __all__ = ["RAY_OVER", "RayJobInfo", "RayJobsApi"]
@@ -47,7 +49,7 @@ class RayJobInfo:
 
 
 class RayJobsApi:
-    """One dashboard. Every method blocks."""
+    """One dashboard. Every method but `tail` blocks."""
 
     def __init__(self, url: str) -> None:
         """`url` is the dashboard's, such as http://127.0.0.1:8265."""
@@ -84,6 +86,10 @@ class RayJobsApi:
     def output(self, id: str) -> str:
         """All that its command has printed."""
         return str(json.loads(self._ask("GET", f"/api/jobs/{_quoted(id)}/logs"))["logs"])
+
+    def tail(self, id: str) -> AsyncGenerator[str]:
+        """The same from the beginning, and what comes, until the command ends or the connection does."""
+        return tail(f"{self.url}/api/jobs/{_quoted(id)}/logs/tail", _authorization())
 
     def last_output(self, id: str, lines: int) -> str:
         """The last lines of it."""

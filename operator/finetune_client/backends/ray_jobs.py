@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -18,10 +19,11 @@ from typing import Any
 from finetune_api.job import FineTuneJob, Phase
 from finetune_api.runtime import FineTuneRuntime
 from finetune_client.backends.asking import LOOK_SECONDS, changes, planned
+from finetune_client.backends.patience import Patience
 from finetune_client.backends.ray_http import RayJobInfo, RayJobsApi
 from finetune_client.backends.told import absent, ended_without_a_word, new_folder, not_settled, not_told_yet, taken
-from finetune_client.errors import NoLog, Refused
-from finetune_client.output import attempts_in, lines_of, newest_document
+from finetune_client.errors import ClientError, NoLog, Refused
+from finetune_client.output import Reader, attempts_in, newest_document
 from finetune_client.submission import SUBMISSION_VARIABLE
 from finetune_client.views import JobEvent, JobView, LogChoice, LogLine
 from finetune_operator.kinds import Key
@@ -104,17 +106,36 @@ class RayJobsBackend:
     async def logs(self, key: Key, which: LogChoice, follow: bool) -> AsyncGenerator[LogLine]:
         """See Backend. All processes of an attempt write one log, so there is no other to be had."""
         turn, attempt = await self._attempt(key, which.attempt, follow)
-        num_told = 0
-        while True:
-            is_over = (await asyncio.to_thread(self._api.job, turn.info.id)).is_over  # before what it said last
-            output = await asyncio.to_thread(self._api.output, turn.info.id)
-            lines = list(lines_of(output, attempt))
-            for text in lines[num_told:]:
-                yield LogLine(_LOG, text)
-            num_told = len(lines)
-            if not follow or is_over or attempts_in(output)[-1:] != [attempt]:
-                return
-            await asyncio.sleep(LOOK_SECONDS)
+        reader = Reader()
+        pieces = self._printed(turn.info.id, follow)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                for number, text in reader.read(piece):
+                    if number == attempt:
+                        yield LogLine(_LOG, text)
+                if attempt in reader.attempts and reader.attempts[-1] != attempt:
+                    return
+
+    async def _printed(self, id: str, follow: bool) -> AsyncGenerator[str]:
+        """What a Ray job has printed, piece by piece, and with `follow` what it will until it ends, over any number of
+        connections."""
+        num_read, is_over, patience = 0, not follow, Patience()
+        while not is_over:
+            try:
+                place = 0  # each connection begins anew
+                async with aclosing(self._api.tail(id)) as pieces:
+                    async for piece in pieces:
+                        patience.renew()
+                        new, place = piece[max(0, num_read - place) :], place + len(piece)
+                        num_read = max(num_read, place)
+                        if new:
+                            yield new
+                is_over = (await asyncio.to_thread(self._api.job, id)).is_over
+            except ClientError as error:
+                patience.spend(error)
+            await asyncio.sleep(0 if is_over else LOOK_SECONDS)
+        # A connection that was cut at the end looks like one that ended.
+        yield (await asyncio.to_thread(self._api.output, id))[num_read:]
 
     async def suspend(self, key: Key, value: bool) -> JobView:
         """See Backend. The wish is brought to the cluster by another, short Ray job."""
