@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from finetune_api.job import FineTuneJob
+from finetune_client import Client
+from finetune_client.checks import check_plan
 from finetune_client.history import Moment
 from finetune_client.views import JobView
 from tests.client.conftest import JOB
@@ -92,6 +97,28 @@ def test_the_notebook_is_valid_and_stored_without_what_it_printed() -> None:
     notebook = sample()
     nbformat.validate(notebook)
     assert [cell for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")] == []
+
+
+def test_what_the_notebook_proposes_for_a_cluster_is_accepted() -> None:
+    cells = {cell.id: cell.source for cell in sample().cells}
+    [proposed] = [line for line in cells["parameters"].splitlines() if line.startswith("ROWS")]
+    schemes = re.findall(r"(\w+)://", proposed.partition("#")[2])
+    assert schemes
+    for scheme in schemes:
+        names: dict[str, Any] = {}
+        exec(cells["parameters"] + "\n" + cells["job"], names)
+        names["JOB"]["spec"]["data"] = {"train": [{"source": f"{scheme}://team-a/rows"}]}
+        check_plan(FineTuneJob.model_validate(names["JOB"]), [], is_here=False)
+
+
+def test_each_place_that_the_notebook_names_is_one_of_the_clients() -> None:
+    cells = {cell.id: cell.source for cell in sample().cells}
+    lines = [line.removeprefix("# ") for line in cells["submit"].splitlines() if "client = " in line]
+    assert len(lines) == 4
+    for line in lines:
+        names = {"Client": Client, "WORKDIR": None}
+        exec(line, names)
+        names["client"].close()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,24 @@ def test_the_same_verbs_can_be_awaited(jobs: Jobs, faults: Faults) -> None:
             return [view.name for view in await client.list()]
 
     assert asyncio.run(scenario()) == ["a"]
+
+
+def test_the_sample_notebook_hands_its_job_to_a_cluster_too(
+    jobs: Jobs, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
+    notebook = json.loads((ROOT / "manifests/samples/notebook/fine_tune.ipynb").read_text(encoding="utf-8"))
+    cells = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"]}
+    here, elsewhere = "client = Client(local=True, workdir=WORKDIR)", "# client = Client() "
+    assert here in cells["submit"]
+    assert elsewhere in cells["submit"]
+    submit = cells["submit"].replace(here, "").replace(elsewhere, f'client = Client(namespace="{jobs.namespace}") ')
+    rows = 'ROWS = EVAL_ROWS = "hf://org/rows"'
+    names: dict[str, Any] = {}
+    exec("\n".join([cells["parameters"], rows, cells["job"], submit]), names)
+    assert names["job"].status().phase is Phase.PENDING
+    assert (names["job"].namespace, names["job"].artifacts()) == (jobs.namespace, [])
+    exec(cells["cancel"], names)
 
 
 def test_what_the_author_left_open_is_left_to_the_cluster(jobs: Jobs, client: Client) -> None:
