@@ -99,7 +99,12 @@ def test_of_several_who_resume_a_job_at_once_one_starts_its_driver(
     drivers = LocalDrivers(str(tmp_path / "jobs"))
     begun: list[int] = []
     start = driven.Driven.start
-    monkeypatch.setattr(driven.Driven, "start", lambda *how: (begun.append(1), start(*how)))
+
+    def counted(*how: Any) -> Any:
+        begun.append(1)
+        return start(*how)
+
+    monkeypatch.setattr(driven.Driven, "start", counted)
 
     async def resumed() -> None:
         await asyncio.gather(*(drivers.resume(job.key) for _ in range(4)))
