@@ -116,7 +116,7 @@ def test_each_place_that_the_notebook_names_is_one_of_the_clients() -> None:
     lines = [line.removeprefix("# ") for line in cells["submit"].splitlines() if "client = " in line]
     assert len(lines) == 4
     for line in lines:
-        names = {"Client": Client, "WORKDIR": None}
+        names: dict[str, Any] = {"Client": Client, "WORKDIR": None}
         exec(line, names)
         names["client"].close()
 
