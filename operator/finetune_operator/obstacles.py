@@ -50,7 +50,7 @@ def obstacles(ray_job: RayJobState | None, pods: Iterable[PodState]) -> Iterator
         said = clip(ray_job.pods_refused.strip(), _LONGEST_WORDS)
         yield Obstacle("PodsNotCreated", f"KubeRay cannot create the pods of RayJob {ray_job.name}: {said}")
     for pod in pods:
-        if pod.mounting_since is not None:
+        if pod.mounting_since is not None and not pod.deleting:
             yield Obstacle("VolumesNotMounted", _not_mounted(pod), after(pod.mounting_since, PATIENCE_SECONDS))
     if ray_job is not None and ray_job.untouched and ray_job.created_at is not None:
         yield Obstacle("KubeRaySilent", _silent(ray_job), after(ray_job.created_at, PATIENCE_SECONDS))

@@ -75,6 +75,7 @@ def test_the_server_shows_how_far_a_job_is(api: Client, stored_job: Store) -> No
         "Method": "sft",
         "Tuning": "lora",
         "Phase": "Running",
+        "Reason": None,
         "Step": 120,
         "Steps": 400,
         "Ckpt": 100,
@@ -85,13 +86,14 @@ def test_the_server_shows_how_far_a_job_is(api: Client, stored_job: Store) -> No
         "Reward": "0.5",
         "ETA": 90,
         "RayJob": "columns-3",
+        "Message": None,
     }
 
 
 def test_what_few_ask_for_is_only_in_the_wide_table(api: Client) -> None:
     table = api.get(JOBS, accept=AS_TABLE)
     wide = [column["name"] for column in table["columnDefinitions"] if column["priority"] > 0]
-    assert wide == ["Queue", "Loss", "Reward", "ETA", "RayJob"]
+    assert wide == ["Queue", "Loss", "Reward", "ETA", "RayJob", "Message"]
 
 
 def _schemas(api: Client) -> dict[str, Any]:

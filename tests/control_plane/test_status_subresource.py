@@ -90,5 +90,12 @@ def test_a_job_cannot_be_created_with_a_status(api: Client, stored_job: Store) -
 
 def test_a_status_outside_the_contract_is_refused(api: Client, stored_job: Store) -> None:
     stored = stored_job(job_document(name="bad-status"))
-    with pytest.raises(ApiError, match=r"status\.phase"):
-        api.replace(f"{JOBS}/bad-status/status", stored | {"status": {"phase": "Dancing"}})
+    with pytest.raises(ApiError, match=r"status\.restarts"):
+        api.replace(f"{JOBS}/bad-status/status", stored | {"status": {"restarts": "many"}})
+
+
+def test_words_that_only_a_newer_operator_knows_are_taken(api: Client, stored_job: Store) -> None:
+    stored = stored_job(job_document(name="newer-status"))
+    status = {"phase": "Dancing", "failure": "Dizzy"}
+    written = api.replace(f"{JOBS}/newer-status/status", stored | {"status": status})["status"]
+    assert (written["phase"], written["failure"]) == ("Dancing", "Dizzy")
