@@ -17,6 +17,8 @@ KEYS = {
     # The status, as kubectl shows it.
     "observedGeneration",
     "phase",
+    "reason",
+    "message",
     "method",
     "tuning",
     "conditions",

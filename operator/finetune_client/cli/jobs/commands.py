@@ -25,23 +25,28 @@ class Format(StrEnum):
     YAML = "yaml"
 
 
-def names_here(context: typer.Context) -> list[str]:
-    """For the shell: of jobs on this machine, once --local was typed. A cluster may take its time to answer.
+def known_names(context: typer.Context) -> list[str]:
+    """For the shell: of the jobs at the place that was typed; none of a Ray cluster, which takes its time to answer.
 
     Typer leaves out those that begin otherwise.
     """
-    if not context.params.get("local"):
-        return []
-    from finetune_client.backends.local import names_of
+    typed = context.params
+    if typed.get("local"):
+        from finetune_client.backends.local import names_of
 
-    return names_of(context.params.get("namespace"))
+        return names_of(typed.get("namespace"))
+    if typed.get("ray") and not (typed.get("context") or typed.get("kubeconfig")):
+        return []
+    from finetune_client.cli.jobs.completion import names_in_cluster
+
+    return names_in_cluster(typed.get("namespace"), typed.get("context"), typed.get("kubeconfig"))
 
 
 Files = Annotated[
     list[Path], typer.Argument(metavar="FILE", help="Files or folders with FineTuneJobs.", show_default=False)
 ]
 Name = Annotated[
-    str, typer.Argument(metavar="NAME", help="Name of the job.", show_default=False, autocompletion=names_here)
+    str, typer.Argument(metavar="NAME", help="Name of the job.", show_default=False, autocompletion=known_names)
 ]
 Namespace = Annotated[
     str | None, typer.Option("--namespace", "-n", help="Where the job is.", show_default="the context's")
@@ -106,7 +111,7 @@ def submit(
 def get(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", help="Name of the job.", show_default="all jobs", autocompletion=names_here),
+        typer.Argument(metavar="NAME", help="Name of the job.", show_default="all jobs", autocompletion=known_names),
     ] = None,
     namespace: Namespace = None,
     context: Context = None,
