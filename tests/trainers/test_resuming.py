@@ -211,6 +211,18 @@ def test_a_training_goes_on_with_another_number_of_workers(before: int, after: i
         torch.testing.assert_close(tensor, wanted[name], atol=1e-6, rtol=0)
 
 
+def test_an_adapters_checkpoint_is_what_learns_with_its_two_moments_and_hardly_more(place: Place) -> None:
+    """12 bytes a parameter, of which the base has none; all files counted, the digests and the manifest too."""
+    wide = {"tuning": {"lora": {"rank": 64, "targetModules": ["q_proj", "v_proj", "up_proj", "down_proj"]}}}
+    assert place.train(place.plan(wide), "adapter").result is Result.SUCCEEDED
+    manifest = find_newest(place.storage).manifest
+    assert manifest is not None
+    learning = sum(tensor.numel for tensor in manifest.intent.tensors)
+    stored = sum(file.stat().st_size for file in (place.folder / "checkpoints" / "ckpt" / str(manifest.id)).iterdir())
+    assert learning > 50_000
+    assert 1 < stored / (12 * learning) <= 1.05
+
+
 def test_replicas_write_one_even_part_each(place: Place, engines: Any) -> None:
     whole = engines({})
     parts = [EngineState(whole._engine, rank, 3) for rank in range(3)]
