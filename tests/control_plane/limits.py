@@ -128,6 +128,7 @@ def _pods(choice: str) -> dict[str, Any]:
         "env": [{"name": "NCCL_DEBUG", **_ENV[choice]}],
         "volumes": [{"mountPath": "/mnt/extra", **_VOLUMES[choice]}],
         "imagePullSecrets": ["registry"],
+        "writableRoot": True,
     }
 
 
